@@ -1,0 +1,221 @@
+"""The command's arguments: their names, defaults and help, and what each of them refuses."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from pathlib import Path
+
+from teacache.errors import ArgumentError
+from teacache.policy import COGVIDEOX_5B, Coefficients
+
+DEFAULT_CHECKPOINT = "BestWishYsh/ConsisID-preview"
+DEFAULT_IMAGE = (
+    "https://github.com/PKU-YuanGroup/ConsisID/blob/main/asserts/example_images/2.png?raw=true"
+)
+DEFAULT_PROMPT = (
+    "The video captures a boy walking along a city street, filmed in black and white on a classic "
+    "35mm camera. His expression is thoughtful, his brow slightly furrowed as if he's lost in "
+    "contemplation. The film grain adds a textured, timeless quality to the image, evoking a sense "
+    "of nostalgia. Around him, the cityscape is filled with vintage buildings, cobblestone "
+    "sidewalks, and softly blurred figures passing by, their outlines faint and indistinct. "
+    "Streetlights cast a gentle glow, while shadows play across the boy's path, adding depth to "
+    "the scene. The lighting highlights the boy's subtle smile, hinting at a fleeting moment of "
+    "curiosity. The overall cinematic atmosphere, complete with classic film still aesthetics and "
+    "dramatic contrasts, gives the scene an evocative and introspective feel."
+)
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; exit with 2 and one line where an argument is wrong.
+
+    `args.coefficients` comes back as Coefficients, and `args.image` with its default filled in.
+    """
+    args = build_parser().parse_args(argv)
+    if args.image is None:
+        args.image = "astronaut" if args.ckpts_path == "tiny" else DEFAULT_IMAGE
+    return args
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        """One line: the usage, thirty lines of it, is what --help is for."""
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser, published arguments first."""
+    parser = _Parser(
+        prog="teacache_sample_video.py",
+        description="Sample an identity-preserving video with ConsisID and TeaCache.",
+        allow_abbrev=False,
+    )
+    _add_published(parser.add_argument_group("as published"))
+    _add_video(parser.add_argument_group("the video"))
+    _add_machine(parser.add_argument_group("the machine"))
+    return parser
+
+
+def _add_published(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--rel_l1_thresh",
+        type=_not_negative,
+        default=0.1,
+        metavar="X",
+        help="threshold on the accumulated distance; 0 is the original sampler, higher is faster "
+        "(default: %(default)s)",
+    )
+    add(
+        "--ckpts_path",
+        default=DEFAULT_CHECKPOINT,
+        metavar="PATH",
+        help="checkpoint folder; or a Hugging Face repository, downloaded into a folder of its "
+        "name; or tiny, a small synthetic checkpoint for machines without a GPU "
+        "(default: %(default)s)",
+    )
+    add(
+        "--image",
+        metavar="IMAGE",
+        help="URL or path of the face image, or astronaut, scikit-image's photograph "
+        "(default: the boy of the ConsisID examples; with --ckpts_path tiny the astronaut)",
+    )
+    add(
+        "--prompt",
+        default=DEFAULT_PROMPT,
+        metavar="TEXT",
+        help="what the video shows (default: the published one, a boy in a city street)",
+    )
+    add(
+        "--seed",
+        type=_seed,
+        default=42,
+        metavar="N",
+        help="seed of everything random (default: %(default)s)",
+    )
+    add(
+        "--num_infer_steps",
+        type=_positive,
+        default=50,
+        metavar="N",
+        help="denoising steps (default: %(default)s)",
+    )
+    add(
+        "--output_path",
+        type=Path,
+        default=Path("./teacache_results"),
+        metavar="DIR",
+        help="folder of the results, {seed}_{rel_l1_thresh}_{index:04d}.mp4 and .json "
+        "(default: %(default)s)",
+    )
+
+
+def _add_video(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--negative_prompt",
+        default="",
+        metavar="TEXT",
+        help="what the video should not show (default: empty)",
+    )
+    add(
+        "--guidance_scale",
+        type=_not_negative,
+        default=6.0,
+        metavar="X",
+        help="classifier-free guidance; 1 samples without it, in half the time "
+        "(default: %(default)s)",
+    )
+    for name, what in (
+        ("--num_frames", "frames"),
+        ("--height", "height in pixels"),
+        ("--width", "width in pixels"),
+    ):
+        add(
+            name,
+            type=_positive,
+            metavar="N",
+            help=f"{what} (default: what the checkpoint was trained at)",
+        )
+    add(
+        "--fps",
+        type=_positive,
+        default=8,
+        metavar="N",
+        help="frames a second (default: %(default)s)",
+    )
+
+
+def _add_machine(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--device",
+        type=_device,
+        default="auto",
+        metavar="DEVICE",
+        help="auto, cuda, cuda:N or cpu; auto, the default, is CUDA where there is one, else "
+        "the CPU",
+    )
+    add(
+        "--dtype",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        default="auto",
+        help="auto, the default, is bfloat16 on CUDA and float32 on a CPU",
+    )
+    add(
+        "--offload",
+        choices=("none", "model", "sequential"),
+        default="none",
+        help="keep weights in host memory and bring them to the GPU model by model, or layer by "
+        "layer: less GPU memory, more time (default: %(default)s)",
+    )
+    add("--vae_tiling", action="store_true", help="decode in tiles: less memory, not bit for bit")
+    add(
+        "--coefficients",
+        type=_coefficients,
+        default=COGVIDEOX_5B,
+        metavar="FILE",
+        help="JSON with other coefficients of the rescaling polynomial: values, highest power "
+        f"first, and fitted_range (default: {COGVIDEOX_5B.source})",
+    )
+    add("--quiet", action="store_true", help="print nothing but the video's path")
+
+
+def _not_negative(text: str) -> float:
+    number = _number(text, float, lambda x: math.isfinite(x) and x >= 0, "a number, 0 or more")
+    return abs(number)  # -0.0 is 0 or more as well, and would show in the file name
+
+
+def _positive(text: str) -> int:
+    return _number(text, int, lambda n: n >= 1, "a whole number, 1 or more")
+
+
+def _seed(text: str) -> int:
+    return _number(text, int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 - 1")
+
+
+def _number(text, convert, allowed, wanted):
+    try:
+        value = convert(text)
+    except ValueError:
+        value = None
+    if value is None or not allowed(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return value
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not auto, cpu, cuda or cuda:N")
+    return text
+
+
+def _coefficients(text: str) -> Coefficients:
+    try:
+        return Coefficients.from_json(json.loads(Path(text).read_text()))
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be read: {error.strerror}") from error
+    except (ArgumentError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from error

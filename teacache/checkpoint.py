@@ -1,0 +1,195 @@
+"""Finding, completing and checking a checkpoint folder. Nothing here loads a model."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from teacache.errors import ArgumentError, CheckpointError
+
+# What the face stack of diffusers reads below `face_encoder/`. What is missing of the first three
+# it would fetch from the network, unasked, in the middle of a run.
+FACE_FILES = (
+    "detection_Resnet50_Final.pth",
+    "parsing_bisenet.pth",
+    "parsing_parsenet.pth",
+    "EVA02_CLIP_L_336_psz14_s6B.pt",
+    "models/antelopev2/glintr100.onnx",
+    "models/antelopev2/scrfd_10g_bnkps.onnx",
+)
+# All that sampling needs of the repository; it holds training data tools (data_process/) as well.
+DOWNLOADED = (
+    "model_index.json",
+    *(f"{name}/*" for name in ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")),
+    "face_encoder/*",
+)
+# Weights of more than this are not sampled with on a CPU by mistake. ConsisID-preview has 23 GB.
+FULL_SIZE_BYTES = 4 * 2**30
+
+
+class VideoSize(NamedTuple):
+    """Width and height in pixels, and the number of frames."""
+
+    width: int
+    height: int
+    num_frames: int
+
+
+def local_checkpoint(name: str) -> Path | None:
+    """The folder that `--ckpts_path` means, or None where it has to be downloaded first.
+
+    Args:
+        name: `tiny`, a folder, or a Hugging Face repository, `owner/name`.
+
+    Raises:
+        CheckpointError: where it is none of these.
+    """
+    if name == "tiny":
+        from teacache.tiny import cached_tiny_checkpoint
+
+        return cached_tiny_checkpoint()
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointError(
+            f"--ckpts_path {name} is a file: a checkpoint is a folder with a model_index.json"
+        )
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith(("./", "../")):
+        raise CheckpointError(
+            f"--ckpts_path {name}: there is no such folder. "
+            "Name one, or a Hugging Face repository as owner/name, or tiny"
+        )
+    return None
+
+
+def download_checkpoint(repo_id: str) -> Path:
+    """Download a repository into a folder of its name, below the current one, and return it.
+
+    The files come to `<name>.incomplete`, which is renamed at the end: a folder that has the
+    repository's own name is whole. Asked again, a broken download goes on where it stopped.
+
+    Raises:
+        CheckpointError: where the repository cannot be reached or read.
+    """
+    import httpx
+    from filelock import FileLock
+    from huggingface_hub import errors, snapshot_download
+
+    folder = Path(repo_id)
+    incomplete = folder.with_name(f"{folder.name}.incomplete")
+    incomplete.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            if not folder.is_dir():  # else another process has just finished it
+                snapshot_download(repo_id, local_dir=incomplete, allow_patterns=list(DOWNLOADED))
+                shutil.rmtree(incomplete / ".cache", ignore_errors=True)
+                incomplete.rename(folder)
+    except (
+        errors.HfHubHTTPError,
+        errors.LocalEntryNotFoundError,
+        errors.OfflineModeIsEnabled,
+        httpx.HTTPError,
+    ) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"--ckpts_path {repo_id}: no such folder here, and the repository of that name could "
+            f"not be downloaded ({reason}). --ckpts_path tiny needs no download"
+        ) from error
+    return folder
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Raise CheckpointError unless `folder` holds every file that sampling reads, none empty."""
+    index = _read_json(folder / "model_index.json", "not a checkpoint")
+    found = index.get("_class_name")
+    if found != "ConsisIDPipeline":
+        raise CheckpointError(f"{folder} holds a {found}, not a ConsisIDPipeline")
+    needed = [folder / "face_encoder" / name for name in FACE_FILES]
+    needed.append(folder / "tokenizer" / "spiece.model")
+    needed.append(folder / "scheduler" / "scheduler_config.json")
+    for component in ("text_encoder", "transformer", "vae"):
+        needed.append(folder / component / "config.json")
+        needed.extend(_weight_files(folder / component))
+    missing = [p for p in needed if not p.is_file() or p.stat().st_size == 0]
+    if missing:
+        names = ", ".join(str(path.relative_to(folder)) for path in missing)
+        raise CheckpointError(f"{folder} is not whole, missing or empty: {names}")
+
+
+def is_full_size(folder: Path) -> bool:
+    """Whether the weights are of a size that nobody wants to sample with on a CPU by mistake."""
+    return sum(p.stat().st_size for p in folder.rglob("*.safetensors")) > FULL_SIZE_BYTES
+
+
+def video_size(
+    folder: Path, width: int | None, height: int | None, num_frames: int | None
+) -> VideoSize:
+    """The size to sample at: what is asked for, else what the transformer was trained at.
+
+    Raises:
+        ArgumentError: where the model cannot make that size, naming the nearest that it can.
+    """
+    config = _read_json(folder / "transformer" / "config.json", "not a checkpoint")
+    vae = _read_json(folder / "vae" / "config.json", "not a checkpoint")
+    spatial = 2 ** (len(vae["block_out_channels"]) - 1)
+    trained = VideoSize(
+        config["sample_width"] * spatial, config["sample_height"] * spatial, config["sample_frames"]
+    )
+    size = VideoSize(width or trained.width, height or trained.height, num_frames or trained[2])
+
+    learned = config["use_learned_positional_embeddings"]
+    if learned and size[:2] != trained[:2]:
+        raise ArgumentError(
+            f"--width {size.width} --height {size.height}: this checkpoint has learned positional "
+            f"embeddings and makes {trained.width}x{trained.height} only"
+        )
+    multiple = spatial * config["patch_size"]
+    for name, pixels in (("--width", size.width), ("--height", size.height)):
+        if pixels % multiple:
+            below = max(pixels // multiple, 1) * multiple
+            raise ArgumentError(
+                f"{name} {pixels} must be a multiple of {multiple}: "
+                f"the nearest are {below} and {below + multiple}"
+            )
+    _check_num_frames(size.num_frames, int(vae["temporal_compression_ratio"]))
+    return size
+
+
+def _check_num_frames(num_frames: int, ratio: int) -> None:
+    """The VAE decodes latent frames in pairs, the first pair with the odd one where there is one.
+
+    Only in a group that is odd does the first latent frame stand for one frame; so an odd number
+    of latent frames, 2k + 1, gives 2k x ratio + 1 frames, and any other request more than it asks.
+    """
+    step = 2 * ratio
+    if num_frames % step != 1:
+        below = num_frames // step * step + 1
+        nearest = [count for count in (below - step, below, below + step) if count > 0]
+        nearest.sort(key=lambda count: abs(count - num_frames))
+        first, second = sorted(nearest[:2])
+        raise ArgumentError(
+            f"--num_frames {num_frames} is not of the form {step}k + 1, which the VAE can make: "
+            f"the nearest are {first} and {second}"
+        )
+
+
+def _weight_files(component: Path) -> list[Path]:
+    """The safetensors files of one model: its shards where there is an index, else the one file."""
+    for index in component.glob("*.safetensors.index.json"):
+        shards = set(_read_json(index, "not a shard index")["weight_map"].values())
+        return [component / shard for shard in sorted(shards)]
+    single = "model" if component.name == "text_encoder" else "diffusion_pytorch_model"
+    return [component / f"{single}.safetensors"]
+
+
+def _read_json(path: Path, otherwise: str) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: {path.parent} is {otherwise}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no JSON: {error}") from error

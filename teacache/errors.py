@@ -1,0 +1,25 @@
+"""The errors that a user can do something about; everything else keeps its traceback."""
+
+
+class TeaCacheError(Exception):
+    """A wrong input or a missing piece of the environment, said in one line."""
+
+
+class ArgumentError(TeaCacheError):
+    """An argument, or a file that an argument names, cannot be used as it is."""
+
+
+class CheckpointError(TeaCacheError):
+    """The checkpoint cannot be found, fetched or read as a ConsisID checkpoint."""
+
+
+class DeviceError(TeaCacheError):
+    """The machine lacks what the run needs."""
+
+
+class ImageError(TeaCacheError):
+    """The image cannot be read, or no face can be found in it."""
+
+
+class OutputError(TeaCacheError):
+    """The output folder cannot take the video and its record."""

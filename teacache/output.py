@@ -1,0 +1,71 @@
+"""Names that two runs never share, and files that are either whole or absent."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from teacache.errors import OutputError
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the output folder where there is none, and make sure that it can be written to.
+
+    Raises:
+        OutputError: where it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise OutputError(f"--output_path {folder} is a file, not a folder") from None
+    except OSError as error:
+        raise OutputError(f"--output_path {folder} cannot be made: {error.strerror}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"--output_path {folder} cannot be written to")
+
+
+@contextlib.contextmanager
+def claimed_stem(folder: Path, prefix: str) -> Iterator[Path]:
+    """Hold `folder/{prefix}_{index:04d}`, without an ending, for as long as the block runs.
+
+    The index is the first that no file has and no other process holds. A process holds it by a
+    hidden file that only one of them can create, and looks for finished files afterwards: whoever
+    held it before has either left its files by then or given it up.
+    """
+    for index in itertools.count():
+        stem = folder / f"{prefix}_{index:04d}"
+        claim = folder / f".{stem.name}.claim"
+        try:
+            os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            continue
+        try:
+            if not any(_with_ending(stem, ending).exists() for ending in (".mp4", ".json")):
+                yield stem
+                return
+        finally:
+            claim.unlink()
+
+
+@contextlib.contextmanager
+def written_whole(stem: Path, ending: str) -> Iterator[Path]:
+    """A hidden path to write to, which becomes `stem` + `ending` once the block has succeeded.
+
+    Its content reaches the disk before the name does. Where the block fails it is removed.
+    """
+    beside = stem.with_name(f".{stem.name}.part{ending}")
+    try:
+        yield beside
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        beside.rename(_with_ending(stem, ending))
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _with_ending(stem: Path, ending: str) -> Path:
+    # Not with_suffix: in 42_0.15_0000 the suffix would be .15_0000.
+    return stem.with_name(stem.name + ending)

@@ -1,0 +1,51 @@
+"""Keeps the noise of the libraries below from the user, and leaves what this package says."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+
+
+def silence_libraries() -> None:
+    """Hide deprecations and advice; let this package's warnings through, a line each.
+
+    For a command, once, before anything heavy is imported.
+    """
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger().setLevel(logging.ERROR)
+    own = logging.getLogger("teacache")
+    if not own.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("warning: %(message)s"))
+        own.addHandler(handler)
+    own.setLevel(logging.WARNING)
+    own.propagate = False
+
+
+@contextlib.contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Hide the bars that diffusers and transformers draw while they read or write weights."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    shown = [log for log in (of_diffusers, of_transformers) if log.is_progress_bar_enabled()]
+    for log in shown:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in shown:
+            log.enable_progress_bar()
+
+
+def import_eva_clip():
+    """Import `consisid_eva_clip`, which prints advice about optional packages as it comes in."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        import consisid_eva_clip
+    return consisid_eva_clip

@@ -1,0 +1,108 @@
+"""What a run tells: its stages as they pass, its record, its summary."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from teacache.policy import Policy
+
+
+class Stages:
+    """Times the stages of a run, and says a line as each one ends.
+
+    Args:
+        say: takes the line.
+
+    Attributes:
+        seconds: seconds of each stage that has ended, in their order.
+    """
+
+    def __init__(self, say: Callable[[str], None]):
+        self.seconds: dict[str, float] = {}
+        self._say = say
+        self._start = time.perf_counter()
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time the block as the stage `name`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+        self._say(f"{name:<12}{self.seconds[name]:8.1f} s")
+
+    def with_total(self) -> dict[str, float]:
+        """The seconds of each stage so far, and `total`, the seconds since the run began."""
+        total = time.perf_counter() - self._start
+        seconds = {**self.seconds, "total": total}
+        return {name: round(value, 3) for name, value in seconds.items()}
+
+
+def build_record(
+    settings: dict[str, object],
+    policy: Policy,
+    seconds: dict[str, float],
+    device_name: str,
+    peak_memory_bytes: int,
+) -> dict[str, object]:
+    """The record of one video: its settings under their arguments' names, and what happened.
+
+    Distances that are not finite become null, which JSON can hold; their steps are among the
+    `extrapolated_steps`.
+    """
+    low, high = policy.coefficients.fitted_range
+    return {
+        **settings,
+        "coefficients": {
+            "values": list(policy.coefficients.values),
+            "fitted_range": [low, high if math.isfinite(high) else None],
+            "source": policy.coefficients.source,
+        },
+        "computed_steps": policy.computed_steps,
+        "reused_steps": policy.reused_steps,
+        "distances": [_finite(x) for x in policy.distances],
+        "rescaled": [_finite(x) for x in policy.rescaled],
+        "extrapolated_steps": policy.extrapolated_steps,
+        "seconds": seconds,
+        "peak_memory_bytes": peak_memory_bytes,
+        "device_name": device_name,
+        "versions": {
+            package: importlib.metadata.version(package)
+            for package in ("torch", "diffusers", "transformers")
+        },
+    }
+
+
+def write_record(record: dict[str, object], path: Path) -> None:
+    """Write a record as JSON, a line for each key."""
+    lines = (
+        f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False, allow_nan=False)}"
+        for key, value in record.items()
+    )
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def summary(video: Path, record: dict[str, object], why_nothing_reused: str | None) -> str:
+    """The lines that end a run."""
+    computed, reused = len(record["computed_steps"]), len(record["reused_steps"])
+    gibibytes = record["peak_memory_bytes"] / 2**30
+    lines = [
+        f"video       {video}",
+        f"steps       {computed} computed, {reused} reused of {computed + reused}",
+        f"seconds     {record['seconds']['total']:.1f}",
+        f"peak memory {gibibytes:.1f} GiB ({record['device_name']})",
+    ]
+    if why_nothing_reused:
+        lines.insert(2, f"            nothing was reused: {why_nothing_reused}")
+    return "\n".join(lines)
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
