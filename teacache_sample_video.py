@@ -36,13 +36,13 @@ def sample(args: argparse.Namespace, say) -> None:
     """One video, stage by stage: what is cheap to check comes before what is slow to load."""
     stages = Stages(say)
     prepare_folder(args.output_path)
+    with stages.stage("checkpoint"):
+        checkpoint = checkpoints.local_checkpoint(args.ckpts_path)
     with stages.stage("image"):
         image = faces.load_image(args.image)
     with stages.stage("imports"):
         from teacache import sampler
         from teacache.transformer import apply_teacache
-    with stages.stage("checkpoint"):
-        checkpoint = checkpoints.local_checkpoint(args.ckpts_path)
     device = sampler.choose_device(
         args.device, full_size=checkpoint is None or checkpoints.is_full_size(checkpoint)
     )

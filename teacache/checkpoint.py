@@ -75,7 +75,6 @@ def download_checkpoint(repo_id: str) -> Path:
     Raises:
         CheckpointError: where the repository cannot be reached or read.
     """
-    import httpx
     from filelock import FileLock
     from huggingface_hub import errors, snapshot_download
 
@@ -89,10 +88,9 @@ def download_checkpoint(repo_id: str) -> Path:
                 shutil.rmtree(incomplete / ".cache", ignore_errors=True)
                 incomplete.rename(folder)
     except (
-        errors.HfHubHTTPError,
+        errors.HTTPError,  # of the hub's HTTP client, whichever that is; HfHubHTTPError is one
         errors.LocalEntryNotFoundError,
         errors.OfflineModeIsEnabled,
-        httpx.HTTPError,
     ) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
@@ -160,20 +158,21 @@ def video_size(
 
 
 def _check_num_frames(num_frames: int, ratio: int) -> None:
-    """The VAE decodes latent frames in pairs, the first pair with the odd one where there is one.
+    def made(asked: int) -> int:
+        # The VAE decodes latent frames in pairs, the odd one with the first pair. The first
+        # latent frame stands for a single frame in an odd group, for `ratio` of them in a pair.
+        latent_frames = (asked - 1) // ratio + 1
+        return latent_frames * ratio - (ratio - 1 if latent_frames % 2 else 0)
 
-    Only in a group that is odd does the first latent frame stand for one frame; so an odd number
-    of latent frames, 2k + 1, gives 2k x ratio + 1 frames, and any other request more than it asks.
-    """
-    step = 2 * ratio
-    if num_frames % step != 1:
-        below = num_frames // step * step + 1
-        nearest = [count for count in (below - step, below, below + step) if count > 0]
-        nearest.sort(key=lambda count: abs(count - num_frames))
-        first, second = sorted(nearest[:2])
+    if made(num_frames) != num_frames:
+        below, above = num_frames - 1, num_frames + 1
+        while made(below) != below:
+            below -= 1
+        while made(above) != above:
+            above += 1
         raise ArgumentError(
-            f"--num_frames {num_frames} is not of the form {step}k + 1, which the VAE can make: "
-            f"the nearest are {first} and {second}"
+            f"--num_frames {num_frames}: the VAE cannot make that many, "
+            f"the nearest are {below} and {above}"
         )
 
 

@@ -74,7 +74,14 @@ def load_pipeline(
         offload: `none` keeps every model on the device; `model` brings each one there for its
             turn; `sequential` brings layer by layer.
         vae_tiling: decode the video in overlapping tiles, with less memory and not bit for bit.
+
+    Raises:
+        DeviceError: where there is nothing to offload from.
     """
+    if offload != "none" and device.type == "cpu":
+        raise DeviceError(
+            f"--offload {offload}: weights are offloaded from a GPU, and this is a CPU"
+        )
     with no_progress_bars():
         pipe = ConsisIDPipeline.from_pretrained(checkpoint, dtype=dtype, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)

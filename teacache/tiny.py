@@ -65,8 +65,9 @@ VAE = {
     "latent_channels": 16,
     "norm_num_groups": 8,
     "temporal_compression_ratio": 2,
+    # Tiles are half of this, and their overlaps must fall on whole latents: of 144 they do not.
     "sample_height": 96,
-    "sample_width": 144,
+    "sample_width": 160,
     "scaling_factor": 0.7,
 }
 SCHEDULER = {

@@ -1,0 +1,204 @@
+"""Finding, building and checking a checkpoint folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from teacache import tiny as tiny_module
+from teacache.checkpoint import (
+    check_checkpoint,
+    is_full_size,
+    local_checkpoint,
+    video_size,
+)
+from teacache.errors import ArgumentError, CheckpointError
+
+
+@pytest.fixture
+def light(tiny, tmp_path):
+    """A copy of the checkpoint whose large files are links, to damage one at a time."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny, folder, copy_function=os.link)
+    return folder
+
+
+def edit(path, **changed):
+    data = {**json.loads(path.read_text()), **changed}
+    path.unlink()  # it is a link
+    path.write_text(json.dumps(data))
+
+
+def test_tiny_is_built_once(tiny):
+    built = (tiny / "model_index.json").stat().st_mtime_ns
+    assert local_checkpoint("tiny") == tiny
+    assert (tiny / "model_index.json").stat().st_mtime_ns == built
+    check_checkpoint(tiny)
+    assert not is_full_size(tiny)
+    assert [p.name for p in tiny.parent.iterdir()] == [tiny.name], "nothing half-made beside it"
+
+
+def test_tiny_has_the_layout_of_the_real_one(tiny):
+    assert {p.name for p in tiny.iterdir()} == {
+        "model_index.json",
+        *("scheduler", "text_encoder", "tokenizer", "transformer", "vae", "face_encoder"),
+    }
+    assert [p.name for p in (tiny / "tokenizer").iterdir()] == ["spiece.model"]
+
+
+def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
+    def half(folder):
+        (folder / "model_index.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tiny_module, "_write_checkpoint", half)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_module.build_tiny_checkpoint(tmp_path / "tiny")
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_two_builds_at_once_one_is_kept(tmp_path, monkeypatch):
+    """The other one finished while this one was writing."""
+
+    def write(folder):
+        (folder / "model_index.json").write_text("second")
+        (tmp_path / "tiny").mkdir()
+        (tmp_path / "tiny" / "model_index.json").write_text("first")
+
+    monkeypatch.setattr(tiny_module, "_write_checkpoint", write)
+    tiny_module.build_tiny_checkpoint(tmp_path / "tiny")
+    assert (tmp_path / "tiny" / "model_index.json").read_text() == "first"
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_module_command_builds_one_where_wanted(tmp_path, tiny):
+    command = [sys.executable, "-m", "teacache.tiny", str(tmp_path / "here")]
+    built = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    assert built.stdout == f"built {tmp_path / 'here'}\n"
+    assert built.stderr == ""
+    check_checkpoint(tmp_path / "here")
+    for name in ("transformer", "vae", "text_encoder"):  # the same one, wherever it is built
+        for file in (tmp_path / "here" / name).glob("*.safetensors"):
+            assert file.read_bytes() == (tiny / name / file.name).read_bytes()
+    again = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert again.returncode == 2
+    assert again.stderr.startswith("error: ")
+
+
+def test_a_folder_is_itself(light):
+    assert local_checkpoint(str(light)) == light
+
+
+def test_a_repository_is_not_here_yet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert local_checkpoint("BestWishYsh/ConsisID-preview") is None
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./a/b", "/nowhere/at/all", "a/b/c", "", "a b/c"])
+def test_neither_folder_nor_repository(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if name == "":
+        with pytest.raises(CheckpointError, match="not a checkpoint"):
+            check_checkpoint(local_checkpoint(name))  # the empty path is the current folder
+    else:
+        with pytest.raises(CheckpointError, match="no such folder"):
+            local_checkpoint(name)
+
+
+def test_a_file_is_no_checkpoint(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(CheckpointError, match="is a file"):
+        local_checkpoint(str(tmp_path / "model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "face_encoder/parsing_parsenet.pth",
+        "face_encoder/models/antelopev2/glintr100.onnx",
+        "tokenizer/spiece.model",
+        "transformer/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+    ],
+)
+@pytest.mark.parametrize("empty", [False, True])
+def test_missing_and_empty_files_are_named(light, name, empty):
+    check_checkpoint(light)
+    (light / name).unlink()
+    if empty:
+        (light / name).touch()
+    with pytest.raises(CheckpointError, match=name):
+        check_checkpoint(light)
+
+
+def test_missing_shards_are_named(light):
+    folder = light / "transformer"
+    single = folder / "diffusion_pytorch_model.safetensors"
+    single.rename(folder / "part-1.safetensors")
+    index = {"weight_map": {"a": "part-1.safetensors", "b": "part-2.safetensors"}}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"missing or empty: transformer/part-2.safetensors$"):
+        check_checkpoint(light)
+
+
+def test_other_pipelines_are_named(light):
+    edit(light / "model_index.json", _class_name="CogVideoXPipeline")
+    with pytest.raises(CheckpointError, match="CogVideoXPipeline"):
+        check_checkpoint(light)
+
+
+def test_full_size_is_told_by_the_weights(light):
+    with (light / "transformer" / "more.safetensors").open("wb") as file:
+        file.truncate(5 * 2**30)  # sparse: takes no room
+    assert is_full_size(light)
+
+
+def test_size_is_the_transformers_own(tiny):
+    assert video_size(tiny, None, None, None) == (144, 96, 13)
+    assert video_size(tiny, 144, 96, 9) == (144, 96, 9)
+
+
+def test_learned_positional_embeddings_allow_no_other_size(tiny):
+    with pytest.raises(ArgumentError, match="144x96 only"):
+        video_size(tiny, 160, 96, None)
+
+
+@pytest.mark.parametrize(
+    ("asked", "complaint"),
+    [
+        ((150, 96, 13), "nearest are 144 and 160"),
+        ((144, 8, 13), "nearest are 16 and 32"),
+        ((144, 96, 11), "nearest are 9 and 12"),
+        ((144, 96, 2), "nearest are 1 and 4"),
+    ],
+)
+def test_nearest_sizes_are_named(light, asked, complaint):
+    edit(light / "transformer" / "config.json", use_learned_positional_embeddings=False)
+    assert video_size(light, 160, 80, 17) == (160, 80, 17)
+    with pytest.raises(ArgumentError, match=complaint):
+        video_size(light, *asked)
+
+
+def test_frames_that_the_vae_makes_are_those_that_it_is_asked_for(make_pipe):
+    """The rule for --num_frames, against what the VAE decodes, at the real compression of 4."""
+    import torch
+    from diffusers import AutoencoderKLCogVideoX
+
+    from teacache.checkpoint import _check_num_frames
+
+    torch.manual_seed(0)
+    vae = AutoencoderKLCogVideoX(**{**tiny_module.VAE, "temporal_compression_ratio": 4}).eval()
+    for num_frames in range(1, 26):
+        latent_frames = (num_frames - 1) // 4 + 1
+        with torch.no_grad():
+            made = vae.decode(torch.zeros(1, 16, latent_frames, 2, 2)).sample.shape[2]
+        if made == num_frames:
+            _check_num_frames(num_frames, 4)
+        else:
+            with pytest.raises(ArgumentError):
+                _check_num_frames(num_frames, 4)

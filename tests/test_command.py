@@ -1,0 +1,337 @@
+"""The command, as a user runs it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import PROMPT
+from PIL import Image
+
+import teacache_sample_video
+from teacache import identity as faces
+from teacache.arguments import build_parser
+from teacache.video import read_video, write_video
+
+COMMAND = [sys.executable, "teacache_sample_video.py"]
+ROOT = Path(__file__).parent.parent
+
+
+def start(*arguments: object, **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [*COMMAND, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, text=True, **options
+    )
+
+
+def read_all(descriptor: int, into: list[bytes]) -> None:
+    """Everything that a terminal shows, until its last writer is gone."""
+    while True:
+        try:
+            data = os.read(descriptor, 65536)
+        except OSError:  # Linux says so where the other end has closed
+            return
+        if not data:
+            return
+        into.append(data)
+
+
+@pytest.fixture(scope="module")
+def photograph(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("image") / "photograph.png"
+    faces.load_image("astronaut").save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny, photograph):
+    """One whole run, standard error on a terminal: (folder, standard output, what it showed)."""
+    folder = tmp_path_factory.mktemp("out")
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
+    shown: list[bytes] = []
+    process = start(
+        *("--ckpts_path", tiny, "--rel_l1_thresh", 0.15, "--image", photograph),
+        *("--prompt", PROMPT, "--output_path", folder),
+        stderr=theirs,
+    )
+    os.close(theirs)
+    reader = threading.Thread(target=read_all, args=(ours, shown))
+    reader.start()
+    output, _ = process.communicate(timeout=300)
+    reader.join()
+    os.close(ours)
+    assert process.returncode == 0, b"".join(shown).decode()
+    return folder, output, b"".join(shown).decode()
+
+
+def test_photograph_to_mp4(run):
+    folder, _, _ = run
+    assert sorted(p.name for p in folder.iterdir()) == ["42_0.15_0000.json", "42_0.15_0000.mp4"]
+    video = read_video(folder / "42_0.15_0000.mp4")
+    assert video.frames.shape == (13, 96, 144, 3)
+    assert video.fps == 8
+    assert video.frames.std() > 10, "not a flat picture"
+    assert np.abs(video.frames[0].astype(int) - video.frames[-1]).mean() > 1, "something moves"
+
+
+def test_record_and_file_agree(run, tiny, photograph):
+    folder, output, _ = run
+    record = json.loads((folder / "42_0.15_0000.json").read_text())
+    video = read_video(folder / "42_0.15_0000.mp4")
+    assert video.frames.shape == (record["num_frames"], record["height"], record["width"], 3)
+    assert video.fps == record["fps"]
+    settings = {
+        "rel_l1_thresh": 0.15,
+        "ckpts_path": str(tiny),
+        "image": str(photograph),
+        "prompt": PROMPT,
+        "negative_prompt": "",
+        "seed": 42,
+        "num_infer_steps": 50,
+        "output_path": str(folder),
+        "guidance_scale": 6.0,
+        "device": "cpu",
+        "dtype": "float32",
+        "offload": "none",
+        "vae_tiling": False,
+        "device_name": "cpu",
+    }
+    assert {name: record[name] for name in settings} == settings
+    assert sorted(record["computed_steps"] + record["reused_steps"]) == list(range(50))
+    assert 5 < len(record["computed_steps"]) < 45
+    assert len(record["distances"]) == len(record["rescaled"]) == 50
+    assert record["distances"][0] is None
+    assert all(0.00746 < x < 0.32997 for x in record["distances"][1:])
+    assert (
+        record["rescaled"][1:]
+        == np.poly1d(record["coefficients"]["values"])(record["distances"][1:]).tolist()
+    )
+    assert set(record["versions"]) == {"torch", "diffusers", "transformers"}
+    assert record["peak_memory_bytes"] > 2**28, "torch alone takes a quarter of a GiB"
+    *stages, total = record["seconds"].values()
+    assert sum(stages) <= total
+    assert f"{len(record['computed_steps'])} computed" in output
+
+
+def test_says_a_line_for_each_stage_and_a_summary(run):
+    folder, output, _ = run
+    lines = output.splitlines()
+    stages = [line.split()[0] for line in lines if line.endswith(" s")]
+    assert stages == [
+        *("checkpoint", "image", "imports", "identity", "loading", "text"),
+        *("denoising", "decoding", "writing"),
+    ]
+    assert lines[-4].split() == ["video", str(folder / "42_0.15_0000.mp4")]
+    assert lines[-3].startswith("steps ")
+    assert lines[-2].startswith("seconds ")
+    assert lines[-1].startswith("peak memory ")
+
+
+def test_bar_counts_computed_and_reused_steps_and_nothing_else_is_shown(run):
+    _, _, shown = run
+    assert "denoising: " in shown
+    assert "computed=" in shown
+    assert "reused=" in shown
+    redraws = [line for line in shown.replace("\n", "\r").split("\r") if line.strip("\x1b[A ")]
+    assert all("denoising: " in line for line in redraws), redraws
+
+
+def test_two_runs_at_once_in_one_folder(tmp_path, tiny):
+    """Same seed and threshold: two names, two whole videos, the same frames."""
+    arguments = ("--ckpts_path", "tiny", "--num_infer_steps", 8, "--output_path", tmp_path)
+    processes = [start(*arguments, stderr=subprocess.PIPE) for _ in range(2)]
+    for process in processes:
+        _, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error
+        assert error == "", "where standard error is no terminal it stays silent"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        *("42_0.1_0000.json", "42_0.1_0000.mp4", "42_0.1_0001.json", "42_0.1_0001.mp4")
+    ]
+    first, second = (read_video(tmp_path / f"42_0.1_000{n}.mp4").frames for n in range(2))
+    assert np.array_equal(first, second)
+
+
+def test_a_loop_over_three_thresholds(tmp_path, tiny):
+    """As the README's users do it, one process each."""
+    for threshold in ("0", "0.1", "0.2"):
+        process = start(
+            *("--ckpts_path", "tiny", "--rel_l1_thresh", threshold, "--num_infer_steps", 20),
+            *("--output_path", tmp_path, "--quiet"),
+        )
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0
+        assert output == f"{tmp_path}/42_{float(threshold)}_0000.mp4\n"
+    computed = [
+        len(json.loads((tmp_path / f"42_{threshold}_0000.json").read_text())["computed_steps"])
+        for threshold in ("0.0", "0.1", "0.2")
+    ]
+    assert computed[0] == 20
+    assert computed == sorted(computed, reverse=True)
+    assert computed[2] < 20
+
+
+def test_help_imports_nothing_heavy():
+    check = (
+        "import sys, runpy\n"
+        "sys.argv = ['teacache_sample_video.py', sys.argv[1]]\n"
+        "try: runpy.run_path('teacache_sample_video.py', run_name='__main__')\n"
+        "except SystemExit as end: code = end.code\n"
+        "heavy = {'torch', 'numpy', 'diffusers', 'transformers', 'PIL', 'skimage'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "print(code)"
+    )
+    for argument, code in (("--help", "0"), ("--rel_l1_thresh=-1", "2")):
+        done = subprocess.run(
+            [sys.executable, "-c", check, argument],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.splitlines()[-1] == code
+
+
+def test_published_arguments_keep_names_and_defaults():
+    defaults = vars(build_parser().parse_args([]))
+    assert defaults["rel_l1_thresh"] == 0.1
+    assert defaults["ckpts_path"] == "BestWishYsh/ConsisID-preview"
+    assert defaults["seed"] == 42
+    assert defaults["num_infer_steps"] == 50
+    assert defaults["output_path"] == Path("./teacache_results")
+    image = teacache_sample_video.parse_arguments([]).image
+    assert image.startswith("https://github.com/PKU-YuanGroup/ConsisID/")
+    assert image.endswith("2.png?raw=true")
+    assert defaults["prompt"].startswith("The video captures a boy walking along a city street")
+
+
+def main(capsys, *arguments: object) -> tuple[int, str, str]:
+    """The command within this process: (exit code, standard output, standard error)."""
+    try:
+        code = teacache_sample_video.main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        code = end.code
+    return code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--rel_l1_thresh", "-0.1"),
+        ("--rel_l1_thresh", "nan"),
+        ("--rel_l1_thresh", "inf"),
+        ("--rel_l1_thresh", "much"),
+        ("--num_infer_steps", "0"),
+        ("--num_infer_steps", "2.5"),
+        ("--seed", "-1"),
+        ("--fps", "0"),
+        ("--height", "0"),
+        ("--guidance_scale", "nan"),
+        ("--device", "gpu"),
+        ("--dtype", "int8"),
+        ("--offload", "disk"),
+        ("--coefficients", "/nowhere.json"),
+        ("--rel_l1", "0.1"),
+    ],
+)
+def test_wrong_arguments_get_one_line_and_2(capsys, arguments):
+    code, output, error = main(capsys, *arguments)
+    assert code == 2
+    assert output == ""
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert arguments[0] in error
+
+
+def test_wrong_input_gets_one_line_and_2(capsys, tmp_path, tiny):
+    (tmp_path / "file").touch()
+    for arguments, complaint in (
+        (("--image", tmp_path / "none.png"), "no such file"),
+        (("--ckpts_path", tmp_path / "none"), "no such folder"),
+        (("--output_path", tmp_path / "file"), "is a file"),
+        (("--num_frames", 11), "nearest are 9 and 12"),
+        (("--width", 160), "144x96 only"),
+        (("--device", "cuda:7"), "0 CUDA GPUs"),
+        (("--offload", "model"), "this is a CPU"),
+    ):
+        defaults = ("--ckpts_path", "tiny", "--output_path", tmp_path / "out")
+        code, _, error = main(capsys, *defaults, *arguments)
+        assert code == 2, arguments
+        assert error.startswith("error: "), arguments
+        assert error.count("\n") == 1, arguments
+        assert complaint in error, arguments
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_full_size_without_a_gpu_says_what_there_is_instead(capsys, tmp_path, monkeypatch, tiny):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoint" / "transformer").mkdir(parents=True)
+    weights = tmp_path / "checkpoint" / "transformer" / "diffusion_pytorch_model.safetensors"
+    with weights.open("wb") as file:
+        file.truncate(11 * 2**30)
+    for checkpoint in ("checkpoint", "BestWishYsh/ConsisID-preview"):
+        code, _, error = main(capsys, "--ckpts_path", checkpoint, "--image", "astronaut")
+        assert code == 2
+        assert "CUDA GPU" in error
+        assert "--ckpts_path tiny" in error
+        assert "--device cpu" in error
+    assert not (tmp_path / "BestWishYsh").exists(), "nothing is downloaded first"
+
+
+def test_threshold_0_writes_the_plain_pipelines_video(capsys, tmp_path, pipe, sample):
+    """The same file, byte for byte, as from the plain pipeline's frames."""
+    write_video(sample(pipe, steps=6, output_type="pil")[0], tmp_path / "plain.mp4", fps=8)
+    code, *_ = main(
+        capsys,
+        *("--ckpts_path", "tiny", "--rel_l1_thresh", 0, "--num_infer_steps", 6),
+        *("--prompt", PROMPT, "--output_path", tmp_path),
+    )
+    assert code == 0
+    assert (tmp_path / "42_0.0_0000.mp4").read_bytes() == (tmp_path / "plain.mp4").read_bytes()
+
+
+def test_every_other_argument_has_its_effect(capsys, tmp_path, photograph):
+    """bfloat16, no guidance, another size in time, rate, coefficients, image, tiling."""
+    # p(x) = 0.01 whatever x is: a threshold of 0.035 reuses three steps for each computed one.
+    (tmp_path / "flat.json").write_text('{"values": [0, 0, 0, 0, 0.01], "source": "flat"}')
+    Image.open(photograph).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "other.png")
+    code, output, _ = main(
+        capsys,
+        *("--ckpts_path", "tiny", "--rel_l1_thresh", 0.035, "--num_infer_steps", 10),
+        *("--coefficients", tmp_path / "flat.json", "--image", tmp_path / "other.png"),
+        *("--dtype", "bfloat16", "--device", "cpu", "--guidance_scale", 1, "--num_frames", 9),
+        *("--fps", 12, "--seed", 7, "--negative_prompt", "rain", "--vae_tiling"),
+        *("--width", 144, "--height", 96, "--prompt", "a man", "--output_path", tmp_path),
+    )
+    assert code == 0
+    assert "4 computed, 6 reused" in output
+    video = read_video(tmp_path / "7_0.035_0000.mp4")
+    assert video.frames.shape == (9, 96, 144, 3)
+    assert video.fps == 12
+    record = json.loads((tmp_path / "7_0.035_0000.json").read_text())
+    assert record["computed_steps"] == [0, 4, 8, 9]
+    assert record["dtype"] == "bfloat16"
+    assert record["coefficients"] == {
+        "values": [0, 0, 0, 0, 0.01],
+        "fitted_range": [0.0, None],
+        "source": "flat",
+    }
+
+
+def test_says_why_nothing_was_reused(capsys, tmp_path, monkeypatch):
+    code, output, error = main(
+        capsys,
+        *("--ckpts_path", "tiny", "--num_infer_steps", 3, "--output_path", tmp_path),
+    )
+    assert code == 0
+    assert "nothing was reused: the coefficients cover" in output
+    assert error.count("do not cover") == 1

@@ -1,0 +1,121 @@
+"""Names that two runs never share, and files that are whole or absent."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from teacache.errors import OutputError
+from teacache.output import claimed_stem, prepare_folder, written_whole
+from teacache.policy import Policy
+from teacache.report import build_record, write_record
+from teacache.video import read_video, write_video
+
+WRITE_FIVE = """
+import sys
+from pathlib import Path
+from teacache.output import claimed_stem, written_whole
+for n in range(5):
+    with claimed_stem(Path(sys.argv[1]), "42_0.1") as stem:
+        for ending in (".mp4", ".json"):
+            with written_whole(stem, ending) as path:
+                path.write_text(f"{sys.argv[2]} {n}")
+"""
+
+
+def test_index_starts_at_0_and_never_overwrites(tmp_path):
+    for expected in range(3):
+        with claimed_stem(tmp_path, "42_0.15") as stem:
+            assert stem.name == f"42_0.15_{expected:04d}"
+            with written_whole(stem, ".mp4") as path:
+                path.write_text(str(expected))
+    (tmp_path / "42_0.15_0001.mp4").unlink()
+    (tmp_path / "42_0.15_0001.json").write_text("{}")
+    with claimed_stem(tmp_path, "42_0.15") as stem:
+        assert stem.name == "42_0.15_0003", "a record alone keeps its name as well"
+
+
+def test_two_hold_different_names_at_once(tmp_path):
+    with claimed_stem(tmp_path, "a") as one, claimed_stem(tmp_path, "a") as two:
+        assert one != two
+
+
+def test_a_claim_that_failed_is_given_up(tmp_path):
+    with pytest.raises(RuntimeError), claimed_stem(tmp_path, "a") as stem:
+        raise RuntimeError
+    with claimed_stem(tmp_path, "a") as again:
+        assert again == stem
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_side_by_side_share_no_name(tmp_path):
+    """20 processes, 5 videos each, in one folder."""
+
+    def start(number: int) -> int:
+        command = [sys.executable, "-c", WRITE_FIVE, str(tmp_path), str(number)]
+        return subprocess.run(command, check=False, timeout=120).returncode
+
+    with ThreadPoolExecutor(20) as threads:
+        assert set(threads.map(start, range(20))) == {0}
+    videos = sorted(tmp_path.glob("42_0.1_*.mp4"))
+    assert len(videos) == 100
+    contents = {path.read_text() for path in videos}
+    assert contents == {f"{number} {n}" for number in range(20) for n in range(5)}
+    for path in videos:
+        assert path.with_name(path.name[:-4] + ".json").read_text() == path.read_text()
+    assert len(list(tmp_path.iterdir())) == 200, "nothing hidden is left"
+
+
+def test_a_file_is_whole_or_absent(tmp_path):
+    def fail():
+        with written_whole(tmp_path / "42_0.1_0000", ".mp4") as path:
+            path.write_text("half a vid")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert not list(tmp_path.iterdir())
+
+
+def test_folder(tmp_path):
+    prepare_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="is a file"):
+        prepare_folder(tmp_path / "file")
+    with pytest.raises(OutputError, match="cannot be made"):
+        prepare_folder(tmp_path / "file" / "below")
+
+
+def test_video_there_and_back(tmp_path):
+    """Smooth frames survive the codec: what is read is what was written, a little blurred."""
+    column, row = np.meshgrid(np.arange(96), np.arange(64))
+    frames = [
+        Image.fromarray(np.stack([column * 2, row * 3, 0 * row + 20 * n], -1).astype(np.uint8))
+        for n in range(9)
+    ]
+    write_video(frames, tmp_path / "video.mp4", fps=8)
+    video = read_video(tmp_path / "video.mp4")
+    assert video.frames.shape == (9, 64, 96, 3)
+    assert video.fps == 8
+    expected = np.stack([np.array(frame) for frame in frames]).astype(float)
+    # Quality 5 of x264 and 4:2:0 colour: a few grey levels on gradients.
+    assert np.abs(video.frames - expected).mean() < 5
+
+
+def test_record_holds_distances_that_json_does_not(tmp_path):
+    policy = Policy(4, 0.1)
+    for distance in (None, float("nan"), float("inf"), 0.03):
+        policy.decide(distance)
+    record = build_record({"seed": 1, "prompt": "naïve"}, policy, {"total": 1.0}, "cpu", 1)
+    write_record(record, tmp_path / "record.json")
+    read = json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))
+    assert read["prompt"] == "naïve"
+    assert read["distances"] == [None, None, None, 0.03]
+    assert read["extrapolated_steps"] == [1, 2]

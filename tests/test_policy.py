@@ -1,0 +1,190 @@
+"""The rule, against numbers worked out by hand and against a second computation."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+
+from teacache.errors import ArgumentError
+from teacache.policy import COGVIDEOX_5B, Coefficients, Policy, check_threshold, relative_l1
+
+IDENTITY = Coefficients((0.0, 0.0, 0.0, 1.0, 0.0), (0.0, math.inf), "p(x) = x")
+
+
+def run(policy: Policy, distances: list[float]) -> list[bool]:
+    return [policy.decide(distance) for distance in [None, *distances]]
+
+
+def test_relative_l1_by_hand():
+    previous = torch.tensor([[1.0, -2.0], [3.0, -4.0]])
+    embedding = torch.tensor([[1.5, -2.0], [2.0, -3.0]])
+    # |differences|: 0.5, 0, 1, 1, mean 0.625; |previous|: 1, 2, 3, 4, mean 2.5
+    assert relative_l1(embedding, previous) == 0.25
+
+
+def test_relative_l1_rounds_as_the_sampling_dtype_does():
+    previous = torch.full((2, 3), 3.0, dtype=torch.bfloat16)
+    embedding = torch.full((2, 3), 3.25, dtype=torch.bfloat16)
+    # 0.25 / 3 = 0.08333..., of which bfloat16's 8 significant bits keep 171 / 2048
+    assert relative_l1(embedding, previous) == 171 / 2048
+
+
+@pytest.mark.parametrize(
+    ("distance", "expected"),
+    [
+        # -1538.80483 x^4 + 843.202495 x^3 - 134.363087 x^2 + 7.97131516 x - 0.0523162339
+        (0.0, -0.0523162339),
+        (0.1, 0.0905064241),
+        (0.05, 0.1061245882875),
+    ],
+)
+def test_published_polynomial_by_hand(distance, expected):
+    # The hand computation is decimal; 1e-15 is a few units in the last place of float64.
+    assert COGVIDEOX_5B.rescale(distance) == pytest.approx(expected, abs=1e-15)
+
+
+def test_published_polynomial_is_numpys_to_the_bit():
+    polynomial = np.poly1d(COGVIDEOX_5B.values)
+    for distance in np.random.default_rng(0).uniform(0, 0.4, 1000).tolist():
+        assert COGVIDEOX_5B.rescale(distance) == polynomial(distance)
+
+
+def test_published_range_is_where_the_polynomial_is_positive():
+    low, high = COGVIDEOX_5B.fitted_range
+    roots = sorted(root.real for root in np.roots(COGVIDEOX_5B.values) if abs(root.imag) < 1e-12)
+    # The range is given to five decimals.
+    assert (low, high) == pytest.approx((roots[0], roots[-1]), abs=5e-6)
+
+
+def test_accumulates_until_the_threshold_and_starts_anew():
+    policy = Policy(8, 1.0, IDENTITY)
+    computed = run(policy, [0.4, 0.4, 0.4, 0.25, 0.5, 0.25, 0.1])
+    # sums: .4 reuse, .8 reuse, 1.2 compute, .25 reuse, .75 reuse, 1.0 is not below: compute; last
+    assert computed == [True, False, False, True, False, False, True, True]
+    assert policy.computed_steps == [0, 3, 6, 7]
+    assert policy.reused_steps == [1, 2, 4, 5]
+    assert policy.distances == [None, 0.4, 0.4, 0.4, 0.25, 0.5, 0.25, 0.1]
+    assert policy.rescaled == policy.distances
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_first_and_last_step_are_computed(steps):
+    policy = Policy(steps, 100.0, IDENTITY)
+    run(policy, [0.01] * (steps - 1))
+    assert policy.computed_steps == sorted({0, steps - 1})
+    assert policy.reused_steps == [1][: max(0, steps - 2)]
+
+
+@pytest.mark.parametrize(
+    "coefficients",
+    [COGVIDEOX_5B, IDENTITY, Coefficients((0.0, 0.0, 0.0, 0.0, -1.0), (0.0, 1.0), "p(x) = -1")],
+)
+def test_threshold_0_never_reuses(coefficients):
+    policy = Policy(50, 0.0, coefficients)
+    run(policy, [0.0, 0.001, 0.03, 0.5, 0.9, 3.0] * 8 + [0.03])
+    assert policy.computed_steps == list(range(50))
+    assert policy.why_nothing_was_reused() is None
+
+
+@pytest.mark.parametrize("outside", [0.0, 0.007, 0.34, 5.0, math.inf, math.nan])
+def test_outside_the_fitted_range_is_computed_and_starts_anew(outside):
+    policy = Policy(7, 0.15, COGVIDEOX_5B)
+    # p(0.03) is 0.0874: one fits below 0.15, two do not, unless the sum starts anew in between.
+    assert run(policy, [0.03, outside, 0.03, 0.03, 0.03, 0.03]) == [
+        True,
+        False,
+        True,
+        False,
+        True,
+        False,
+        True,
+    ]
+    assert policy.extrapolated_steps == [2]
+
+
+def test_says_why_nothing_was_reused():
+    outside = Policy(5, 0.1)
+    run(outside, [0.5, 0.6, 0.55, 0.5])
+    assert "0.00746 to 0.32997" in outside.why_nothing_was_reused()
+    assert "0.5000 to 0.6000" in outside.why_nothing_was_reused()
+    small = Policy(5, 0.05)
+    run(small, [0.03, 0.04, 0.05, 0.03])
+    assert "0.0874" in small.why_nothing_was_reused()
+    assert "first and the last" in Policy(2, 0.1).why_nothing_was_reused()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheduler", [CogVideoXDPMScheduler, CogVideoXDDIMScheduler])
+def test_schedule_of_the_tiny_checkpoint_by_a_second_computation(
+    sample, scheduler, dtype, make_pipe
+):
+    """The sampler's schedule equals one computed from the embeddings alone, with NumPy."""
+    from teacache.transformer import apply_teacache
+
+    pipe = make_pipe(dtype)
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    transformer = pipe.transformer
+    pipe.scheduler.set_timesteps(50)
+    embeddings = [
+        transformer.time_embedding(transformer.time_proj(t.expand(2)).to(dtype))
+        for t in pipe.scheduler.timesteps
+    ]
+    polynomial = np.poly1d(
+        [-1.53880483e03, 8.43202495e02, -1.34363087e02, 7.97131516e00, -5.23162339e-02]
+    )
+    counts = set()
+    with apply_teacache(pipe) as teacache:
+        for threshold in (0.1, 0.15, 0.2):
+            expected, total = [], 0.0
+            for i, e in enumerate(embeddings):
+                if i > 0:
+                    p = embeddings[i - 1]
+                    total += polynomial(((e - p).abs().mean() / p.abs().mean()).item())
+                if i in (0, 49) or total >= threshold:
+                    expected.append(i)
+                    total = 0.0
+            teacache.rel_l1_thresh = threshold
+            sample(pipe, steps=50, num_frames=1)
+            assert teacache.policy.computed_steps == expected
+            assert not teacache.policy.extrapolated_steps
+            counts.add(len(expected))
+    assert len(counts) == 3, "each threshold computes another number of steps"
+
+
+@pytest.mark.parametrize("threshold", [-0.1, math.nan, math.inf])
+def test_refuses_a_threshold(threshold):
+    with pytest.raises(ArgumentError, match="rel_l1_thresh"):
+        check_threshold(threshold)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[1, 2, 3, 4, 5]", "object"),
+        ('{"values": [1, 2, 3]}', "5 finite numbers"),
+        ('{"values": [1, 2, 3, 4, NaN]}', "5 finite numbers"),
+        ('{"values": [1, 2, 3, 4, true]}', "5 finite numbers"),
+        ('{"values": "12345"}', "5 finite numbers"),
+        ('{"fitted_range": [0, 1]}', "5 finite numbers"),
+        ('{"values": [1, 2, 3, 4, 5], "fitted_range": [1, 0]}', "fitted_range"),
+        ('{"values": [1, 2, 3, 4, 5], "range": [0, 1]}', "unknown key 'range'"),
+    ],
+)
+def test_refuses_a_coefficients_file(text, complaint):
+    with pytest.raises(ArgumentError, match=complaint):
+        Coefficients.from_json(json.loads(text))
+
+
+def test_reads_a_coefficients_file():
+    read = Coefficients.from_json({"values": [0, 0, 0, 1, 0], "fitted_range": [0.1, 0.2]})
+    assert read.values == (0.0, 0.0, 0.0, 1.0, 0.0)
+    assert read.covers(0.15)
+    assert not read.covers(0.25)
+    unbounded = Coefficients.from_json({"values": [0, 0, 0, 1, -1]})
+    assert unbounded.covers(1e9)
+    assert not unbounded.covers(0.5)  # p(0.5) is below 0
