@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import sys
 
 from teacache import checkpoint as checkpoints
@@ -106,10 +107,14 @@ def settings_of(args: argparse.Namespace, size, device, dtype) -> dict[str, obje
 def denoising_bar(args: argparse.Namespace, teacache):
     """A progress bar that counts computed and reused steps; nothing where stderr is no terminal."""
     from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
 
-    with tqdm(
-        total=args.num_infer_steps, desc="denoising", leave=False, disable=args.quiet or None
-    ) as bar:
+    with (
+        tqdm(
+            total=args.num_infer_steps, desc="denoising", leave=False, disable=args.quiet or None
+        ) as bar,
+        logging_redirect_tqdm([logging.getLogger("teacache")]),  # warnings above the bar
+    ):
 
         def on_step() -> None:
             policy = teacache.policy

@@ -18,12 +18,12 @@ def silence_libraries() -> None:
     warnings.simplefilter("ignore")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.getLogger().setLevel(logging.ERROR)
+    for name in ("", "diffusers", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("warning: %(message)s"))
     own = logging.getLogger("teacache")
-    if not own.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("warning: %(message)s"))
-        own.addHandler(handler)
+    own.handlers = [handler]
     own.setLevel(logging.WARNING)
     own.propagate = False
 

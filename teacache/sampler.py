@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 import sys
 from collections.abc import Callable
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
     from teacache.checkpoint import VideoSize
     from teacache.identity import Identity
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -100,7 +103,16 @@ def load_pipeline(
 def encode_text(
     pipe: ConsisIDPipeline, prompt: str, negative_prompt: str, guidance_scale: float
 ) -> Text:
-    """Embed the prompt, and the negative prompt where guidance (a scale above 1) asks for it."""
+    """Embed the prompt, and the negative prompt where guidance (a scale above 1) asks for it.
+
+    What is longer than the text encoder reads is cut off, with a warning that shows it.
+    """
+    limit = pipe.transformer.config.max_text_seq_length
+    for name, given in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+        tokens = pipe.tokenizer(given).input_ids
+        if len(tokens) > limit:
+            lost = pipe.tokenizer.decode(tokens[limit - 1 : -1])  # the last token ends the text
+            logger.warning("--%s is longer than %d tokens: without %r", name, limit, lost)
     embeds = pipe.encode_prompt(
         prompt, negative_prompt, do_classifier_free_guidance=guidance_scale > 1
     )

@@ -10,9 +10,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
-import itertools
 import json
 import os
+import random
 import shutil
 import sys
 import tempfile
@@ -77,6 +77,20 @@ SCHEDULER = {
     "snr_shift_scale": 1.0,
     "clip_sample": False,
 }
+
+
+# The words of prompts such as ConsisID's examples: one of their length must fit into 226 tokens.
+WORDS = """
+    The video captures a boy girl man woman astronaut walking standing laughing along a city street,
+    filmed in black and white on a classic 35mm camera. His Her expression is thoughtful, smiling,
+    brow slightly furrowed as if he's she's lost in contemplation. film grain adds textured,
+    timeless quality to the image, evoking sense of nostalgia. Around him, her, the cityscape
+    filled with vintage buildings, cobblestone sidewalks, and softly blurred figures passing by,
+    their outlines faint and indistinct. Streetlights cast gentle glow, while shadows play across
+    boy's path, adding depth scene. lighting highlights subtle smile, hinting at fleeting moment of
+    curiosity. overall cinematic atmosphere, complete with still aesthetics dramatic contrasts,
+    gives an evocative introspective feel. portrait of young old face light sea trees
+""".split()
 
 
 def cached_tiny_checkpoint() -> Path:
@@ -186,23 +200,18 @@ def smooth_time_embedding(transformer: ConsisIDTransformer3DModel) -> None:
 
 
 def _write_tokenizer(folder: Path) -> int:
-    """Train a SentencePiece model on made-up sentences; return the size of its vocabulary."""
+    """Train a SentencePiece model on random sentences; return the number of its tokens."""
     import sentencepiece
 
-    words = (
-        ("a", "the", "one", "this"),
-        ("young", "old", "smiling", "thoughtful"),
-        ("woman", "man", "boy", "girl", "astronaut"),
-        ("walks", "stands", "looks", "laughs"),
-        ("along a city street", "in soft light", "by the sea", "under tall trees"),
-    )
-    sentences = [" ".join(choice) for choice in itertools.product(*words)]
+    # In random order, so that what repeats, and becomes a piece, is the word and not the phrase.
+    order = random.Random(SEED)
+    sentences = [" ".join(order.sample(WORDS, 12)) for _ in range(500)]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences),
         model_writer=model,
         model_type="unigram",
-        vocab_size=200,
+        vocab_size=400,
         hard_vocab_limit=False,
         character_coverage=1.0,
         pad_id=0,
@@ -213,7 +222,8 @@ def _write_tokenizer(folder: Path) -> int:
     )
     folder.mkdir(parents=True)
     (folder / "spiece.model").write_bytes(model.getvalue())
-    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size()
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size()
+    return pieces + 100  # T5's tokenizer adds a hundred <extra_id_...>
 
 
 def main(argv: list[str] | None = None) -> int:
