@@ -12,6 +12,8 @@ from teacache.errors import ArgumentError
 from teacache.policy import COGVIDEOX_5B, Coefficients
 
 DEFAULT_CHECKPOINT = "BestWishYsh/ConsisID-preview"
+DEFAULT_THRESHOLD = 0.1
+PLANNED_THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 DEFAULT_IMAGE = (
     "https://github.com/PKU-YuanGroup/ConsisID/blob/main/asserts/example_images/2.png?raw=true"
 )
@@ -31,9 +33,15 @@ DEFAULT_PROMPT = (
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; exit with 2 and one line where an argument is wrong.
 
-    `args.coefficients` comes back as Coefficients, and `args.image` with its default filled in.
+    `args.coefficients` comes back as Coefficients; defaults that depend on other arguments
+    (`image`, `rel_l1_thresh`) are filled in.
     """
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.target_speedup and args.rel_l1_thresh:
+        parser.error("argument --target_speedup: not allowed with argument --rel_l1_thresh")
+    if args.rel_l1_thresh is None:
+        args.rel_l1_thresh = list(PLANNED_THRESHOLDS) if args.plan else [DEFAULT_THRESHOLD]
     if args.image is None:
         args.image = "astronaut" if args.ckpts_path == "tiny" else DEFAULT_IMAGE
     return args
@@ -55,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_published(parser.add_argument_group("as published"))
     _add_video(parser.add_argument_group("the video"))
     _add_machine(parser.add_argument_group("the machine"))
+    _add_sweep(parser.add_argument_group("several videos, and what to expect of one"))
     return parser
 
 
@@ -62,11 +71,11 @@ def _add_published(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
         "--rel_l1_thresh",
-        type=_not_negative,
-        default=0.1,
+        type=not_negative,
+        nargs="+",
         metavar="X",
-        help="threshold on the accumulated distance; 0 is the original sampler, higher is faster "
-        "(default: %(default)s)",
+        help="threshold on the accumulated distance; 0 is the original sampler, higher is faster; "
+        f"several make a sweep (default: {DEFAULT_THRESHOLD})",
     )
     add(
         "--ckpts_path",
@@ -90,14 +99,15 @@ def _add_published(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--seed",
-        type=_seed,
-        default=42,
+        type=seed,
+        nargs="+",
+        default=[42],
         metavar="N",
-        help="seed of everything random (default: %(default)s)",
+        help="seed of everything random; several make a sweep (default: 42)",
     )
     add(
         "--num_infer_steps",
-        type=_positive,
+        type=positive,
         default=50,
         metavar="N",
         help="denoising steps (default: %(default)s)",
@@ -122,7 +132,7 @@ def _add_video(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--guidance_scale",
-        type=_not_negative,
+        type=not_negative,
         default=6.0,
         metavar="X",
         help="classifier-free guidance; 1 samples without it, in half the time "
@@ -135,13 +145,13 @@ def _add_video(group: argparse._ArgumentGroup) -> None:
     ):
         add(
             name,
-            type=_positive,
+            type=positive,
             metavar="N",
             help=f"{what} (default: what the checkpoint was trained at)",
         )
     add(
         "--fps",
-        type=_positive,
+        type=positive,
         default=8,
         metavar="N",
         help="frames a second (default: %(default)s)",
@@ -183,16 +193,58 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
     add("--quiet", action="store_true", help="print nothing but the video's path")
 
 
-def _not_negative(text: str) -> float:
+def _add_sweep(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--jobs",
+        type=Path,
+        metavar="FILE",
+        help="a video for each line of a CSV file or of JSON lines, with any of image, prompt, "
+        "negative_prompt, seed, rel_l1_thresh, num_infer_steps; the rest as on the command line",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="skip the videos whose records in --output_path have the same settings",
+    )
+    add(
+        "--baseline",
+        type=Path,
+        metavar="VIDEO",
+        help="an earlier video to compare with, where a sweep has none of threshold 0",
+    )
+    add(
+        "--plan",
+        action="store_true",
+        help="print which steps would be computed, and exit; thresholds "
+        f"{' '.join(map(str, PLANNED_THRESHOLDS))} unless others are given",
+    )
+    add(
+        "--target_speedup",
+        type=_speedup,
+        metavar="X",
+        help="instead of --rel_l1_thresh: the smallest threshold at which the denoising loop is "
+        "planned to be X times as fast",
+    )
+
+
+def _speedup(text: str) -> float:
+    return _number(text, float, lambda x: math.isfinite(x) and x >= 1, "a number, 1 or more")
+
+
+def not_negative(text: str) -> float:
+    """A finite number, 0 or more."""
     number = _number(text, float, lambda x: math.isfinite(x) and x >= 0, "a number, 0 or more")
     return abs(number)  # -0.0 is 0 or more as well, and would show in the file name
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number, 1 or more."""
     return _number(text, int, lambda n: n >= 1, "a whole number, 1 or more")
 
 
-def _seed(text: str) -> int:
+def seed(text: str) -> int:
+    """A seed that torch takes: a whole number from 0 to 2^63 - 1."""
     return _number(text, int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 - 1")
 
 

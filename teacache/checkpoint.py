@@ -111,7 +111,7 @@ def check_checkpoint(folder: Path) -> None:
     needed.append(folder / "scheduler" / "scheduler_config.json")
     for component in ("text_encoder", "transformer", "vae"):
         needed.append(folder / component / "config.json")
-        needed.extend(_weight_files(folder / component))
+        needed.extend(weight_files(folder / component))
     missing = [p for p in needed if not p.is_file() or p.stat().st_size == 0]
     if missing:
         names = ", ".join(str(path.relative_to(folder)) for path in missing)
@@ -139,13 +139,13 @@ def video_size(
     )
     size = VideoSize(width or trained.width, height or trained.height, num_frames or trained[2])
 
-    learned = config["use_learned_positional_embeddings"]
+    learned = config.get("use_learned_positional_embeddings", False)
     if learned and size[:2] != trained[:2]:
         raise ArgumentError(
             f"--width {size.width} --height {size.height}: this checkpoint has learned positional "
             f"embeddings and makes {trained.width}x{trained.height} only"
         )
-    multiple = spatial * config["patch_size"]
+    multiple = spatial * config.get("patch_size", 2)
     for name, pixels in (("--width", size.width), ("--height", size.height)):
         if pixels % multiple:
             below = max(pixels // multiple, 1) * multiple
@@ -176,7 +176,7 @@ def _check_num_frames(num_frames: int, ratio: int) -> None:
         )
 
 
-def _weight_files(component: Path) -> list[Path]:
+def weight_files(component: Path) -> list[Path]:
     """The safetensors files of one model: its shards where there is an index, else the one file."""
     for index in component.glob("*.safetensors.index.json"):
         shards = set(_read_json(index, "not a shard index")["weight_map"].values())

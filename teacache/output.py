@@ -10,6 +10,8 @@ from pathlib import Path
 
 from teacache.errors import OutputError
 
+ENDINGS = (".mp4", ".json", ".md", ".png")
+
 
 def prepare_folder(folder: Path) -> None:
     """Make the output folder where there is none, and make sure that it can be written to.
@@ -43,7 +45,7 @@ def claimed_stem(folder: Path, prefix: str) -> Iterator[Path]:
         except FileExistsError:
             continue
         try:
-            if not any(_with_ending(stem, ending).exists() for ending in (".mp4", ".json")):
+            if not any(_with_ending(stem, ending).exists() for ending in ENDINGS):
                 yield stem
                 return
         finally:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 DEGREE = 4
+UNBOUNDED = (0.0, math.inf)
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,22 @@ class Coefficients:
         low, high = self.fitted_range
         return low <= distance <= high and self.rescale(distance) >= 0.0
 
+    def as_json(self) -> dict[str, object]:
+        """What `from_json` reads back."""
+        bounded = self.fitted_range != UNBOUNDED
+        return {
+            "values": list(self.values),
+            "fitted_range": list(self.fitted_range) if bounded else None,
+            "source": self.source,
+        }
+
     @classmethod
     def from_json(cls, data: object) -> Coefficients:
         """Read what a coefficients file holds: `values`, `fitted_range` and `source`.
 
         Args:
-            data: a JSON object. `values` (five numbers) is required; without `fitted_range` the
-                range is every distance at which the polynomial is not negative.
+            data: a JSON object. `values` (five numbers) is required; without `fitted_range`, or
+                with null, every distance counts at which the polynomial is not negative.
 
         Raises:
             ArgumentError: naming the key that is wrong.
@@ -67,8 +77,8 @@ class Coefficients:
         if unknown:
             raise ArgumentError(f"unknown key {unknown[0]!r}; known: values, fitted_range, source")
         values = _finite_numbers(data.get("values"), "values", DEGREE + 1)
-        fitted_range = (0.0, math.inf)
-        if "fitted_range" in data:
+        fitted_range = UNBOUNDED
+        if data.get("fitted_range") is not None:
             low, high = _finite_numbers(data["fitted_range"], "fitted_range", 2)
             if not 0 <= low < high:
                 raise ArgumentError("fitted_range must be two rising distances, 0 or more")

@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import json
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,15 +21,18 @@ class Stages:
 
     Args:
         say: takes the line.
+        shared: the stages of a run that this video shares with others: their seconds count, as
+            they would have if the video had been sampled on its own.
 
     Attributes:
         seconds: seconds of each stage that has ended, in their order.
     """
 
-    def __init__(self, say: Callable[[str], None]):
-        self.seconds: dict[str, float] = {}
+    def __init__(self, say: Callable[[str], None], shared: Stages | None = None):
+        self.seconds: dict[str, float] = dict(shared.seconds) if shared else {}
         self._say = say
         self._start = time.perf_counter()
+        self._already = sum(self.seconds.values())
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -39,8 +43,8 @@ class Stages:
         self._say(f"{name:<12}{self.seconds[name]:8.1f} s")
 
     def with_total(self) -> dict[str, float]:
-        """The seconds of each stage so far, and `total`, the seconds since the run began."""
-        total = time.perf_counter() - self._start
+        """The seconds of each stage so far, and their `total` with what lay between them."""
+        total = self._already + time.perf_counter() - self._start
         seconds = {**self.seconds, "total": total}
         return {name: round(value, 3) for name, value in seconds.items()}
 
@@ -48,6 +52,7 @@ class Stages:
 def build_record(
     settings: dict[str, object],
     policy: Policy,
+    step_seconds: list[float],
     seconds: dict[str, float],
     device_name: str,
     peak_memory_bytes: int,
@@ -56,20 +61,20 @@ def build_record(
 
     Distances that are not finite become null, which JSON can hold; their steps are among the
     `extrapolated_steps`.
+
+    Args:
+        step_seconds: of each denoising step; their medians go on record.
     """
-    low, high = policy.coefficients.fitted_range
     return {
         **settings,
-        "coefficients": {
-            "values": list(policy.coefficients.values),
-            "fitted_range": [low, high if math.isfinite(high) else None],
-            "source": policy.coefficients.source,
-        },
         "computed_steps": policy.computed_steps,
         "reused_steps": policy.reused_steps,
         "distances": [_finite(x) for x in policy.distances],
         "rescaled": [_finite(x) for x in policy.rescaled],
         "extrapolated_steps": policy.extrapolated_steps,
+        "why_nothing_was_reused": policy.why_nothing_was_reused(),
+        "computed_step_seconds": _median(step_seconds, policy.computed_steps),
+        "reused_step_seconds": _median(step_seconds, policy.reused_steps),
         "seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes,
         "device_name": device_name,
@@ -89,19 +94,22 @@ def write_record(record: dict[str, object], path: Path) -> None:
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def summary(video: Path, record: dict[str, object], why_nothing_reused: str | None) -> str:
-    """The lines that end a run."""
+def summary(video: Path, record: dict[str, object]) -> str:
+    """The lines that end the run of one video."""
     computed, reused = len(record["computed_steps"]), len(record["reused_steps"])
-    gibibytes = record["peak_memory_bytes"] / 2**30
     lines = [
         f"video       {video}",
         f"steps       {computed} computed, {reused} reused of {computed + reused}",
         f"seconds     {record['seconds']['total']:.1f}",
-        f"peak memory {gibibytes:.1f} GiB ({record['device_name']})",
+        f"peak memory {record['peak_memory_bytes'] / 2**30:.1f} GiB ({record['device_name']})",
     ]
-    if why_nothing_reused:
-        lines.insert(2, f"            nothing was reused: {why_nothing_reused}")
+    if record["why_nothing_was_reused"]:
+        lines.insert(2, f"            nothing was reused: {record['why_nothing_was_reused']}")
     return "\n".join(lines)
+
+
+def _median(seconds: list[float], steps: list[int]) -> float | None:
+    return round(statistics.median(seconds[step] for step in steps), 6) if steps else None
 
 
 def _finite(value: float | None) -> float | None:

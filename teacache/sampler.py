@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import resource
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from diffusers import ConsisIDPipeline
+from diffusers import CogVideoXDPMScheduler, ConsisIDPipeline
+from diffusers.pipelines.consisid.pipeline_consisid import draw_kps
 
 from teacache.errors import DeviceError
 from teacache.quiet import no_progress_bars
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
 
 class Text(NamedTuple):
     """T5's embeddings, [1, 226, 4096] each at full size; no negative ones without guidance."""
@@ -33,35 +30,17 @@ class Text(NamedTuple):
     negative_prompt_embeds: torch.Tensor | None
 
 
-def choose_device(name: str, full_size: bool) -> torch.device:
-    """The device for `--device`: `auto` is CUDA where there is one, else the CPU.
+class Start(NamedTuple):
+    """Where a video starts from. Nothing of it depends on the threshold.
 
-    Args:
-        full_size: whether the checkpoint has weights that a CPU would sample with for days.
-
-    Raises:
-        DeviceError: where the machine does not have it, or `auto` finds no GPU for a full-size
-            checkpoint.
+    noise, image_latents: [1, latent frames, 16, height / 8, width / 8].
+    generator_state: of the generator that drew them.
     """
-    cuda = torch.cuda.is_available()
-    if name == "auto":
-        if not cuda and full_size:
-            raise DeviceError(
-                "this checkpoint needs a CUDA GPU, and torch finds none here. To see it work "
-                "without: --ckpts_path tiny. To wait for hours a step: --device cpu"
-            )
-        return torch.device("cuda" if cuda else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DeviceError(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA GPUs")
-    return device
 
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The sampling dtype for `--dtype`: `auto` is bfloat16 on CUDA, float32 on a CPU."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return DTYPES[name]
+    identity: Identity
+    noise: torch.Tensor
+    image_latents: torch.Tensor
+    generator_state: torch.Tensor
 
 
 def load_pipeline(
@@ -119,47 +98,97 @@ def encode_text(
     return Text(*embeds)
 
 
+@torch.no_grad()
+def prepare(pipe: ConsisIDPipeline, identity: Identity, size: VideoSize, seed: int) -> Start:
+    """Encode the face and draw the initial noise.
+
+    Everything random comes from one generator on the sampling device, as the published sampler
+    has it: the face's latents first, then the initial noise, then what the scheduler draws at each
+    step, for which the generator's state is kept.
+    """
+    device, dtype = pipe._execution_device, pipe.transformer.dtype
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def pixels(picture: Image.Image) -> torch.Tensor:  # [1, 3, height, width], from -1 to 1
+        processed = pipe.video_processor.preprocess(picture, height=size.height, width=size.width)
+        return processed.to(device, dtype=dtype)
+
+    kps = pixels(draw_kps(identity.face, identity.kps)) if pipe.transformer.config.is_kps else None
+    noise, image_latents = pipe.prepare_latents(
+        pixels(identity.face),
+        batch_size=1,
+        num_channels_latents=pipe.transformer.config.in_channels // 2,
+        num_frames=size.num_frames,
+        height=size.height,
+        width=size.width,
+        dtype=dtype,
+        device=device,
+        generator=generator,
+        kps_cond=kps,
+    )
+    return Start(identity, noise, image_latents, generator.get_state())
+
+
+@torch.no_grad()
 def denoise(
     pipe: ConsisIDPipeline,
-    identity: Identity,
+    start: Start,
     text: Text,
     size: VideoSize,
     *,
-    seed: int,
     num_infer_steps: int = 50,
     guidance_scale: float = 6.0,
     on_step: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
     """Sample one video's latents, [1, latent frames, 16, height / 8, width / 8].
 
-    Everything random comes from one generator on the sampling device, as the published sampler
-    has it: the noise in the image latents first, then the initial noise.
+    `ConsisIDPipeline.__call__` step by step, from a start that several videos may share.
 
     Args:
         on_step: called after each denoising step.
     """
+    scheduler, device = pipe.scheduler, start.noise.device
+    scheduler.set_timesteps(num_infer_steps, device=device)
+    generator = torch.Generator(device)
+    generator.set_state(start.generator_state)
+    extra = pipe.prepare_extra_step_kwargs(generator, eta=0.0)
+    rotary = None
+    if pipe.transformer.config.use_rotary_positional_embeddings:
+        rotary = pipe._prepare_rotary_positional_embeddings(
+            size.height, size.width, start.noise.shape[1], device
+        )
+    guided = text.negative_prompt_embeds is not None
+    prompt_embeds = (
+        torch.cat([text.negative_prompt_embeds, text.prompt_embeds])
+        if guided
+        else (text.prompt_embeds)
+    )
+    image_latents = torch.cat([start.image_latents] * len(prompt_embeds))
 
-    def step_ended(pipe: ConsisIDPipeline, step: int, timestep: torch.Tensor, kwargs: dict) -> dict:
+    latents, previous_t, previous_sample = start.noise, None, None
+    for t in scheduler.timesteps:
+        noisy = scheduler.scale_model_input(torch.cat([latents] * len(prompt_embeds)), t)
+        predicted = pipe.transformer(
+            hidden_states=torch.cat([noisy, image_latents], dim=2),  # [batch, frames, 32, h, w]
+            encoder_hidden_states=prompt_embeds,
+            timestep=t.expand(len(prompt_embeds)),
+            image_rotary_emb=rotary,
+            id_cond=start.identity.id_cond,
+            id_vit_hidden=start.identity.id_vit_hidden,
+            return_dict=False,
+        )[0].float()
+        if guided:
+            without, with_prompt = predicted.chunk(2)
+            predicted = without + guidance_scale * (with_prompt - without)
+        if isinstance(scheduler, CogVideoXDPMScheduler):
+            latents, previous_sample = scheduler.step(
+                predicted, previous_sample, t, previous_t, latents, **extra, return_dict=False
+            )
+        else:
+            latents = scheduler.step(predicted, t, latents, **extra, return_dict=False)[0]
+        latents = latents.to(start.noise.dtype)
+        previous_t = t
         on_step()
-        return {}
-
-    latents = pipe(
-        image=identity.face,
-        prompt_embeds=text.prompt_embeds,
-        negative_prompt_embeds=text.negative_prompt_embeds,
-        width=size.width,
-        height=size.height,
-        num_frames=size.num_frames,
-        num_inference_steps=num_infer_steps,
-        guidance_scale=guidance_scale,
-        use_dynamic_cfg=False,
-        id_cond=identity.id_cond,
-        id_vit_hidden=identity.id_vit_hidden,
-        kps_cond=identity.kps,
-        generator=torch.Generator(pipe._execution_device).manual_seed(seed),
-        callback_on_step_end=step_ended,
-        output_type="latent",
-    ).frames
     if latents.is_cuda:
         torch.cuda.synchronize(latents.device)
     return latents
@@ -172,16 +201,3 @@ def decode(pipe: ConsisIDPipeline, latents: torch.Tensor) -> list[Image.Image]:
     frames = pipe.video_processor.postprocess_video(video=video, output_type="pil")
     pipe.maybe_free_model_hooks()
     return frames[0]
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or `cpu`."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that was allocated so far: on the GPU by torch, else by the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB on Linux

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -28,6 +29,8 @@ class TeaCacheHandle:
     Attributes:
         transformer: the patched transformer.
         policy: the schedule of the last video, or of the one under way; None before the first.
+        step_started: the clock (`time.perf_counter`) as each of its steps was decided on. To
+            decide, the distance is read from the device, so all work of the step before is done.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class TeaCacheHandle:
         self.coefficients = coefficients
         self.rel_l1_thresh = rel_l1_thresh
         self.policy: Policy | None = None
+        self.step_started: list[float] = []
         self._pipe = pipe
         self._num_inference_steps = num_inference_steps
         self._told_of_extrapolation = False
@@ -100,6 +104,7 @@ class TeaCacheHandle:
             else:
                 num_steps = self._num_inference_steps
             self.policy = Policy(num_steps, self.rel_l1_thresh, self.coefficients)
+            self.step_started = []
         self._last_timestep = t
 
         distance = None
@@ -107,6 +112,7 @@ class TeaCacheHandle:
             distance = relative_l1(embedding, self._embedding)
         self._embedding = embedding
         compute = self.policy.decide(distance)
+        self.step_started.append(time.perf_counter())
         self._warn_of_extrapolation()
         return compute
 

@@ -1,0 +1,61 @@
+"""What a run computes on, and how much of its memory that took."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+
+from teacache.errors import DeviceError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def choose_device(name: str, full_size: bool) -> torch.device:
+    """The device for `--device`: `auto` is CUDA where there is one, else the CPU.
+
+    Args:
+        full_size: whether the checkpoint has weights that a CPU would sample with for days.
+
+    Raises:
+        DeviceError: where the machine does not have it, or `auto` finds no GPU for a full-size
+            checkpoint.
+    """
+    cuda = torch.cuda.is_available()
+    if name == "auto":
+        if not cuda and full_size:
+            raise DeviceError(
+                "this checkpoint needs a CUDA GPU, and torch finds none here. To see it work "
+                "without: --ckpts_path tiny. To use the CPU all the same, slowly: --device cpu"
+            )
+        return torch.device("cuda" if cuda else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA GPUs")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The sampling dtype for `--dtype`: `auto` is bfloat16 on CUDA, float32 on a CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[name]
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or `cpu`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that was allocated so far: on the GPU by torch, else by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB on Linux
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The dtype as `--dtype` spells it."""
+    return str(dtype).removeprefix("torch.")

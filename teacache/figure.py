@@ -1,0 +1,95 @@
+"""The figure of a sweep: each schedule as a row of cells, beside it what the threshold costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+COMPUTED, REUSED, EDGE = "#1f5fa8", "#ffffff", "#9aa7b5"
+PIXELS_WIDE, DPI = 1200, 100
+
+
+def draw_sweep(rows: list[dict[str, object]], records: list[dict[str, object]], path: Path) -> None:
+    """Draw the figure as a PNG of 1200 pixels width.
+
+    Args:
+        rows: the sweep's rows, see `teacache.tables.sweep_rows`.
+        records: of the same videos in the same order.
+    """
+    # Not pyplot: it would choose a window system, and keep every figure.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    height = max(3.6, 1.4 + 0.32 * len(rows))
+    figure = Figure(figsize=(PIXELS_WIDE / DPI, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    cells, latency, psnr = figure.subplots(1, 3, width_ratios=[5, 2, 2])
+    _draw_schedules(cells, rows, records)
+    _draw_curve(latency, rows, "latency", [row["latency"] for row in rows], "seconds a video")
+    _draw_curve(psnr, rows, "likeness to threshold 0", list(map(_psnr, rows)), "PSNR, dB")
+    figure.savefig(path)
+
+
+def _draw_schedules(axes, rows: list[dict[str, object]], records: list[dict[str, object]]) -> None:
+    from matplotlib.patches import Patch, Rectangle
+
+    several_seeds = len({row["seed"] for row in rows}) > 1
+    names = []
+    for y, (row, record) in enumerate(zip(rows, records, strict=True)):
+        computed = set(record["computed_steps"])
+        for step in range(row["steps"]):
+            colour = COMPUTED if step in computed else REUSED
+            axes.add_patch(
+                Rectangle(
+                    (step, y + 0.12), 1, 0.76, facecolor=colour, edgecolor=EDGE, linewidth=0.6
+                )
+            )
+        seed = f", seed {row['seed']}" if several_seeds else ""
+        names.append(f"{row['rel_l1_thresh']:g}{seed}: {row['computed']}")
+    steps = max(row["steps"] for row in rows)
+    axes.set_xlim(0, steps)
+    axes.set_ylim(len(rows), 0)
+    axes.set_yticks([y + 0.5 for y in range(len(rows))], names)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("denoising step")
+    axes.set_title("threshold: computed steps", loc="left", fontsize=10)
+    axes.spines[:].set_visible(False)
+    axes.legend(
+        handles=[
+            Patch(facecolor=COMPUTED, edgecolor=EDGE, label="computed"),
+            Patch(facecolor=REUSED, edgecolor=EDGE, label="reused"),
+        ],
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        ncols=2,
+        frameon=False,
+        fontsize=9,
+    )
+
+
+def _draw_curve(
+    axes, rows: list[dict[str, object]], title: str, values: list[float | None], unit: str
+) -> None:
+    """One value for each threshold; the videos of one seed are joined."""
+    for seed in dict.fromkeys(row["seed"] for row in rows):
+        points = sorted(
+            (row["rel_l1_thresh"], value)
+            for row, value in zip(rows, values, strict=True)
+            if row["seed"] == seed and value is not None
+        )
+        if points:
+            axes.plot(*zip(*points, strict=True), "o-", label=f"seed {seed}", markersize=4)
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_xlabel("rel_l1_thresh")
+    axes.set_ylabel(unit)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if not axes.lines:
+        axes.text(0.5, 0.5, "nothing to compare with", ha="center", transform=axes.transAxes)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    elif len(axes.lines) > 1:
+        axes.legend(frameon=False, fontsize=8)
+
+
+def _psnr(row: dict[str, object]) -> float | None:
+    return row["quality"].get("psnr", {}).get("mean")

@@ -1,0 +1,122 @@
+"""What to sample: one job for each video, from the command line or from a file."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from teacache.arguments import not_negative, positive, seed
+from teacache.errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video. `rel_l1_thresh` is None until a plan for `--target_speedup` has found it."""
+
+    image: str
+    prompt: str
+    negative_prompt: str
+    seed: int
+    num_infer_steps: int
+    rel_l1_thresh: float | None
+
+
+def _text(text: str) -> str:
+    return text
+
+
+# Reads the text of one field, as the argument of the same name reads it.
+FIELDS: dict[str, Callable[[str], object]] = {
+    "image": _text,
+    "prompt": _text,
+    "negative_prompt": _text,
+    "seed": seed,
+    "num_infer_steps": positive,
+    "rel_l1_thresh": not_negative,
+}
+
+
+def jobs_of(args: argparse.Namespace) -> list[Job]:
+    """Every video that the arguments ask for: each line of --jobs, each seed, each threshold.
+
+    What a line leaves out comes from the command line, where seeds and thresholds may be several.
+
+    Raises:
+        ArgumentError: naming the line of the file and what is wrong with it.
+    """
+    lines = _read_jobs(args.jobs) if args.jobs else [{}]
+    thresholds = [None] if args.target_speedup else args.rel_l1_thresh
+    jobs = []
+    for line in lines:
+        seeds = [line["seed"]] if "seed" in line else args.seed
+        each = [line["rel_l1_thresh"]] if "rel_l1_thresh" in line else thresholds
+        for one_seed, threshold in itertools.product(seeds, each):
+            values = {name: line.get(name, getattr(args, name)) for name in FIELDS}
+            jobs.append(Job(**{**values, "seed": one_seed, "rel_l1_thresh": threshold}))
+    return list(dict.fromkeys(jobs))
+
+
+def _read_jobs(path: Path) -> list[dict[str, object]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ArgumentError(f"--jobs {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ArgumentError(f"--jobs {path} is not UTF-8 text") from error
+    rows = _csv_rows(text) if path.suffix.lower() == ".csv" else _json_rows(text)
+    jobs = []
+    try:
+        for number, row in rows:
+            jobs.append(_checked(row, f"--jobs {path}, line {number}"))
+    except (csv.Error, _BadLine) as error:
+        raise ArgumentError(f"--jobs {path}, {error}") from error
+    if not jobs:
+        raise ArgumentError(f"--jobs {path} holds no jobs")
+    return jobs
+
+
+class _BadLine(Exception):
+    pass
+
+
+def _json_rows(text: str) -> Iterator[tuple[int, dict[str, str]]]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise _BadLine(f"line {number}: no JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise _BadLine(f"line {number}: not an object")
+        for name, value in row.items():
+            if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+                raise _BadLine(f"line {number}: {name} must be text or a number: {value!r}")
+        yield number, {name: str(value) for name, value in row.items()}
+
+
+def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, str]]]:
+    reader = csv.DictReader(text.splitlines(), strict=True)
+    for row in reader:
+        if None in row:
+            raise _BadLine(f"line {reader.line_num}: more fields than the header names")
+        # An empty cell leaves the field to the command line.
+        yield reader.line_num, {name: value for name, value in row.items() if value}
+
+
+def _checked(row: dict[str, str], where: str) -> dict[str, object]:
+    unknown = [name for name in row if name not in FIELDS]
+    if unknown:
+        raise ArgumentError(f"{where}: unknown field {unknown[0]!r}; known: {', '.join(FIELDS)}")
+    values = {}
+    for name, text in row.items():
+        try:
+            values[name] = FIELDS[name](text)
+        except argparse.ArgumentTypeError as error:
+            raise ArgumentError(f"{where}: {name}: {error}") from error
+    return values

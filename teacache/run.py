@@ -1,0 +1,229 @@
+"""One run of the command: what is loaded once, the videos sampled with it, their report."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from teacache import device as devices
+from teacache import identity as faces
+from teacache import sampler, sweep
+from teacache.jobs import Job
+from teacache.output import claimed_stem, written_whole
+from teacache.report import Stages, build_record, summary, write_record
+from teacache.transformer import TeaCacheHandle, apply_teacache
+from teacache.video import write_video
+
+if TYPE_CHECKING:
+    from diffusers import ConsisIDPipeline
+    from PIL import Image
+
+    from teacache.checkpoint import VideoSize
+
+
+class Run:
+    """Everything that the videos of a run share, and the results so far.
+
+    Args:
+        args: the command's arguments.
+        jobs: what to sample, every threshold known.
+        images: each job's face image, by its source.
+        stages: those that have passed already.
+        say: takes a line for the user.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        jobs: list[Job],
+        checkpoint: Path,
+        images: dict[str, Image.Image],
+        size: VideoSize,
+        device: torch.device,
+        dtype: torch.dtype,
+        stages: Stages,
+        say: Callable[[str], None],
+    ):
+        self.args, self.jobs, self.checkpoint, self.images = args, jobs, checkpoint, images
+        self.size, self.device, self.dtype = size, device, dtype
+        self.stages, self.say = stages, say
+        self.results: dict[Job, sweep.Result] = {}
+        self.baseline = sweep.read_baseline(args.baseline, size) if args.baseline else None
+        if args.resume:
+            self._take_over_finished()
+
+    def sample(self) -> None:
+        """Load what the remaining jobs need, and sample them, writing each as it is done."""
+        to_do = [job for job in sweep.in_order(self.jobs) if job not in self.results]
+        if not to_do:
+            return
+        args, stages = self.args, self.stages
+        with stages.stage("identity"):
+            face_models = faces.load_face_models(self.checkpoint, self.device, self.dtype)
+            identities = {
+                source: faces.find_identity(image, face_models, self.device, self.dtype)
+                for source, image in self.images.items()
+            }
+            self.analyser = face_models.analyser
+            del face_models
+        with stages.stage("loading"):
+            pipe = sampler.load_pipeline(
+                self.checkpoint, self.device, self.dtype, args.offload, args.vae_tiling
+            )
+        with stages.stage("text"):
+            prompts = {(job.prompt, job.negative_prompt) for job in to_do}
+            texts = {
+                both: sampler.encode_text(pipe, *both, args.guidance_scale) for both in prompts
+            }
+        starts: dict[tuple[str, int], sampler.Start] = {}
+        with apply_teacache(pipe, coefficients=args.coefficients) as teacache:
+            for job in to_do:
+                own, face_and_noise = Stages(self.say, shared=stages), (job.image, job.seed)
+                if len(self.jobs) > 1:
+                    self.say(f"seed {job.seed}, rel_l1_thresh {job.rel_l1_thresh}")
+                with own.stage("encoding"):
+                    if face_and_noise not in starts:  # only those of one group are kept
+                        starts = {
+                            face_and_noise: sampler.prepare(
+                                pipe, identities[job.image], self.size, job.seed
+                            )
+                        }
+                text = texts[job.prompt, job.negative_prompt]
+                self._sample_one(job, pipe, teacache, starts[face_and_noise], text, own)
+
+    def _sample_one(
+        self,
+        job: Job,
+        pipe: ConsisIDPipeline,
+        teacache: TeaCacheHandle,
+        start: sampler.Start,
+        text: sampler.Text,
+        stages: Stages,
+    ) -> None:
+        """Sample, decode and write one video, and add it to the results."""
+        teacache.rel_l1_thresh = job.rel_l1_thresh
+        with (
+            stages.stage("denoising"),
+            denoising_bar(job.num_infer_steps, teacache, self.args.quiet) as on_step,
+        ):
+            latents = sampler.denoise(
+                pipe,
+                start,
+                text,
+                self.size,
+                num_infer_steps=job.num_infer_steps,
+                guidance_scale=self.args.guidance_scale,
+                on_step=on_step,
+            )
+            step_seconds = np.diff([*teacache.step_started, time.perf_counter()]).tolist()
+        with stages.stage("decoding"):
+            pictures = sampler.decode(pipe, latents)
+
+        with claimed_stem(self.args.output_path, f"{job.seed}_{job.rel_l1_thresh}") as stem:
+            with stages.stage("writing"), written_whole(stem, ".mp4") as path:
+                write_video(pictures, path, self.args.fps)
+            record = build_record(
+                self._settings(job),
+                teacache.policy,
+                step_seconds,
+                stages.with_total(),
+                devices.device_name(self.device),
+                devices.peak_memory_bytes(self.device),
+            )
+            with written_whole(stem, ".json") as path:
+                write_record(record, path)
+            frames = np.stack([np.array(picture) for picture in pictures])
+            video = stem.with_name(f"{stem.name}.mp4")
+            result = sweep.Result(job, video, record, frames, decoded=False)
+            if len(self.jobs) > 1:
+                # Only now, and into a record that is whole already: a video that is done is safe.
+                with stages.stage("quality"):
+                    baseline, decoded = self._baseline_of(job)
+                    record["quality"] = sweep.judge(
+                        frames, baseline, decoded, start.identity, self.analyser
+                    )
+                with written_whole(stem, ".json") as path:
+                    write_record(record, path)
+        self.results[job] = result
+        if self.args.quiet:
+            print(video, flush=True)
+        elif len(self.jobs) == 1:
+            self.say(summary(video, record))
+
+    def report(self) -> None:
+        """Write the report of a sweep, as far as it got, and show its table."""
+        results = [self.results[job] for job in self.jobs if job in self.results]
+        if len(self.jobs) > 1 and results:
+            table, stem = sweep.write_sweep(self.args.output_path, results, self.args.fps)
+            self.say(f"\n{table}\n\nsweep       {stem}.md, .json, .png, .mp4")
+            if len(results) < len(self.jobs):
+                self.say(f"            {len(results)} of {len(self.jobs)} videos: see --resume")
+        elif results and self.args.resume:
+            self.say(f"video       {results[0].path} (done before)")
+
+    def _take_over_finished(self) -> None:
+        for job in self.jobs:
+            found = sweep.find_finished(self.args.output_path, job, self._settings(job))
+            if found:
+                self.results[job] = found
+                self.say(f"done before {found.path}")
+
+    def _baseline_of(self, job: Job) -> tuple[np.ndarray | None, bool]:
+        """Frames to compare a job's video with, and whether an mp4 was decoded for them."""
+        if job.rel_l1_thresh == 0:
+            return None, False
+        unaided = self.results.get(dataclasses.replace(job, rel_l1_thresh=0.0))
+        if unaided:
+            return unaided.frames, unaided.decoded
+        return self.baseline, self.baseline is not None
+
+    def _settings(self, job: Job) -> dict[str, object]:
+        """What goes on record before sampling: the arguments, with what was chosen for them."""
+        args = self.args
+        pixels = self.images[job.image].tobytes()
+        return {
+            **dataclasses.asdict(job),
+            "image_sha256": hashlib.sha256(pixels).hexdigest(),
+            "ckpts_path": args.ckpts_path,
+            "output_path": str(args.output_path),
+            "guidance_scale": args.guidance_scale,
+            **self.size._asdict(),
+            "fps": args.fps,
+            "device": str(self.device),
+            "dtype": devices.dtype_name(self.dtype),
+            "offload": args.offload,
+            "vae_tiling": args.vae_tiling,
+            "coefficients": args.coefficients.as_json(),
+        }
+
+
+@contextlib.contextmanager
+def denoising_bar(
+    num_infer_steps: int, teacache: TeaCacheHandle, quiet: bool
+) -> Iterator[Callable[[], None]]:
+    """A progress bar that counts computed and reused steps; nothing where stderr is no terminal."""
+    from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    with (
+        tqdm(total=num_infer_steps, desc="denoising", leave=False, disable=quiet or None) as bar,
+        logging_redirect_tqdm([logging.getLogger("teacache")]),  # warnings above the bar
+    ):
+
+        def on_step() -> None:
+            policy = teacache.policy
+            counts = {"computed": len(policy.computed_steps), "reused": len(policy.reused_steps)}
+            bar.set_postfix(counts, refresh=False)
+            bar.update()
+
+        yield on_step

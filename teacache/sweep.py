@@ -1,0 +1,133 @@
+"""Several videos in one run: their order, what was done before, how they compare."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from teacache import quality, tables, video
+from teacache.errors import ArgumentError
+from teacache.output import claimed_stem, written_whole
+from teacache.report import write_record
+
+if TYPE_CHECKING:
+    from teacache.checkpoint import VideoSize
+    from teacache.identity import Identity
+    from teacache.jobs import Job
+
+# What a record may differ in and still be the record of the same video.
+NOT_OF_THE_VIDEO = ("output_path",)
+
+
+class Result(NamedTuple):
+    """One finished video.
+
+    frames: [frames, height, width, 3], uint8; its own frames, or where an earlier run sampled it
+    those that its mp4 decodes to, and then `decoded` is true.
+    """
+
+    job: Job
+    path: Path
+    record: dict[str, object]
+    frames: np.ndarray
+    decoded: bool
+
+
+def group_of(job: Job) -> tuple:
+    """What the videos share that are compared with each other: all but the threshold."""
+    return (job.image, job.prompt, job.negative_prompt, job.seed, job.num_infer_steps)
+
+
+def in_order(jobs: list[Job]) -> list[Job]:
+    """The jobs group by group, and in each group threshold 0 first: the others compare with it."""
+    groups = {group_of(job): number for number, job in reversed(list(enumerate(jobs)))}
+    return sorted(jobs, key=lambda job: (groups[group_of(job)], job.rel_l1_thresh != 0))
+
+
+def find_finished(folder: Path, job: Job, settings: dict[str, object]) -> Result | None:
+    """The video that an earlier run left in `folder` with the same settings, or None.
+
+    Args:
+        settings: what this run would put on record before sampling.
+    """
+    wanted = json.loads(
+        json.dumps({k: v for k, v in settings.items() if k not in NOT_OF_THE_VIDEO})
+    )
+    for path in sorted(folder.glob(f"{job.seed}_{job.rel_l1_thresh}_*.json")):
+        mp4 = path.with_name(path.name.removesuffix(".json") + ".mp4")
+        try:
+            record = json.loads(path.read_text())
+        except ValueError:
+            continue  # not a record of ours
+        if mp4.is_file() and all(k in record and record[k] == v for k, v in wanted.items()):
+            return Result(job, mp4, record, video.read_video(mp4).frames, decoded=True)
+    return None
+
+
+def read_baseline(path: Path, size: VideoSize) -> np.ndarray:
+    """The frames of an earlier video, [frames, height, width, 3].
+
+    Raises:
+        ArgumentError: where it is no video, or not of the size that is sampled.
+    """
+    try:
+        frames = video.read_video(path).frames
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ArgumentError(f"--baseline {path} cannot be read as a video") from error
+    found, wanted = frames.shape[:3], (size.num_frames, size.height, size.width)
+    if found != wanted:
+        raise ArgumentError(
+            f"--baseline {path} has {found[0]} frames of {found[2]}x{found[1]}, "
+            f"this run samples {wanted[0]} of {wanted[2]}x{wanted[1]}"
+        )
+    return frames
+
+
+def judge(
+    frames: np.ndarray,
+    baseline: np.ndarray | None,
+    decoded: bool,
+    identity: Identity,
+    analyser: object,
+) -> dict[str, object]:
+    """The quality figures that go into a video's record.
+
+    Args:
+        baseline: the frames without reuse, or None where there are none to compare with.
+        decoded: whether the baseline comes from an mp4, whose losses are then in the figures.
+        analyser: insightface's, see `teacache.identity.FaceModels`.
+    """
+    figures: dict[str, object] = {}
+    if baseline is not None:
+        figures = {**quality.compare(frames, baseline), "decoded": decoded}
+    reference = identity.id_cond[0, :512].float().cpu().numpy()  # ArcFace's part
+    figures["identity"] = quality.identity_similarity(frames, reference, analyser)
+    return figures
+
+
+def write_sweep(folder: Path, results: list[Result], fps: int) -> tuple[str, Path]:
+    """Write the sweep's .md, .json, .png and .mp4; return the table for the terminal, and the stem.
+
+    Args:
+        results: one or more, in the order in which they were asked for.
+
+    Raises:
+        OutputError: where the folder cannot take them.
+    """
+    from teacache.figure import draw_sweep
+
+    rows = tables.sweep_rows([(result.path.stem, result.record) for result in results])
+    with claimed_stem(folder, f"sweep_{results[0].job.seed}") as stem:
+        with written_whole(stem, ".json") as path:
+            write_record({"rows": rows, "videos": [result.record for result in results]}, path)
+        with written_whole(stem, ".md") as path:
+            path.write_text(tables.sweep_markdown(rows, results[0].record))
+        with written_whole(stem, ".png") as path:
+            draw_sweep(rows, [result.record for result in results], path)
+        with written_whole(stem, ".mp4") as path:
+            labels = [tables.label(row) for row in rows]
+            video.write_grid([result.frames for result in results], labels, path, fps)
+    return tables.terminal_table(rows), stem

@@ -1,0 +1,167 @@
+"""The tables of a sweep: in the terminal, and as Markdown in the published table's form."""
+
+from __future__ import annotations
+
+# Published for TeaCache on ConsisID: 50 steps, 49 frames of 720x480, one H100.
+PUBLISHED_SECONDS = {0.0: 110, 0.1: 70, 0.15: 53, 0.2: 41}
+
+
+def sweep_rows(videos: list[tuple[str, dict[str, object]]]) -> list[dict[str, object]]:
+    """One row for each video, in the order given.
+
+    Args:
+        videos: name and record of each.
+
+    `latency` is what a video costs once everything is loaded, seconds of denoising and decoding,
+    which is what the published figures are of; `speedup` is that of the video without reuse that
+    shares all but the threshold with it, over its own; None where the sweep has none.
+    """
+    unaided = {_group(record): _latency(record) for _, record in videos if _is_baseline(record)}
+    rows = []
+    for name, record in videos:
+        baseline, found = unaided.get(_group(record)), record.get("quality", {})
+        rows.append(
+            {
+                "video": name,
+                "rel_l1_thresh": record["rel_l1_thresh"],
+                "seed": record["seed"],
+                "computed": len(record["computed_steps"]),
+                "steps": record["num_infer_steps"],
+                "latency": round(_latency(record), 3),
+                "speedup": round(baseline / _latency(record), 3) if baseline else None,
+                "quality": found,
+            }
+        )
+    return rows
+
+
+def label(row: dict[str, object]) -> str:
+    """What a video is labelled with, side by side with the others."""
+    faster = f", {row['speedup']:.2f}x" if row["speedup"] else ""
+    return (
+        f"threshold {row['rel_l1_thresh']:g}, seed {row['seed']}\n"
+        f"{row['computed']} of {row['steps']} steps, {row['latency']:.1f} s{faster}"
+    )
+
+
+def terminal_table(rows: list[dict[str, object]]) -> str:
+    """The rows in aligned columns; a column that has nothing to show is left out."""
+    return aligned(_cells(rows))
+
+
+def aligned(lines: list[list[str]]) -> str:
+    """Lines of cells as text, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def sweep_markdown(rows: list[dict[str, object]], record: dict[str, object]) -> str:
+    """The sweep as Markdown: the published table with this run's seconds, then every figure.
+
+    Args:
+        record: of any video of the sweep, for what they share.
+    """
+    thresholds = sorted({*PUBLISHED_SECONDS, *(row["rel_l1_thresh"] for row in rows)})
+    heads = ["ConsisID" if x == 0 else f"TeaCache ({x:g})" for x in thresholds]
+    where = f"{record['device_name']}, {record['width']}x{record['height']}"
+    lines = [
+        "# Sweep",
+        "",
+        _markdown_line(["seconds a video", *heads]),
+        _markdown_line([":---", *[":---:"] * len(heads)]),
+        _markdown_line(
+            [
+                "published: H100, 720x480, 49 frames, 50 steps",
+                *(_published(threshold) for threshold in thresholds),
+            ]
+        ),
+    ]
+    for seed in dict.fromkeys(row["seed"] for row in rows):
+        mine = {row["rel_l1_thresh"]: row for row in reversed(rows) if row["seed"] == seed}
+        name = f"this run: {where}, {record['num_frames']} frames, seed {seed}"
+        lines.append(_markdown_line([name, *(_own(mine.get(x)) for x in thresholds)]))
+    head, *body = _cells(rows)
+    lines += ["", _markdown_line(head), _markdown_line(["---:"] * len(head))]
+    lines += [_markdown_line(line) for line in body]
+    return "\n".join([*lines, "", *_remarks(rows)]) + "\n"
+
+
+def _remarks(rows: list[dict[str, object]]) -> list[str]:
+    remarks = [
+        "Seconds are those of denoising and decoding. PSNR, SSIM and LPIPS compare with the video "
+        "of threshold 0, frame by frame before compression; identity is ArcFace's cosine "
+        "similarity to the face in the photograph. Each is the mean over the frames, and the worst."
+    ]
+    missing = {row["quality"].get("lpips_missing") for row in rows} - {None}
+    remarks += [f"No LPIPS: {reason}." for reason in sorted(missing)]
+    if any(row["quality"].get("decoded") for row in rows):
+        remarks.append(
+            "Where a video, or the one it is compared with, comes from an earlier run, its frames "
+            "were decoded from the mp4, whose losses are in the figures."
+        )
+    return remarks
+
+
+def _cells(rows: list[dict[str, object]]) -> list[list[str]]:
+    """Headings, then a line for each row, without the columns that have nothing but dashes."""
+    columns = {
+        "rel_l1_thresh": [f"{row['rel_l1_thresh']:g}" for row in rows],
+        "computed": [f"{row['computed']} of {row['steps']}" for row in rows],
+        "seconds": [f"{row['latency']:.1f}" for row in rows],
+        "speed-up": [f"{row['speedup']:.2f}x" if row["speedup"] else "-" for row in rows],
+        "PSNR (worst)": [_figure(row, "psnr", ".1f") for row in rows],
+        "SSIM (worst)": [_figure(row, "ssim", ".3f") for row in rows],
+        "LPIPS (worst)": [_figure(row, "lpips", ".3f") for row in rows],
+        "identity (worst)": [_figure(row, "identity", ".3f") for row in rows],
+        "no face in": [_faceless(row) for row in rows],
+        "video": [str(row["video"]) for row in rows],
+    }
+    shown = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
+    return [list(shown), *map(list, zip(*shown.values(), strict=True))]
+
+
+def _figure(row: dict[str, object], name: str, form: str) -> str:
+    figures = row["quality"].get(name)
+    if not figures:
+        return "-"
+    if figures["mean"] is None:
+        return "identical" if name == "psnr" else "-"
+    return f"{figures['mean']:{form}} ({figures['worst']:{form}})"
+
+
+def _faceless(row: dict[str, object]) -> str:
+    identity = row["quality"].get("identity")
+    if not identity:
+        return "-"
+    return f"{identity['frames_without_face']} of {len(identity['per_frame'])}"
+
+
+def _published(threshold: float) -> str:
+    seconds = PUBLISHED_SECONDS.get(threshold)
+    return f"~{seconds} ({PUBLISHED_SECONDS[0.0] / seconds:.1f}x)" if seconds else ""
+
+
+def _own(row: dict[str, object] | None) -> str:
+    if row is None:
+        return ""
+    return f"{row['latency']:.1f}" + (f" ({row['speedup']:.1f}x)" if row["speedup"] else "")
+
+
+def _markdown_line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _group(record: dict[str, object]) -> tuple:
+    shared = ("image", "prompt", "negative_prompt", "seed", "num_infer_steps")
+    return tuple(record[name] for name in shared)
+
+
+def _is_baseline(record: dict[str, object]) -> bool:
+    return record["rel_l1_thresh"] == 0
+
+
+def _latency(record: dict[str, object]) -> float:
+    return record["seconds"]["denoising"] + record["seconds"]["decoding"]
