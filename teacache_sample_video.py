@@ -42,15 +42,16 @@ def sample(args: argparse.Namespace, jobs: list[Job], say: Callable[[str], None]
     prepare_folder(args.output_path)
     with stages.stage("checkpoint"):
         checkpoint = checkpoints.local_checkpoint(args.ckpts_path)
-    with stages.stage("image"):
-        images = {source: faces.load_image(source) for source in {job.image for job in jobs}}
+    full_size = checkpoint is None or checkpoints.is_full_size(checkpoint)
     with stages.stage("imports"):
         from teacache import plan
         from teacache.device import choose_device, choose_dtype
+
+        device = choose_device(args.device, full_size, args.offload)
+        dtype = choose_dtype(args.dtype, device)
         from teacache.run import Run
-    full_size = checkpoint is None or checkpoints.is_full_size(checkpoint)
-    device = choose_device(args.device, full_size)
-    dtype = choose_dtype(args.dtype, device)
+    with stages.stage("image"):
+        images = {source: faces.load_image(source) for source in {job.image for job in jobs}}
     if checkpoint is None:
         with stages.stage("download"):
             checkpoint = checkpoints.download_checkpoint(args.ckpts_path)
@@ -76,7 +77,7 @@ def show_plan(args: argparse.Namespace, jobs: list[Job]) -> None:
     from teacache import plan
     from teacache.device import choose_device, choose_dtype, dtype_name
 
-    device = choose_device(args.device, full_size=False)
+    device = choose_device(args.device)
     # A full-size checkpoint is planned for the GPU that it will be sampled on, wherever this is.
     for_gpu = args.dtype == "auto" and checkpoints.is_full_size(checkpoint)
     dtype = choose_dtype("bfloat16" if for_gpu else args.dtype, device)

@@ -87,6 +87,7 @@ def _add_published(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--image",
+        type=image,
         metavar="IMAGE",
         help="URL or path of the face image, or astronaut, scikit-image's photograph "
         "(default: the boy of the ConsisID examples; with --ckpts_path tiny the astronaut)",
@@ -181,7 +182,11 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
         help="keep weights in host memory and bring them to the GPU model by model, or layer by "
         "layer: less GPU memory, more time (default: %(default)s)",
     )
-    add("--vae_tiling", action="store_true", help="decode in tiles: less memory, not bit for bit")
+    add(
+        "--vae_tiling",
+        action="store_true",
+        help="run the VAE in tiles: less memory, not bit for bit",
+    )
     add(
         "--coefficients",
         type=_coefficients,
@@ -190,7 +195,11 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
         help="JSON with other coefficients of the rescaling polynomial: values, highest power "
         f"first, and fitted_range (default: {COGVIDEOX_5B.source})",
     )
-    add("--quiet", action="store_true", help="print nothing but the video's path")
+    add(
+        "--quiet",
+        action="store_true",
+        help="print nothing on standard output but the videos' paths",
+    )
 
 
 def _add_sweep(group: argparse._ArgumentGroup) -> None:
@@ -232,6 +241,17 @@ def _speedup(text: str) -> float:
     return _number(text, float, lambda x: math.isfinite(x) and x >= 1, "a number, 1 or more")
 
 
+def image(text: str) -> str:
+    """An image's source; of a path, that there is such a file."""
+    path = Path(text)
+    if text != "astronaut" and "://" not in text:
+        if path.is_dir():
+            raise argparse.ArgumentTypeError(f"{text} is a folder, not an image")
+        if not path.exists():
+            raise argparse.ArgumentTypeError(f"{text}: there is no such file")
+    return text
+
+
 def not_negative(text: str) -> float:
     """A finite number, 0 or more."""
     number = _number(text, float, lambda x: math.isfinite(x) and x >= 0, "a number, 0 or more")
@@ -266,7 +286,7 @@ def _device(text: str) -> str:
 
 def _coefficients(text: str) -> Coefficients:
     try:
-        return Coefficients.from_json(json.loads(Path(text).read_text()))
+        return Coefficients.from_json(json.loads(Path(text).read_text(encoding="utf-8")))
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text} cannot be read: {error.strerror}") from error
     except (ArgumentError, ValueError) as error:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 from teacache.errors import ArgumentError, CheckpointError
+
+logger = logging.getLogger(__name__)
 
 # What the face stack of diffusers reads below `face_encoder/`. What is missing of the first three
 # it would fetch from the network, unasked, in the middle of a run.
@@ -69,33 +72,39 @@ def local_checkpoint(name: str) -> Path | None:
 def download_checkpoint(repo_id: str) -> Path:
     """Download a repository into a folder of its name, below the current one, and return it.
 
-    The files come to `<name>.incomplete`, which is renamed at the end: a folder that has the
-    repository's own name is whole. Asked again, a broken download goes on where it stopped.
+    The files come to `<name>.incomplete`, which is renamed once it is whole: a folder that has the
+    repository's own name needs no second look. Asked again, a broken download goes on where it
+    stopped.
 
     Raises:
-        CheckpointError: where the repository cannot be reached or read.
+        CheckpointError: where the repository cannot be reached, read or written down.
     """
     from filelock import FileLock
     from huggingface_hub import errors, snapshot_download
 
     folder = Path(repo_id)
     incomplete = folder.with_name(f"{folder.name}.incomplete")
-    incomplete.mkdir(parents=True, exist_ok=True)
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):
             if not folder.is_dir():  # else another process has just finished it
                 snapshot_download(repo_id, local_dir=incomplete, allow_patterns=list(DOWNLOADED))
+                # Without a connection the hub is content with whatever is there already.
+                check_checkpoint(incomplete)
                 shutil.rmtree(incomplete / ".cache", ignore_errors=True)
                 incomplete.rename(folder)
     except (
         errors.HTTPError,  # of the hub's HTTP client, whichever that is; HfHubHTTPError is one
         errors.LocalEntryNotFoundError,
         errors.OfflineModeIsEnabled,
+        errors.HFValidationError,
+        CheckpointError,
+        OSError,
     ) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(
-            f"--ckpts_path {repo_id}: no such folder here, and the repository of that name could "
-            f"not be downloaded ({reason}). --ckpts_path tiny needs no download"
+            f"--ckpts_path {repo_id}: there is no such folder here, and the repository of that "
+            f"name could not be downloaded ({reason}). --ckpts_path tiny needs no download"
         ) from error
     return folder
 
@@ -142,8 +151,8 @@ def video_size(
     learned = config.get("use_learned_positional_embeddings", False)
     if learned and size[:2] != trained[:2]:
         raise ArgumentError(
-            f"--width {size.width} --height {size.height}: this checkpoint has learned positional "
-            f"embeddings and makes {trained.width}x{trained.height} only"
+            f"--width {size.width} --height {size.height}: this checkpoint has learned "
+            f"positional embeddings and makes {trained.width}x{trained.height} only"
         )
     multiple = spatial * config.get("patch_size", 2)
     for name, pixels in (("--width", size.width), ("--height", size.height)):
@@ -154,6 +163,13 @@ def video_size(
                 f"the nearest are {below} and {below + multiple}"
             )
     _check_num_frames(size.num_frames, int(vae["temporal_compression_ratio"]))
+    if learned and size.num_frames != trained.num_frames:
+        logger.warning(
+            "--num_frames %d: the checkpoint has learned positional embeddings for %d frames, "
+            "for others the pipeline computes some that it was not trained with",
+            size.num_frames,
+            trained.num_frames,
+        )
     return size
 
 
@@ -187,7 +203,7 @@ def weight_files(component: Path) -> list[Path]:
 
 def _read_json(path: Path, otherwise: str) -> dict:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: {path.parent} is {otherwise}") from None
     except ValueError as error:

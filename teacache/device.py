@@ -12,27 +12,31 @@ from teacache.errors import DeviceError
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def choose_device(name: str, full_size: bool) -> torch.device:
+def choose_device(name: str, full_size: bool = False, offload: str = "none") -> torch.device:
     """The device for `--device`: `auto` is CUDA where there is one, else the CPU.
 
     Args:
         full_size: whether the checkpoint has weights that a CPU would sample with for days.
+        offload: the `--offload` that is asked for.
 
     Raises:
-        DeviceError: where the machine does not have it, or `auto` finds no GPU for a full-size
-            checkpoint.
+        DeviceError: where the machine does not have it, `auto` finds no GPU for a full-size
+            checkpoint, or there is nothing to offload from.
     """
-    cuda = torch.cuda.is_available()
     if name == "auto":
-        if not cuda and full_size:
+        if not torch.cuda.is_available() and full_size:
             raise DeviceError(
                 "this checkpoint needs a CUDA GPU, and torch finds none here. To see it work "
                 "without: --ckpts_path tiny. To use the CPU all the same, slowly: --device cpu"
             )
-        return torch.device("cuda" if cuda else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceError(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA GPUs")
+    if device.type == "cpu" and offload != "none":
+        raise DeviceError(
+            f"--offload {offload}: weights are offloaded from a GPU, and this is a CPU"
+        )
     return device
 
 

@@ -25,6 +25,7 @@ def draw_sweep(rows: list[dict[str, object]], records: list[dict[str, object]], 
     cells, latency, psnr = figure.subplots(1, 3, width_ratios=[5, 2, 2])
     _draw_schedules(cells, rows, records)
     _draw_curve(latency, rows, "latency", [row["latency"] for row in rows], "seconds a video")
+    latency.set_ylim(bottom=0)
     _draw_curve(psnr, rows, "likeness to threshold 0", list(map(_psnr, rows)), "PSNR, dB")
     figure.savefig(path)
 
@@ -83,6 +84,8 @@ def _draw_curve(
     axes.set_ylabel(unit)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.locator_params(axis="x", nbins=5)
+    axes.set_xlim(left=0 if len(rows) > 1 else None)
     if not axes.lines:
         axes.text(0.5, 0.5, "nothing to compare with", ha="center", transform=axes.transAxes)
         axes.set_xticks([])

@@ -60,11 +60,7 @@ def load_image(source: str) -> Image.Image:
     try:
         with Image.open(file) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError:
-        raise ImageError(f"--image {source}: there is no such file") from None
-    except IsADirectoryError:
-        raise ImageError(f"--image {source} is a folder, not an image") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # Pillow raises SyntaxError for some broken PNG files.
         raise ImageError(f"--image {source} cannot be read as an image: {error}") from error
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from teacache.arguments import not_negative, positive, seed
+from teacache.arguments import image, not_negative, positive, seed
 from teacache.errors import ArgumentError
 
 
@@ -26,15 +26,11 @@ class Job:
     rel_l1_thresh: float | None
 
 
-def _text(text: str) -> str:
-    return text
-
-
 # Reads the text of one field, as the argument of the same name reads it.
 FIELDS: dict[str, Callable[[str], object]] = {
-    "image": _text,
-    "prompt": _text,
-    "negative_prompt": _text,
+    "image": image,
+    "prompt": str,
+    "negative_prompt": str,
     "seed": seed,
     "num_infer_steps": positive,
     "rel_l1_thresh": not_negative,

@@ -36,7 +36,9 @@ def scheduler_timesteps(checkpoint: Path, num_infer_steps: int) -> list[int]:
     Raises:
         ArgumentError: where there are more steps than the scheduler was trained with.
     """
-    config = json.loads((checkpoint / "scheduler" / "scheduler_config.json").read_text())
+    config = json.loads(
+        (checkpoint / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")
+    )
     trained = config.get("num_train_timesteps", 1000)
     spacing = config.get("timestep_spacing", "leading")
     if num_infer_steps > trained:
@@ -75,7 +77,7 @@ def step_distances(
         guidance_scale: above 1 the embedding is computed for a batch of two, which may round
             differently from one.
     """
-    config = json.loads((checkpoint / "transformer" / "config.json").read_text())
+    config = json.loads((checkpoint / "transformer" / "config.json").read_text(encoding="utf-8"))
     activation = config.get("timestep_activation_fn", "silu")
     if activation != "silu":
         raise CheckpointError(
@@ -104,21 +106,19 @@ def plan(distances: list[float | None], rel_l1_thresh: float, coefficients: Coef
     return policy
 
 
-def speedup(policy: Policy, reused_cost: float = 0.0) -> float:
+def speedup(policy: Policy) -> float:
     """How much faster the denoising loop is than with every step computed.
 
-    Args:
-        reused_cost: seconds of a reused step over those of a computed one.
+    A reused step, some hundredths of a computed one, is taken as free: what is planned then
+    depends on the checkpoint alone, and not on what some machine has measured.
     """
-    computed, reused = len(policy.computed_steps), len(policy.reused_steps)
-    return (computed + reused) / (computed + reused_cost * reused)
+    return policy.num_steps / len(policy.computed_steps)
 
 
 def smallest_threshold(
     distances: list[float | None],
     target_speedup: float,
     coefficients: Coefficients,
-    reused_cost: float = 0.0,
 ) -> float:
     """The smallest multiple of 0.0001 whose schedule reaches the speed-up.
 
@@ -131,7 +131,7 @@ def smallest_threshold(
 
     def reached(multiple: int) -> float:
         threshold = round(multiple * RESOLUTION, 4)
-        return speedup(plan(distances, threshold, coefficients), reused_cost)
+        return speedup(plan(distances, threshold, coefficients))
 
     covered = [x for x in distances if x is not None and coefficients.covers(x)]
     everything = math.ceil(sum(map(coefficients.rescale, covered)) / RESOLUTION) + 1
@@ -185,7 +185,7 @@ def known_costs(folder: Path, settings: dict[str, object]) -> Costs | None:
     records = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in records:
         try:
-            record = json.loads(path.read_text())
+            record = json.loads(path.read_text(encoding="utf-8"))
             if all(record[name] == value for name, value in settings.items()):
                 return Costs(
                     record["computed_step_seconds"],
@@ -201,7 +201,6 @@ def known_costs(folder: Path, settings: dict[str, object]) -> Costs | None:
 
 def describe(policies: list[Policy], costs: Costs | None) -> str:
     """The planned schedules as a table: a line for each, its cells filled where it computes."""
-    reused_cost = costs.reused_step / costs.computed_step if costs else 0.0
     head = ["rel_l1_thresh", "computed", "speed-up", *(["seconds"] if costs else []), "schedule"]
     lines = [head]
     for policy in policies:
@@ -209,7 +208,7 @@ def describe(policies: list[Policy], costs: Costs | None) -> str:
         line = [
             f"{policy.rel_l1_thresh:g}",
             f"{len(computed)} of {policy.num_steps}",
-            f"{speedup(policy, reused_cost):.2f}x",
+            f"{speedup(policy):.2f}x",
         ]
         if costs:
             reused = len(policy.reused_steps)
@@ -217,7 +216,7 @@ def describe(policies: list[Policy], costs: Costs | None) -> str:
             line.append(f"{denoising + costs.decoding:.1f}")
         line.append("".join("■" if n in computed else "□" for n in range(policy.num_steps)))
         lines.append(line)
-    remarks = ["speed-up: of the denoising loop over threshold 0"]
+    remarks = ["speed-up: of the denoising loop over threshold 0, a reused step taken as free"]
     if costs:
         remarks.append(f"seconds: denoising and decoding, from a record of {costs.device_name}")
     outside = sum(len(policy.extrapolated_steps) for policy in policies)

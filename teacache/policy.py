@@ -186,7 +186,9 @@ class Policy:
         between = self.num_steps - 2
         if between <= 0:
             return "the first and the last step are always computed"
-        inner = range(1, self.num_steps - 1)
+        inner = range(1, min(self.num_steps - 1, self.step))
+        if not inner:
+            return "no step came after the first"
         covered = [step for step in inner if step not in self.extrapolated_steps]
         if not covered:
             low, high = self.coefficients.fitted_range

@@ -91,7 +91,7 @@ def write_record(record: dict[str, object], path: Path) -> None:
         f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False, allow_nan=False)}"
         for key, value in record.items()
     )
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 def summary(video: Path, record: dict[str, object]) -> str:

@@ -11,7 +11,6 @@ import torch
 from diffusers import CogVideoXDPMScheduler, ConsisIDPipeline
 from diffusers.pipelines.consisid.pipeline_consisid import draw_kps
 
-from teacache.errors import DeviceError
 from teacache.quiet import no_progress_bars
 
 if TYPE_CHECKING:
@@ -55,15 +54,9 @@ def load_pipeline(
     Args:
         offload: `none` keeps every model on the device; `model` brings each one there for its
             turn; `sequential` brings layer by layer.
-        vae_tiling: decode the video in overlapping tiles, with less memory and not bit for bit.
-
-    Raises:
-        DeviceError: where there is nothing to offload from.
+        vae_tiling: encode the face and decode the video in overlapping tiles, with less memory
+            and not bit for bit.
     """
-    if offload != "none" and device.type == "cpu":
-        raise DeviceError(
-            f"--offload {offload}: weights are offloaded from a GPU, and this is a CPU"
-        )
     with no_progress_bars():
         pipe = ConsisIDPipeline.from_pretrained(checkpoint, dtype=dtype, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)

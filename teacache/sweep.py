@@ -59,7 +59,7 @@ def find_finished(folder: Path, job: Job, settings: dict[str, object]) -> Result
     for path in sorted(folder.glob(f"{job.seed}_{job.rel_l1_thresh}_*.json")):
         mp4 = path.with_name(path.name.removesuffix(".json") + ".mp4")
         try:
-            record = json.loads(path.read_text())
+            record = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             continue  # not a record of ours
         if mp4.is_file() and all(k in record and record[k] == v for k, v in wanted.items()):
@@ -124,7 +124,7 @@ def write_sweep(folder: Path, results: list[Result], fps: int) -> tuple[str, Pat
         with written_whole(stem, ".json") as path:
             write_record({"rows": rows, "videos": [result.record for result in results]}, path)
         with written_whole(stem, ".md") as path:
-            path.write_text(tables.sweep_markdown(rows, results[0].record))
+            path.write_text(tables.sweep_markdown(rows, results[0].record), encoding="utf-8")
         with written_whole(stem, ".png") as path:
             draw_sweep(rows, [result.record for result in results], path)
         with written_whole(stem, ".mp4") as path:

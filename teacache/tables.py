@@ -45,8 +45,8 @@ def label(row: dict[str, object]) -> str:
 
 
 def terminal_table(rows: list[dict[str, object]]) -> str:
-    """The rows in aligned columns; a column that has nothing to show is left out."""
-    return aligned(_cells(rows))
+    """The rows in aligned columns; a column that has nothing to show is left out, and why."""
+    return "\n".join([aligned(_cells(rows)), *_absences(rows)])
 
 
 def aligned(lines: list[list[str]]) -> str:
@@ -90,19 +90,29 @@ def sweep_markdown(rows: list[dict[str, object]], record: dict[str, object]) -> 
 
 
 def _remarks(rows: list[dict[str, object]]) -> list[str]:
-    remarks = [
+    return [
         "Seconds are those of denoising and decoding. PSNR, SSIM and LPIPS compare with the video "
         "of threshold 0, frame by frame before compression; identity is ArcFace's cosine "
-        "similarity to the face in the photograph. Each is the mean over the frames, and the worst."
+        "similarity to the face in the photograph. Each is the mean over the frames, and the "
+        "worst.",
+        *_absences(rows),
     ]
-    missing = {row["quality"].get("lpips_missing") for row in rows} - {None}
-    remarks += [f"No LPIPS: {reason}." for reason in sorted(missing)]
-    if any(row["quality"].get("decoded") for row in rows):
-        remarks.append(
-            "Where a video, or the one it is compared with, comes from an earlier run, its frames "
-            "were decoded from the mp4, whose losses are in the figures."
+
+
+def _absences(rows: list[dict[str, object]]) -> list[str]:
+    """What the figures lack, a sentence each."""
+    found = [row["quality"] for row in rows]
+    missing = {quality.get("lpips_missing") for quality in found} - {None}
+    absences = [f"No LPIPS: {reason}." for reason in sorted(missing)]
+    identities = [quality["identity"] for quality in found if "identity" in quality]
+    if identities and all(identity["mean"] is None for identity in identities):
+        absences.append("No identity: the detector finds no face in any frame.")
+    if any(quality.get("decoded") for quality in found):
+        absences.append(
+            "Compared with frames that were decoded from an earlier mp4: its losses are in the "
+            "figures."
         )
-    return remarks
+    return absences
 
 
 def _cells(rows: list[dict[str, object]]) -> list[list[str]]:

@@ -119,6 +119,7 @@ def build_tiny_checkpoint(folder: Path) -> None:
     Raises:
         CheckpointError: where the folder cannot be made, or holds something already.
     """
+    folder = folder.resolve()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise CheckpointError(f"{folder} exists already: name a folder that does not, or an empty")
     try:
@@ -131,9 +132,9 @@ def build_tiny_checkpoint(folder: Path) -> None:
         beside.chmod(0o755)
         try:
             beside.rename(folder)
-        except OSError:
+        except OSError as error:
             if not (folder / "model_index.json").is_file():
-                raise
+                raise CheckpointError(f"cannot write to {folder}: {error.strerror}") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from teacache.identity import EVA_CLIP
 from teacache.quiet import import_eva_clip
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ FACE_BOX = (180, 70, 272, 180)
 FACE_KPS = ((204, 101), (246, 103), (225, 126), (204, 140), (243, 141))
 
 SCRFD_CANVAS = 640
+CELL, CELLS = 8, 17  # pixels of the canvas in one cell; cells across the template of her face
 ARCFACE_SIZE = 112
 OPSET = 17
 IR_VERSION = 8
@@ -101,32 +103,26 @@ def _write_eva_clip(folder: Path, width: int) -> None:
     import torch
 
     consisid_eva_clip = import_eva_clip()
-    name = "EVA02-CLIP-L-14-336"
-    config = consisid_eva_clip.get_model_config(name)
+    config = consisid_eva_clip.get_model_config(EVA_CLIP)
     config["vision_cfg"].update(width=width, head_width=64, mlp_ratio=2.0)
     config["text_cfg"].update(width=64, heads=1, layers=1, vocab_size=1000)
-    path = folder / f"{name}.json"
+    path = folder / f"{EVA_CLIP}.json"
     path.write_text(json.dumps(config, indent=2) + "\n")
     consisid_eva_clip.add_model_config(path)
-    model = consisid_eva_clip.create_model(name, force_custom_clip=True)
+    model = consisid_eva_clip.create_model(EVA_CLIP, force_custom_clip=True)
     torch.save(_half(model.state_dict()), folder / "EVA02_CLIP_L_336_psz14_s6B.pt")
 
 
-def _astronaut_template(cell: int, cells: int) -> np.ndarray:
-    """[1, 1, cells, cells]: her face in grey, zero mean and unit norm, as SCRFD's canvas shows it.
-
-    Args:
-        cell: pixels of the canvas that one cell averages.
-        cells: width and height of the template.
-    """
+def _astronaut_template() -> np.ndarray:
+    """[1, 1, CELLS, CELLS]: her face in grey on SCRFD's canvas, zero mean and unit norm."""
     import cv2
     import skimage.data
 
     photograph = cv2.resize(skimage.data.astronaut(), (SCRFD_CANVAS, SCRFD_CANVAS))
     grey = photograph.astype(np.float32).mean(axis=2)
-    pooled = grey.reshape(SCRFD_CANVAS // cell, cell, -1, cell).mean(axis=(1, 3))
-    column, row = ((centre / cell).astype(int) - cells // 2 for centre in _face_centre())
-    template = pooled[row : row + cells, column : column + cells]
+    pooled = grey.reshape(SCRFD_CANVAS // CELL, CELL, -1, CELL).mean(axis=(1, 3))
+    column, row = ((centre / CELL).astype(int) - CELLS // 2 for centre in _face_centre())
+    template = pooled[row : row + CELLS, column : column + CELLS]
     template = template - template.mean()
     return (template / np.linalg.norm(template))[None, None].astype(np.float32)
 
@@ -138,47 +134,42 @@ def _face_centre() -> np.ndarray:
 
 
 def _write_scrfd(path: Path) -> None:
-    """SCRFD's nine outputs, by normalised cross-correlation with the template, at stride 8.
+    """SCRFD's nine outputs, by normalised cross-correlation with the template, at stride 8."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    outputs = [f"{kind}_{stride}" for kind in ("score", "bbox", "kps") for stride in (8, 16, 32)]
+    widths = {"score": 1, "bbox": 4, "kps": 10}
+    graph = helper.make_graph(
+        # A graph's output must be computed: constants pass through unchanged.
+        [*_correlation(), *(helper.make_node("Identity", [n], [f"{n}_out"]) for n in outputs)],
+        "scrfd",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, 3, *[SCRFD_CANVAS] * 2])],
+        [
+            helper.make_tensor_value_info(
+                f"{name}_out", TensorProto.FLOAT, [None, widths[name.split("_")[0]]]
+            )
+            for name in outputs
+        ],
+        [numpy_helper.from_array(value, name) for name, value in _scrfd_constants().items()],
+    )
+    _save(graph, path)
+
+
+def _correlation() -> list:
+    """The nodes from `input` to `score_8`.
 
     With g the grey picture in cells of 8x8 pixels and T the template of n x n cells, zero mean and
     unit norm, the correlation at a cell is sum(T g) / (n std(g)), with std over the n x n cells
     around it; the score is a steep sigmoid that passes one half at 0.7.
     """
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import helper
 
-    cell, cells = 8, 17
-    side = SCRFD_CANVAS // cell
-    centre = _face_centre()
-    cell_of_face = (centre / cell).astype(int) * cell
-    to_canvas = SCRFD_CANVAS / 512
-    left, top, right, bottom = np.array(FACE_BOX) * to_canvas
-    x, y = cell_of_face
-    box = np.array([x - left, y - top, right - x, bottom - y]) / cell
-    kps = ((np.array(FACE_KPS) * to_canvas) - cell_of_face).flatten() / cell
-
-    constants = {
-        "grey": np.full((1, 3, cell, cell), 1 / (3 * cell * cell), np.float32),
-        "template": _astronaut_template(cell, cells),
-        "epsilon": np.array(1e-6, np.float32),
-        "cells": np.array(cells, np.float32),
-        "threshold": np.array(0.7, np.float32),
-        "steepness": np.array(40.0, np.float32),
-        "column": np.array([side * side, 1], np.int64),
-        "interleave": np.array([-1, 1], np.int64),
-        "never": np.zeros((side * side, 1), np.float32),
-        "score_16": np.zeros((2 * (side // 2) ** 2, 1), np.float32),
-        "score_32": np.zeros((2 * (side // 4) ** 2, 1), np.float32),
-    }
-    for stride, scale in ((8, 1), (16, 2), (32, 4)):
-        count = 2 * (side // scale) ** 2
-        constants[f"bbox_{stride}"] = np.tile(box / scale, (count, 1)).astype(np.float32)
-        constants[f"kps_{stride}"] = np.tile(kps / scale, (count, 1)).astype(np.float32)
-
-    window = {"kernel_shape": [cells] * 2, "pads": [cells // 2] * 4, "count_include_pad": 1}
     node = helper.make_node
-    nodes = [
-        node("Conv", ["input", "grey"], ["g"], strides=[cell, cell]),
-        node("Conv", ["g", "template"], ["match"], pads=[cells // 2] * 4),
+    around = [CELLS // 2] * 4
+    window = {"kernel_shape": [CELLS] * 2, "pads": around, "count_include_pad": 1}
+    return [
+        node("Conv", ["input", "grey"], ["g"], strides=[CELL, CELL]),
+        node("Conv", ["g", "template"], ["match"], pads=around),
         node("AveragePool", ["g"], ["mean"], **window),
         node("Mul", ["g", "g"], ["g2"]),
         node("AveragePool", ["g2"], ["mean_g2"], **window),
@@ -196,27 +187,35 @@ def _write_scrfd(path: Path) -> None:
         node("Concat", ["first_anchor", "never"], ["anchors"], axis=1),
         node("Reshape", ["anchors", "interleave"], ["score_8"]),
     ]
-    outputs = [f"{kind}_{stride}" for kind in ("score", "bbox", "kps") for stride in (8, 16, 32)]
-    # A graph's output must be computed: constants pass through unchanged.
-    nodes += [node("Identity", [name], [f"{name}_out"]) for name in outputs]
-    widths = {"score": 1, "bbox": 4, "kps": 10}
-    graph = helper.make_graph(
-        nodes,
-        "scrfd",
-        [
-            helper.make_tensor_value_info(
-                "input", TensorProto.FLOAT, [1, 3, SCRFD_CANVAS, SCRFD_CANVAS]
-            )
-        ],
-        [
-            helper.make_tensor_value_info(
-                f"{name}_out", TensorProto.FLOAT, [None, widths[name.split("_")[0]]]
-            )
-            for name in outputs
-        ],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
-    )
-    _save(graph, path)
+
+
+def _scrfd_constants() -> dict[str, np.ndarray]:
+    """The graph's constants: kernels, shapes, and a box and key points around whatever fires."""
+    side = SCRFD_CANVAS // CELL
+    constants = {
+        "grey": np.full((1, 3, CELL, CELL), 1 / (3 * CELL * CELL), np.float32),
+        "template": _astronaut_template(),
+        "epsilon": np.array(1e-6, np.float32),
+        "cells": np.array(CELLS, np.float32),
+        "threshold": np.array(0.7, np.float32),
+        "steepness": np.array(40.0, np.float32),
+        "column": np.array([side * side, 1], np.int64),
+        "interleave": np.array([-1, 1], np.int64),
+        "never": np.zeros((side * side, 1), np.float32),
+        "score_16": np.zeros((2 * (side // 2) ** 2, 1), np.float32),
+        "score_32": np.zeros((2 * (side // 4) ** 2, 1), np.float32),
+    }
+    # Distances from the cell that fires, in strides.
+    to_canvas = SCRFD_CANVAS / 512
+    x, y = (_face_centre() / CELL).astype(int) * CELL
+    left, top, right, bottom = np.array(FACE_BOX) * to_canvas
+    box = np.array([x - left, y - top, right - x, bottom - y])
+    kps = (np.array(FACE_KPS) * to_canvas - (x, y)).flatten()
+    for stride in (8, 16, 32):
+        count = 2 * (SCRFD_CANVAS // stride) ** 2
+        constants[f"bbox_{stride}"] = np.tile(box / stride, (count, 1)).astype(np.float32)
+        constants[f"kps_{stride}"] = np.tile(kps / stride, (count, 1)).astype(np.float32)
+    return constants
 
 
 def _write_arcface(path: Path) -> None:

@@ -49,6 +49,7 @@ class TeaCacheHandle:
         self._pipe = pipe
         self._num_inference_steps = num_inference_steps
         self._told_of_extrapolation = False
+        self.removed = False
         self.reset()
         self._forward = _patch(transformer, self)
 
@@ -69,14 +70,20 @@ class TeaCacheHandle:
         """
         self._timesteps: torch.Tensor | None = None
         self._last_timestep: float | None = None
+        self._shape: torch.Size | None = None
         self._embedding: torch.Tensor | None = None
         self._residual: torch.Tensor | None = None
         self._face_inputs: list[torch.Tensor] | None = None
         self._face_embedding: torch.Tensor | None = None
 
     def remove(self) -> None:
-        """Undo the patch and drop what is cached. A second call does nothing."""
+        """Undo the patch and drop what is cached. A second call does nothing.
+
+        Where something else has wrapped the patched forward since, the patch stays underneath and
+        calls the plain forward.
+        """
         _unpatch(self.transformer, self._forward)
+        self.removed = True
         self.reset()
 
     def __enter__(self) -> Self:
@@ -105,7 +112,7 @@ class TeaCacheHandle:
                 num_steps = self._num_inference_steps
             self.policy = Policy(num_steps, self.rel_l1_thresh, self.coefficients)
             self.step_started = []
-        self._last_timestep = t
+        self._last_timestep, self._shape = t, hidden_states.shape
 
         distance = None
         if self._embedding is not None:
@@ -119,23 +126,16 @@ class TeaCacheHandle:
     def _starts_a_video(self, t: float, hidden_states: torch.Tensor) -> bool:
         """Every sign of a new video, so that one that was interrupted leaves nothing behind.
 
-        A scheduler makes a new tensor of timesteps for each video, and within a video timesteps
-        fall. A transformer that stands alone has only the second sign, and its count of steps.
+        A scheduler makes a new tensor of timesteps for each video. A transformer that stands alone
+        has to go by its count of steps, and by what holds within a video: timesteps fall, and the
+        shape stays.
         """
-        if self._last_timestep is None or self.policy.step >= self.policy.num_steps:
-            return True
-        if self._pipe is not None and self._pipe.scheduler.timesteps is not self._timesteps:
-            return True
-        if not t < self._last_timestep:
-            return True
-        if self.policy.rel_l1_thresh == 0:
-            return False  # nothing is ever reused
-        residual = self._residual
         return (
-            residual is None  # interrupted within its first step
-            or residual.shape != hidden_states.shape
-            or residual.dtype != hidden_states.dtype
-            or residual.device != hidden_states.device
+            self._last_timestep is None
+            or self.policy.step >= self.policy.num_steps
+            or (self._pipe is not None and self._pipe.scheduler.timesteps is not self._timesteps)
+            or not t < self._last_timestep
+            or self._shape != hidden_states.shape
         )
 
     def keep_residual(self, before: torch.Tensor, after: torch.Tensor) -> None:
@@ -176,14 +176,16 @@ class TeaCacheHandle:
         return self._face_embedding
 
     def _warn_of_extrapolation(self) -> None:
-        if self.policy.extrapolated_steps and not self._told_of_extrapolation:
+        policy, step = self.policy, self.policy.step - 1
+        # Threshold 0 and the last step compute in any case.
+        matters = policy.rel_l1_thresh > 0 and step < policy.num_steps - 1
+        if matters and step in policy.extrapolated_steps and not self._told_of_extrapolation:
             self._told_of_extrapolation = True
-            step = self.policy.extrapolated_steps[-1]
             logger.warning(
                 "step %d: the timestep embedding moved by %.4f, which the coefficients (%s) do not "
                 "cover: such steps are computed",
                 step,
-                self.policy.distances[step],
+                policy.distances[step],
                 self.coefficients.source,
             )
 
@@ -227,7 +229,18 @@ def apply_teacache(
             "a transformer without its pipeline needs num_inference_steps, 1 or more: "
             f"found {num_inference_steps}"
         )
+    if pipe is not None and num_inference_steps is not None:
+        raise ArgumentError(
+            "num_inference_steps is for a transformer alone: a pipeline has its own"
+        )
     return TeaCacheHandle(transformer, rel_l1_thresh, coefficients, pipe, num_inference_steps)
+
+
+def _dispatch(transformer: ConsisIDTransformer3DModel, teacache: TeaCacheHandle, *args, **kwargs):
+    """What stands in the place of the transformer's forward."""
+    if teacache.removed:
+        return type(transformer).forward(transformer, *args, **kwargs)
+    return _forward(transformer, teacache, *args, **kwargs)
 
 
 @apply_lora_scale("attention_kwargs")
@@ -324,7 +337,7 @@ def _patch(transformer: ConsisIDTransformer3DModel, handle: TeaCacheHandle) -> f
     hooked = "_old_forward" in vars(transformer)
     name = "_old_forward" if hooked else "forward"
     innermost = vars(transformer).get(name)
-    if isinstance(innermost, functools.partial) and innermost.func is _forward:
+    if isinstance(innermost, functools.partial) and innermost.func is _dispatch:
         raise ArgumentError("this transformer has TeaCache already: remove() the first one")
     plain = type(transformer).forward
     if innermost is not None and getattr(innermost, "__func__", None) is not plain:
@@ -332,7 +345,7 @@ def _patch(transformer: ConsisIDTransformer3DModel, handle: TeaCacheHandle) -> f
             "this transformer's forward is wrapped by something else than an accelerate hook: "
             "apply TeaCache first"
         )
-    forward = functools.partial(_forward, transformer, handle)
+    forward = functools.partial(_dispatch, transformer, handle)
     setattr(transformer, name, forward)
     return forward
 

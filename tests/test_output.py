@@ -113,9 +113,14 @@ def test_record_holds_distances_that_json_does_not(tmp_path):
     policy = Policy(4, 0.1)
     for distance in (None, float("nan"), float("inf"), 0.03):
         policy.decide(distance)
-    record = build_record({"seed": 1, "prompt": "naïve"}, policy, {"total": 1.0}, "cpu", 1)
+    record = build_record(
+        {"seed": 1, "prompt": "naïve"}, policy, [0.5, 0.4, 0.2, 0.1], {"total": 1.0}, "cpu", 1
+    )
     write_record(record, tmp_path / "record.json")
     read = json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))
     assert read["prompt"] == "naïve"
     assert read["distances"] == [None, None, None, 0.03]
     assert read["extrapolated_steps"] == [1, 2]
+    # computed: steps 0, 1, 2 and, as the last, 3
+    assert read["computed_step_seconds"] == pytest.approx(0.3)
+    assert read["reused_step_seconds"] is None

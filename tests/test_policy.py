@@ -118,36 +118,26 @@ def test_says_why_nothing_was_reused():
     assert "first and the last" in Policy(2, 0.1).why_nothing_was_reused()
 
 
+def test_says_why_while_a_video_is_under_way():
+    policy = Policy(50, 0.1)
+    policy.decide(None)
+    assert "no step" in policy.why_nothing_was_reused()
+    policy.decide(0.5)
+    assert "0.5000" in policy.why_nothing_was_reused()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scheduler", [CogVideoXDPMScheduler, CogVideoXDDIMScheduler])
-def test_schedule_of_the_tiny_checkpoint_by_a_second_computation(
-    sample, scheduler, dtype, make_pipe
-):
-    """The sampler's schedule equals one computed from the embeddings alone, with NumPy."""
+def test_schedule_of_the_tiny_checkpoint(make_pipe, sample, published_schedule, scheduler, dtype):
+    """The sampler's schedule equals one computed from the embeddings alone."""
     from teacache.transformer import apply_teacache
 
     pipe = make_pipe(dtype)
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
-    transformer = pipe.transformer
-    pipe.scheduler.set_timesteps(50)
-    embeddings = [
-        transformer.time_embedding(transformer.time_proj(t.expand(2)).to(dtype))
-        for t in pipe.scheduler.timesteps
-    ]
-    polynomial = np.poly1d(
-        [-1.53880483e03, 8.43202495e02, -1.34363087e02, 7.97131516e00, -5.23162339e-02]
-    )
     counts = set()
     with apply_teacache(pipe) as teacache:
         for threshold in (0.1, 0.15, 0.2):
-            expected, total = [], 0.0
-            for i, e in enumerate(embeddings):
-                if i > 0:
-                    p = embeddings[i - 1]
-                    total += polynomial(((e - p).abs().mean() / p.abs().mean()).item())
-                if i in (0, 49) or total >= threshold:
-                    expected.append(i)
-                    total = 0.0
+            expected = published_schedule(pipe, 50, threshold)
             teacache.rel_l1_thresh = threshold
             sample(pipe, steps=50, num_frames=1)
             assert teacache.policy.computed_steps == expected

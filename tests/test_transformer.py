@@ -65,25 +65,6 @@ class NaiveReuse:
         return (self.before + self.residual,)
 
 
-def naive_schedule(pipe, steps, threshold):
-    """Computed steps by the published rule, from the timestep embeddings."""
-    pipe.scheduler.set_timesteps(steps)
-    transformer, computed, total, previous = pipe.transformer, [], 0.0, None
-    polynomial = np.poly1d(
-        [-1.53880483e03, 8.43202495e02, -1.34363087e02, 7.97131516, -0.0523162339]
-    )
-    for i, t in enumerate(pipe.scheduler.timesteps):
-        e = transformer.time_embedding(transformer.time_proj(t.expand(2)).to(transformer.dtype))
-        if previous is not None:
-            x = (e - previous).abs().mean() / previous.abs().mean()
-            total += polynomial(x.item())
-        if i in (0, steps - 1) or total >= threshold:
-            computed.append(i)
-            total = 0.0
-        previous = e
-    return computed
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("threshold", [0.0, 1e-9])  # 1e-9: every step is computed, by the rule
 def test_every_step_computed_equals_the_plain_pipeline(make_pipe, sample, threshold, dtype):
@@ -103,9 +84,9 @@ def test_frames_at_threshold_0_equal_the_plain_pipeline(pipe, sample):
 
 
 @pytest.mark.parametrize("threshold", [0.1, 0.15, 0.2])
-def test_frames_equal_a_naive_reuse(make_pipe, sample, threshold):
+def test_frames_equal_a_naive_reuse(make_pipe, sample, published_schedule, threshold):
     naive, ours = make_pipe(), make_pipe()
-    computed = naive_schedule(naive, 50, threshold)
+    computed = published_schedule(naive, 50, threshold)
     NaiveReuse(naive.transformer, computed)
     expected = sample(naive, steps=50, output_type="np")
     with apply_teacache(ours, threshold) as teacache:
@@ -114,9 +95,9 @@ def test_frames_equal_a_naive_reuse(make_pipe, sample, threshold):
     assert 5 < len(computed) < 45
 
 
-def test_latents_equal_a_naive_reuse_in_bfloat16(make_pipe, sample):
+def test_latents_equal_a_naive_reuse_in_bfloat16(make_pipe, sample, published_schedule):
     naive, ours = make_pipe(torch.bfloat16), make_pipe(torch.bfloat16)
-    NaiveReuse(naive.transformer, naive_schedule(naive, 12, 0.2))
+    NaiveReuse(naive.transformer, published_schedule(naive, 12, 0.2))
     expected = sample(naive, num_frames=5)
     with apply_teacache(ours, 0.2) as teacache:
         assert torch.equal(sample(ours, num_frames=5), expected)
@@ -340,6 +321,22 @@ def test_undone_to_the_byte(pipe, sample):
     assert torch.equal(sample(pipe, steps=6), before)
 
 
+def test_removed_under_a_later_wrapper(pipe, sample):
+    """What wrapped the forward later keeps calling ours; removed, ours calls the plain one."""
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    plain = sample(pipe, steps=6)
+    teacache = apply_teacache(pipe, 0.3)
+    registry = HookRegistry.check_if_exists_or_initialize(pipe.transformer)
+    registry.register_hook(ModelHook(), "later")
+    sample(pipe, steps=12)
+    assert teacache.policy.reused_steps
+    teacache.remove()
+    policy = teacache.policy
+    assert torch.equal(sample(pipe, steps=6), plain)
+    assert teacache.policy is policy, "nothing is counted any more"
+
+
 def test_removing_twice_and_applying_again(pipe, sample):
     teacache = apply_teacache(pipe, 0.2)
     teacache.remove()
@@ -380,6 +377,15 @@ def test_a_transformer_on_its_own(make_pipe, sample):
             sample(pipe, steps=STEPS, callback_on_step_end=stop_after(5))
         for _ in range(2):
             assert torch.equal(sample(pipe, steps=STEPS), expected)
+        # Leading spacing starts 14 steps at timestep 923, below where this one stops.
+        with pytest.raises(Stop):
+            sample(pipe, steps=STEPS, num_frames=9, callback_on_step_end=stop_after(0))
+        trailing = pipe.scheduler
+        pipe.scheduler = type(trailing).from_config(trailing.config, timestep_spacing="leading")
+        fresh.scheduler = pipe.scheduler
+        lower = sample(pipe, steps=STEPS)
+    with apply_teacache(fresh, THRESHOLD):
+        assert torch.equal(sample(fresh, steps=STEPS), lower)
 
 
 def test_another_face_in_the_middle_of_a_video_is_seen(pipe, sample, identity):
@@ -416,6 +422,8 @@ def test_refuses_what_it_cannot_patch(pipe):
         apply_teacache(pipe.transformer)
     with pytest.raises(ArgumentError, match="rel_l1_thresh"):
         apply_teacache(pipe, -1.0)
+    with pytest.raises(ArgumentError, match="a pipeline has its own"):
+        apply_teacache(pipe, num_inference_steps=50)
     with apply_teacache(pipe), pytest.raises(ArgumentError, match="already"):
         apply_teacache(pipe)
     hook_model(pipe.transformer)
