@@ -1,1 +1,1 @@
-"""TeaCache for ConsisID: identity-preserving videos in a half to a third of the time."""
+"""TeaCache for ConsisID: identity-preserving videos, faster, from one photograph and a prompt."""

@@ -237,6 +237,8 @@ def _time_embedding(
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no dict
                 if name.startswith(prefix):
+                    # Copied only where the pipeline's loader copies too: with operands that are
+                    # aligned differently in memory a matrix product may round differently.
                     found[name.removeprefix(prefix)] = file.get_tensor(name).to(device, dtype)
     missing = {f"linear_{n}.{kind}" for n in (1, 2) for kind in ("weight", "bias")} - set(found)
     if missing:

@@ -1,0 +1,95 @@
+"""Jobs from the command line and from files."""
+
+from __future__ import annotations
+
+import pytest
+
+from teacache.arguments import parse_arguments
+from teacache.errors import ArgumentError
+from teacache.jobs import Job, jobs_of
+from teacache.sweep import in_order
+
+COMMON = ["--ckpts_path", "tiny", "--prompt", "a man"]
+
+
+def jobs(*arguments: object) -> list[Job]:
+    return jobs_of(parse_arguments([*COMMON, *map(str, arguments)]))
+
+
+def test_one_job_by_default():
+    assert jobs() == [Job("astronaut", "a man", "", 42, 50, 0.1)]
+
+
+def test_every_seed_with_every_threshold():
+    found = jobs("--seed", 1, 2, "--rel_l1_thresh", 0.2, 0)
+    assert [(job.seed, job.rel_l1_thresh) for job in found] == [(1, 0.2), (1, 0), (2, 0.2), (2, 0)]
+
+
+def test_the_same_video_is_asked_for_once():
+    assert len(jobs("--seed", 1, 1, "--rel_l1_thresh", 0.1, 0.10)) == 1
+
+
+def test_order_of_sampling_puts_threshold_0_first_in_its_group():
+    found = in_order(jobs("--seed", 7, 3, "--rel_l1_thresh", 0.2, 0, 0.1))
+    assert [(job.seed, job.rel_l1_thresh) for job in found] == [
+        *((7, 0), (7, 0.2), (7, 0.1), (3, 0), (3, 0.2), (3, 0.1))
+    ]
+
+
+def test_json_lines(tmp_path):
+    file = tmp_path / "jobs.jsonl"
+    file.write_text(
+        '{"prompt": "über \\u4eba", "seed": 7}\n\n{"rel_l1_thresh": 0.2, "num_infer_steps": 8}\n',
+        encoding="utf-8",
+    )
+    assert jobs("--jobs", file, "--rel_l1_thresh", 0, 0.1) == [
+        Job("astronaut", "über 人", "", 7, 50, 0.0),
+        Job("astronaut", "über 人", "", 7, 50, 0.1),
+        Job("astronaut", "a man", "", 42, 8, 0.2),
+    ]
+
+
+def test_csv(tmp_path):
+    file = tmp_path / "jobs.csv"
+    file.write_text('prompt,seed,negative_prompt\n"one, two",7,\nthree,,rain\n')
+    assert jobs("--jobs", file) == [
+        Job("astronaut", "one, two", "", 7, 50, 0.1),
+        Job("astronaut", "three", "rain", 42, 50, 0.1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "complaint"),
+    [
+        ("a.jsonl", '{"seed": 1}\n{"seed": }', "line 2: no JSON"),
+        ("a.jsonl", '{"seed": 1}\n\n[1]', "line 3: not an object"),
+        ("a.jsonl", '{"seed": -1}', "line 1: seed: '-1' is not a whole number"),
+        ("a.jsonl", '{"seed": true}', "line 1: seed must be text or a number"),
+        ("a.jsonl", '{"seed": 1.5}', "line 1: seed: '1.5'"),
+        ("a.jsonl", '{"rel_l1_thresh": NaN}', "line 1: rel_l1_thresh: 'nan'"),
+        ("a.jsonl", '{"num_infer_steps": 0}', "line 1: num_infer_steps"),
+        ("a.jsonl", '{"image": "nowhere.png"}', "line 1: image: nowhere.png: there is no such"),
+        ("a.jsonl", '{"sede": 1}', "line 1: unknown field 'sede'"),
+        ("a.jsonl", "", "holds no jobs"),
+        ("a.csv", "seed\n1\nx\n", "line 3: seed: 'x'"),
+        ("a.csv", "seed\n1,2\n", "line 2: more fields than the header"),
+        ("a.csv", "sede\n1\n", "line 2: unknown field 'sede'"),
+        ("a.csv", 'prompt\n"open\n', "unexpected end of data"),
+        ("a.csv", "seed\n", "holds no jobs"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, name, text, complaint):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ArgumentError, match=complaint) as error:
+        jobs("--jobs", tmp_path / name)
+    assert str(tmp_path / name) in str(error.value)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(ArgumentError, match="cannot be read"):
+        jobs("--jobs", tmp_path / "none.csv")
+    with pytest.raises(ArgumentError, match="cannot be read"):
+        jobs("--jobs", tmp_path)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(ArgumentError, match="not UTF-8"):
+        jobs("--jobs", tmp_path / "binary")

@@ -1,0 +1,216 @@
+"""The plan, held against what the sampler then does."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import CPU
+from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, ConsisIDTransformer3DModel
+
+import teacache_sample_video
+from teacache import plan
+from teacache.errors import ArgumentError, CheckpointError
+from teacache.policy import COGVIDEOX_5B, Coefficients
+from teacache.tiny import TRANSFORMER
+from teacache.transformer import apply_teacache
+
+THRESHOLDS = [0.0, 0.03, 0.05, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.3, 0.5, 1.0, 3.0]
+
+
+@pytest.fixture
+def shallow(make_pipe):
+    """A pipeline whose transformer has the checkpoint's time embedding, and one block."""
+
+    def make(dtype: torch.dtype):
+        pipe = make_pipe(dtype)
+        transformer = ConsisIDTransformer3DModel(**{**TRANSFORMER, "num_layers": 2, "LFE_depth": 5})
+        transformer = transformer.to(dtype).eval()
+        # Not only its values: how the loader aligned them in memory decides on the last bit.
+        transformer.time_embedding = pipe.transformer.time_embedding
+        pipe.transformer = transformer
+        return pipe
+
+    return make
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheduler", [CogVideoXDPMScheduler, CogVideoXDDIMScheduler])
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+def test_plan_equals_the_run(tiny, tmp_path, shallow, sample, scheduler, spacing, dtype):
+    """Distances to the bit, and the schedule, for 8 to 100 steps, with guidance and without."""
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(tiny, checkpoint, copy_function=os.link)
+    pipe = shallow(dtype)
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, timestep_spacing=spacing)
+    shutil.rmtree(checkpoint / "scheduler")
+    pipe.scheduler.save_pretrained(checkpoint / "scheduler")
+    thresholds = iter(THRESHOLDS * 2)
+    with apply_teacache(pipe) as teacache:
+        for steps, guidance_scale in ((8, 6.0), (13, 1.0), (30, 6.0), (50, 1.0), (100, 6.0)):
+            known = plan.step_distances(checkpoint, guidance_scale, CPU, dtype, steps)
+            teacache.rel_l1_thresh = next(thresholds)
+            sample(pipe, steps=steps, num_frames=1, guidance_scale=guidance_scale)
+            assert teacache.policy.distances == known
+            assert teacache.policy == plan.plan(known, teacache.rel_l1_thresh, COGVIDEOX_5B)
+
+
+def test_plan_equals_the_run_at_many_thresholds(tiny, shallow, sample):
+    pipe = shallow(torch.float32)
+    known = plan.step_distances(tiny, 6.0, CPU, torch.float32, 50)
+    with apply_teacache(pipe) as teacache:
+        for threshold in THRESHOLDS:
+            teacache.rel_l1_thresh = threshold
+            sample(pipe, steps=50, num_frames=1)
+            assert teacache.policy == plan.plan(known, threshold, COGVIDEOX_5B)
+
+
+def test_timesteps_equal_the_schedulers_own(tiny, tmp_path):
+    (tmp_path / "scheduler").mkdir()
+    for spacing in ("trailing", "leading", "linspace"):
+        scheduler = CogVideoXDPMScheduler(timestep_spacing=spacing, steps_offset=1)
+        scheduler.save_pretrained(tmp_path / "scheduler")
+        for steps in [*range(1, 101), 333, 999, 1000]:
+            scheduler.set_timesteps(steps)
+            assert plan.scheduler_timesteps(tmp_path, steps) == scheduler.timesteps.tolist()
+    with pytest.raises(ArgumentError, match="1000 timesteps"):
+        plan.scheduler_timesteps(tmp_path, 1001)
+
+
+@pytest.mark.parametrize("target", [1.0, 1.3, 1.6, 2.0, 2.5, 3.7, 9.9])
+@pytest.mark.parametrize("steps", [12, 50, 100])
+def test_smallest_threshold_is_the_smallest(tiny, target, steps):
+    """It reaches the target, and one step of the resolution below does not."""
+    known = plan.step_distances(tiny, 6.0, CPU, torch.float32, steps)
+
+    def speedup(threshold):
+        return plan.speedup(plan.plan(known, threshold, COGVIDEOX_5B))
+
+    if speedup(100.0) < target:
+        with pytest.raises(ArgumentError, match="cannot be reached") as error:
+            plan.smallest_threshold(known, target, COGVIDEOX_5B)
+        best, threshold = str(error.value).split("nearest is ")[1].split(", from --rel_l1_thresh ")
+        assert float(best) == pytest.approx(speedup(100.0), abs=0.005)  # shown with two decimals
+        assert speedup(float(threshold.removesuffix(" on"))) == speedup(100.0)
+        return
+    found = plan.smallest_threshold(known, target, COGVIDEOX_5B)
+    assert speedup(found) >= target
+    if target == 1.0:
+        assert found == 0
+    else:
+        assert speedup(round(found - plan.RESOLUTION, 4)) < target
+
+
+def test_a_target_beyond_all_distances_outside_the_range():
+    nothing = Coefficients((0.0, 0.0, 0.0, 1.0, 0.0), (10.0, 20.0), "covers nothing")
+    with pytest.raises(ArgumentError, match=r"nearest is 1\.00"):
+        plan.smallest_threshold([None, 0.1, 0.1, 0.1], 2.0, nothing)
+
+
+def test_a_checkpoint_without_time_embedding(tiny, tmp_path):
+    from safetensors.torch import save_file
+
+    shutil.copytree(tiny, tmp_path / "c", copy_function=os.link)
+    weights = tmp_path / "c" / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.unlink()
+    save_file({"proj_out.weight": torch.zeros(1)}, weights)
+    with pytest.raises(CheckpointError, match=r"lacks time_embedding.linear_1.bias"):
+        plan.step_distances(tmp_path / "c", 6.0, CPU, torch.float32, 8)
+
+
+def main(capsys, *arguments: object) -> tuple[int, str, str]:
+    code = teacache_sample_video.main([str(argument) for argument in arguments])
+    return code, *capsys.readouterr()
+
+
+def test_command_prints_a_plan(capsys, tmp_path, tiny):
+    code, output, _ = main(
+        capsys, "--ckpts_path", "tiny", "--plan", "--output_path", tmp_path / "none"
+    )
+    assert code == 0
+    lines = output.splitlines()
+    assert lines[0].split() == ["rel_l1_thresh", "computed", "speed-up", "schedule"]
+    assert [line.split()[0] for line in lines[1:7]] == ["0.05", "0.1", "0.15", "0.2", "0.25", "0.3"]
+    known = plan.step_distances(tiny, 6.0, CPU, torch.float32, 50)
+    for line in lines[1:7]:
+        threshold, computed, *_, cells = line.split()
+        planned = plan.plan(known, float(threshold), COGVIDEOX_5B).computed_steps
+        assert int(computed) == len(planned)
+        assert [n for n, cell in enumerate(cells) if cell == "■"] == planned
+    assert not (tmp_path / "none").exists(), "a plan leaves nothing behind"
+
+
+def test_command_predicts_seconds_from_a_record(capsys, tmp_path):
+    record = {
+        "ckpts_path": "tiny",
+        "width": 144,
+        "height": 96,
+        "num_frames": 13,
+        "dtype": "float32",
+        "guidance_scale": 6.0,
+        "computed_step_seconds": 2.0,
+        "reused_step_seconds": 0.5,
+        "seconds": {"decoding": 7.0},
+        "device_name": "a GPU",
+    }
+    (tmp_path / "42_0.1_0000.json").write_text(json.dumps(record))
+    (tmp_path / "sweep_42_0000.json").write_text('{"rows": []}')
+    (tmp_path / "broken.json").write_text("{")
+    arguments = ("--ckpts_path", "tiny", "--plan", "--rel_l1_thresh", 0, 0.2)
+    _, output, _ = main(capsys, *arguments, "--output_path", tmp_path)
+    lines = [line.split() for line in output.splitlines()]
+    assert lines[0][3] == "seconds"
+    assert lines[1][1:6] == ["50", "of", "50", "1.00x", "107.0"]
+    computed = int(lines[2][1])
+    assert lines[2][5] == f"{computed * 2.0 + (50 - computed) * 0.5 + 7.0:.1f}"
+    assert "a record of a GPU" in output
+    _, output, _ = main(capsys, *arguments, "--output_path", tmp_path, "--guidance_scale", 1)
+    assert "seconds" not in output, "a record of other settings predicts nothing"
+
+
+def test_command_plans_for_a_target(capsys, tmp_path, tiny):
+    arguments = ("--ckpts_path", "tiny", "--target_speedup", 2, "--output_path", tmp_path)
+    _, output, _ = main(capsys, *arguments, "--plan")
+    threshold = float(output.splitlines()[1].split()[0])
+    code, output, _ = main(capsys, *arguments, "--num_frames", 1, "--quiet")
+    assert code == 0
+    assert output == f"{tmp_path}/42_{threshold}_0000.mp4\n"
+    record = json.loads((tmp_path / f"42_{threshold}_0000.json").read_text())
+    assert len(record["computed_steps"]) <= 25
+    code, _, error = main(capsys, *arguments[:2], "--target_speedup", 60)
+    assert code == 2
+    assert "cannot be reached: the nearest is" in error
+    with pytest.raises(SystemExit):
+        main(capsys, *arguments, "--rel_l1_thresh", 0.1)
+    assert "not allowed with argument --rel_l1_thresh" in capsys.readouterr().err
+
+
+def test_command_plans_only_what_is_here(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, error = main(capsys, "--plan")
+    assert code == 2
+    assert "is not here yet" in error
+
+
+def test_a_plan_imports_little_and_takes_little_longer_than_torch(tiny):
+    """Neither diffusers nor transformers; under 3 s more than importing torch, as a median."""
+    check = (
+        "import sys, teacache_sample_video\n"
+        "assert teacache_sample_video.main(['--ckpts_path', 'tiny', '--plan']) == 0\n"
+        "assert not {'diffusers', 'transformers'} & set(sys.modules)"
+    )
+    more = []
+    for _ in range(3):
+        seconds = []
+        for code in ("import torch", check):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+            seconds.append(time.perf_counter() - start)
+        more.append(seconds[1] - seconds[0])
+    assert sorted(more)[1] < 3

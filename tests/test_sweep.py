@@ -1,0 +1,373 @@
+"""Sweeps through the command: shared work, same videos, interruption, resumption, reports."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU
+from PIL import Image
+
+import teacache_sample_video
+from teacache import identity as faces
+from teacache import quality, sampler
+from teacache.figure import draw_sweep
+from teacache.tables import sweep_markdown, sweep_rows, terminal_table
+from teacache.video import read_video, write_grid, write_video
+
+COMMON = ("--ckpts_path", "tiny", "--num_infer_steps", 20, "--num_frames", 5)
+
+
+def main(capsys, *arguments: object) -> tuple[int, str, str]:
+    code = teacache_sample_video.main([str(argument) for argument in arguments])
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts what a run does, by calling through to it."""
+    counted = Counter()
+
+    def count(module, name):
+        real = getattr(module, name)
+
+        def counting(*args, **kwargs):
+            counted[name] += 1
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, counting)
+
+    for module, name in (
+        *((faces, "load_image"), (faces, "load_face_models"), (faces, "find_identity")),
+        *((sampler, n) for n in ("load_pipeline", "encode_text", "prepare", "denoise", "decode")),
+    ):
+        count(module, name)
+    return counted
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def read_record(folder: Path, name: str) -> dict:
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+def test_sweep(capsys, tmp_path, calls):
+    arguments = (*COMMON, "--rel_l1_thresh", 0.2, 0, 0.1, "--output_path", tmp_path / "sweep")
+    code, output, error = main(capsys, *arguments)
+    assert code == 0
+    assert "learned positional embeddings" in error  # 5 frames are not the checkpoint's own
+
+    # What does not depend on the threshold happens once.
+    assert calls == Counter(
+        load_image=1, load_face_models=1, find_identity=1, load_pipeline=1, encode_text=1,
+        prepare=1, denoise=3, decode=3,
+    )  # fmt: skip
+    assert names(tmp_path / "sweep") == [
+        *("42_0.0_0000.json", "42_0.0_0000.mp4", "42_0.1_0000.json", "42_0.1_0000.mp4"),
+        *("42_0.2_0000.json", "42_0.2_0000.mp4"),
+        *(f"sweep_42_0000.{ending}" for ending in ("json", "md", "mp4", "png")),
+    ]
+
+    # Each video is the one that its own run gives, to the byte.
+    for threshold in (0.1, 0.2):
+        own = (*COMMON, "--rel_l1_thresh", threshold, "--output_path", tmp_path / "own")
+        assert main(capsys, *own)[0] == 0
+        name = f"42_{threshold}_0000"
+        one, other = (tmp_path / f / f"{name}.mp4" for f in ("sweep", "own"))
+        assert one.read_bytes() == other.read_bytes()
+        one, other = (read_record(tmp_path / f, f"{name}.json") for f in ("sweep", "own"))
+        assert one["computed_steps"] == other["computed_steps"]
+        assert one["distances"] == other["distances"]
+
+    # The table, in the terminal and as Markdown, in the order asked for.
+    lines = output.splitlines()
+    table = lines[next(n for n, line in enumerate(lines) if "rel_l1_thresh  " in line) :]
+    assert [line.split()[0] for line in table[1:4]] == ["0.2", "0", "0.1"]
+    assert "No LPIPS" in output
+    markdown = (tmp_path / "sweep" / "sweep_42_0000.md").read_text()
+    assert "| seconds a video | ConsisID | TeaCache (0.1) | TeaCache (0.15) | TeaCache (0.2) |" in (
+        markdown
+    )
+    assert "~110 (1.0x) | ~70 (1.6x) | ~53 (2.1x) | ~41 (2.7x)" in markdown
+    assert "this run: cpu, 144x96, 5 frames, seed 42" in markdown
+
+    # Everything, as JSON.
+    report = read_record(tmp_path / "sweep", "sweep_42_0000.json")
+    assert [row["rel_l1_thresh"] for row in report["rows"]] == [0.2, 0.0, 0.1]
+    for row, record in zip(report["rows"], report["videos"], strict=True):
+        assert row["computed"] == len(record["computed_steps"])
+        seconds = record["seconds"]["denoising"] + record["seconds"]["decoding"]
+        assert row["latency"] == pytest.approx(seconds, abs=0.001)  # rounded to milliseconds
+    by_threshold = {row["rel_l1_thresh"]: row for row in report["rows"]}
+    assert by_threshold[0.0]["speedup"] == 1.0
+    assert by_threshold[0.0]["quality"].keys() == {"identity"}
+    assert (
+        by_threshold[0.1]["quality"]["psnr"]["mean"] > by_threshold[0.2]["quality"]["psnr"]["mean"]
+    )
+    assert not by_threshold[0.1]["quality"]["decoded"]
+    assert by_threshold[0.1]["quality"]["identity"]["frames_without_face"] == 5
+
+    # The figure and the videos side by side.
+    with Image.open(tmp_path / "sweep" / "sweep_42_0000.png") as figure:
+        assert figure.width == 1200
+    grid = read_video(tmp_path / "sweep" / "sweep_42_0000.mp4")
+    assert grid.fps == 8
+    assert grid.frames.shape[0] == 5
+
+
+def test_interrupted_at_the_third_then_resumed(capsys, tmp_path, monkeypatch, calls):
+    arguments = (*COMMON, "--rel_l1_thresh", 0, 0.1, 0.2, 0.3, "--output_path", tmp_path)
+    counting = sampler.denoise
+
+    def interrupted(*args, **kwargs):
+        if calls["denoise"] == 2:
+            raise KeyboardInterrupt
+        return counting(*args, **kwargs)
+
+    monkeypatch.setattr(sampler, "denoise", interrupted)
+    code, output, _ = main(capsys, *arguments)
+    assert code == 130
+    assert "2 of 4 videos: see --resume" in output
+    assert names(tmp_path) == [
+        *("42_0.0_0000.json", "42_0.0_0000.mp4", "42_0.1_0000.json", "42_0.1_0000.mp4"),
+        *(f"sweep_42_0000.{ending}" for ending in ("json", "md", "mp4", "png")),
+    ]
+    monkeypatch.setattr(sampler, "denoise", counting)
+    before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
+
+    calls.clear()
+    code, output, _ = main(capsys, *arguments, "--resume")
+    assert code == 0
+    assert calls["denoise"] == 2
+    assert output.count("done before") == 2
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    rows = read_record(tmp_path, "sweep_42_0001.json")["rows"]
+    assert [row["video"] for row in rows] == [
+        *("42_0.0_0000", "42_0.1_0000", "42_0.2_0000", "42_0.3_0000")
+    ]
+    # Threshold 0 came from its mp4: the figures say so.
+    assert [row["quality"].get("decoded") for row in rows] == [None, False, True, True]
+    assert "decoded from an earlier mp4" in output
+
+    calls.clear()
+    code, output, _ = main(capsys, *arguments, "--resume")
+    assert code == 0
+    assert "load_pipeline" not in calls
+    assert (tmp_path / "sweep_42_0002.md").is_file()
+
+
+def test_resume_redoes_what_differs(capsys, tmp_path, calls):
+    faces.load_image("astronaut").save(tmp_path / "face.png")
+    common = (*COMMON[:2], "--num_infer_steps", 2, "--num_frames", 1, "--output_path", tmp_path)
+    first = (*common, "--image", tmp_path / "face.png", "--resume", "--quiet")
+    main(capsys, *first)
+    assert calls["denoise"] == 1
+    main(capsys, *first)
+    assert calls["denoise"] == 1
+    for changed in (
+        ("--prompt", "a man"),
+        ("--fps", 9),
+        ("--guidance_scale", 5),
+        ("--dtype", "bfloat16"),
+        ("--num_infer_steps", 3),
+    ):
+        before = calls["denoise"]
+        main(capsys, *first, *changed)
+        assert calls["denoise"] == before + 1, changed
+    # The same name, another picture.
+    Image.fromarray(np.array(faces.load_image("astronaut"))[:, ::-1]).save(tmp_path / "face.png")
+    before = calls["denoise"]
+    main(capsys, *first)
+    assert calls["denoise"] == before + 1
+
+
+def test_a_fault_at_the_third_keeps_the_first_two(capsys, tmp_path, monkeypatch, calls):
+    counting = sampler.decode
+
+    def failing(*args, **kwargs):
+        if calls["decode"] == 2:
+            raise RuntimeError("out of luck")
+        return counting(*args, **kwargs)
+
+    monkeypatch.setattr(sampler, "decode", failing)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        main(capsys, *COMMON, "--rel_l1_thresh", 0, 0.1, 0.2, "--output_path", tmp_path)
+    rows = read_record(tmp_path, "sweep_42_0000.json")["rows"]
+    assert [row["rel_l1_thresh"] for row in rows] == [0.0, 0.1]
+
+
+def test_jobs_share_faces_and_prompts(capsys, tmp_path, calls):
+    Image.fromarray(np.array(faces.load_image("astronaut"))[:, ::-1]).save(tmp_path / "other.png")
+    lines = [
+        {"prompt": "a man", "seed": 1},
+        {"prompt": "a man", "seed": 2},
+        {"prompt": "a girl", "seed": 1, "image": str(tmp_path / "other.png")},
+    ]
+    (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    calls.clear()
+    code, output, _ = main(
+        capsys,
+        *("--ckpts_path", "tiny", "--num_infer_steps", 2, "--num_frames", 1),
+        *("--jobs", tmp_path / "jobs.jsonl", "--output_path", tmp_path / "out"),
+    )
+    assert code == 0
+    assert calls == Counter(
+        load_image=2, load_face_models=1, find_identity=2, load_pipeline=1, encode_text=2,
+        prepare=3, denoise=3, decode=3,
+    )  # fmt: skip
+    assert "1_0.1_0001" in output
+
+
+def test_baseline_from_an_earlier_video(capsys, tmp_path, monkeypatch):
+    common = (*COMMON, "--output_path", tmp_path)
+    assert main(capsys, *common, "--rel_l1_thresh", 0)[0] == 0
+    earlier = tmp_path / "42_0.0_0000.mp4"
+    decode, frames = sampler.decode, []
+    monkeypatch.setattr(sampler, "decode", lambda *a: frames.append(decode(*a)) or frames[-1])
+    code, output, _ = main(capsys, *common, "--rel_l1_thresh", 0.1, 0.2, "--baseline", earlier)
+    assert code == 0
+    assert "decoded from an earlier mp4" in output
+    for threshold, pictures in zip((0.1, 0.2), frames, strict=True):
+        own = np.stack([np.array(picture) for picture in pictures])
+        expected = quality.compare(own, read_video(earlier).frames)
+        found = read_record(tmp_path, f"42_{threshold}_0000.json")["quality"]
+        assert {name: found[name] for name in expected} == expected
+        assert found["decoded"]
+    for given, complaint in (
+        (tmp_path / "none.mp4", "cannot be read as a video"),
+        (tmp_path / "42_0.2_0000.json", "cannot be read as a video"),
+    ):
+        code, _, error = main(capsys, *common, "--rel_l1_thresh", 0.1, 0.2, "--baseline", given)
+        assert code == 2
+        assert complaint in error
+    code, _, error = main(capsys, *common, "--num_frames", 9, "--baseline", earlier)
+    assert code == 2
+    assert "has 5 frames of 144x96, this run samples 9 of 144x96" in error
+
+
+@pytest.fixture
+def noise():
+    return np.random.default_rng(0).integers(0, 256, (3, 64, 96, 3), dtype=np.uint8)
+
+
+def test_psnr_by_its_definition(noise):
+    frames = noise.copy()
+    frames[1] = np.clip(noise[1].astype(int) + 10, 0, 255)
+    frames[2] = np.clip(noise[2].astype(int) - 30, 0, 255)
+    found = quality.compare(frames, noise)
+    expected = [
+        10 * np.log10(255**2 / np.mean((frames[n].astype(float) - noise[n]) ** 2)) for n in (1, 2)
+    ]
+    # Floating point alone: sums in another order.
+    assert found["psnr"]["per_frame"][0] is None, "a frame that is the same has no PSNR"
+    assert found["psnr"]["per_frame"][1:] == pytest.approx(expected, rel=1e-9)
+    assert found["psnr"]["mean"] == pytest.approx(np.mean(expected), rel=1e-9)
+    assert found["psnr"]["worst"] == pytest.approx(expected[1], rel=1e-9)
+    assert found["ssim"]["per_frame"][0] == pytest.approx(1.0)
+    assert found["ssim"]["worst"] == min(found["ssim"]["per_frame"]) < 1
+
+
+def test_the_same_video_is_called_identical(noise):
+    found = quality.compare(noise, noise)
+    assert found["psnr"] == {"mean": None, "worst": None, "per_frame": [None] * 3}
+    record = {
+        "rel_l1_thresh": 0.1,
+        "seed": 1,
+        "num_infer_steps": 2,
+        "computed_steps": [0, 1],
+        "image": "a",
+        "prompt": "b",
+        "negative_prompt": "",
+        "quality": found,
+        "seconds": {"denoising": 1.0, "decoding": 1.0},
+    }
+    assert "identical" in terminal_table(sweep_rows([("x", record)]))
+
+
+def test_lpips_where_it_is_missing(monkeypatch, tmp_path, noise):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    found = quality.compare(noise, noise)
+    assert found["lpips"] is None
+    assert quality.LPIPS_BACKBONE in found["lpips_missing"]
+
+
+def test_lpips_where_it_is_there(monkeypatch, tmp_path, noise):
+    """The real package on a backbone of random weights, in the place where the real one lies."""
+    from torchvision.models import alexnet
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.manual_seed(0)
+    weights = tmp_path / "hub" / "checkpoints" / quality.LPIPS_BACKBONE
+    torch.save(alexnet().state_dict(), weights)
+    darker = (noise * 0.5).astype(np.uint8)
+    found = quality.compare(np.stack([noise[0], darker[1], darker[2]]), noise)
+    assert found["lpips_missing"] is None
+    same, *others = found["lpips"]["per_frame"]
+    assert same == 0
+    assert min(others) > 0
+    assert found["lpips"]["worst"] == max(others)
+
+
+def test_identity_by_the_real_recogniser(tiny, identity):
+    models = faces.load_face_models(tiny, CPU, torch.float32)
+    astronaut = np.array(faces.load_image("astronaut"))
+    frames = np.stack([astronaut, np.roll(astronaut, (0, 50), (0, 1)), np.zeros_like(astronaut)])
+    reference = identity.id_cond[0, :512].numpy()
+    found = quality.identity_similarity(frames, reference, models.analyser)
+    same, moved, nobody = found["per_frame"]
+    assert same == pytest.approx(1.0, abs=1e-5)  # float32, of 512 products
+    assert 0.5 < moved <= 1.0
+    assert nobody is None
+    assert found["frames_without_face"] == 1
+    assert found["worst"] == min(same, moved)
+
+
+def test_figure_and_markdown_of_one_video_alone(tmp_path):
+    """A sweep that was interrupted after its first video, without threshold 0."""
+    record = {
+        "rel_l1_thresh": 0.15,
+        "seed": 1,
+        "num_infer_steps": 5,
+        "computed_steps": [0, 2, 4],
+        "image": "a",
+        "prompt": "b",
+        "negative_prompt": "",
+        "device_name": "cpu",
+        "width": 144,
+        "height": 96,
+        "num_frames": 13,
+        "seconds": {"denoising": 1.0, "decoding": 1.0},
+    }
+    rows = sweep_rows([("1_0.15_0000", record)])
+    draw_sweep(rows, [record], tmp_path / "figure.png")
+    with Image.open(tmp_path / "figure.png") as figure:
+        assert figure.width == 1200
+        pixels = np.array(figure.convert("RGB"))
+    # Three of five cells are filled: as many pixels of their colour in a row through their middle.
+    blue = (pixels == (0x1F, 0x5F, 0xA8)).all(-1).sum(1)
+    assert blue.max() > 200
+    assert "| 2.0 |" in sweep_markdown(rows, record)
+
+
+def test_grid_places_every_video_below_its_label(tmp_path):
+    colours = [(200, 30, 30), (30, 200, 30), (30, 30, 200)]
+    videos = [np.full((4, 96, 144, 3), colour, np.uint8) for colour in colours]
+    videos[2] = videos[2][:2]  # an earlier, shorter one
+    write_grid(videos, ["one\nline", "two", "three"], tmp_path / "grid.mp4", fps=8)
+    grid = read_video(tmp_path / "grid.mp4").frames
+    assert grid.shape == (4, 512, 640, 3)
+    for n, colour in enumerate(colours):
+        left, top = n % 2 * 320, n // 2 * 256
+        middle = grid[3, top + 150, left + 160].astype(int)
+        assert np.abs(middle - colour).max() < 12, "H.264 and 4:2:0 move flat colours a little"
+        assert grid[0, top : top + 48, left : left + 320].max() > 200, "its label is there"
+    assert grid[0, 256 + 150, 320 + 160].max() < 12, "the fourth cell is empty"
+    write_video([Image.fromarray(videos[0][0])], tmp_path / "one.mp4", fps=8)
+    assert len(read_video(tmp_path / "one.mp4").frames) == 1
