@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,15 +74,18 @@ def download_checkpoint(repo_id: str) -> Path:
     """Download a repository into a folder of its name, below the current one, and return it.
 
     The files come to `<name>.incomplete`, which is renamed once it is whole: a folder that has the
-    repository's own name needs no second look. Asked again, a broken download goes on where it
-    stopped.
+    repository's own name needs no second look. Asked again, a broken download goes on with
+    the files that it still lacks.
 
     Raises:
         CheckpointError: where the repository cannot be reached, read or written down.
     """
     from filelock import FileLock
     from huggingface_hub import errors, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     folder = Path(repo_id)
     incomplete = folder.with_name(f"{folder.name}.incomplete")
     try:

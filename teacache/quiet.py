@@ -18,7 +18,8 @@ def silence_libraries() -> None:
     warnings.simplefilter("ignore")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    for name in ("", "diffusers", "transformers"):
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    for name in ("", "diffusers", "transformers", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("warning: %(message)s"))

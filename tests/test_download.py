@@ -1,0 +1,221 @@
+"""The download, from a server on the loopback address that speaks the hub's protocol."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+import pytest
+
+from teacache.checkpoint import check_checkpoint
+
+ROOT = Path(__file__).parent.parent
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REPOSITORY = "Own/Repo"
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """One repository, a folder; `error` answers everything with (status, X-Error-Code), and
+    `breaks_in` names a file whose first transfer ends in the middle."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.folder = folder
+        self.error: tuple[int, str] | None = None
+        self.breaks_in: str | None = None
+        self.transfers: Counter[str] = Counter()
+
+    def files(self) -> list[Path]:
+        return [path for path in sorted(self.folder.rglob("*")) if path.is_file()]
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args) -> None:
+        """Nothing: the tests look at what was transferred."""
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = unquote(urlparse(self.path).path)
+        hub, root = self.server, f"/{REPOSITORY}/resolve/{COMMIT}/"
+        if hub.error:
+            status, code = hub.error
+            self.reply(b"{}", status, {"X-Error-Code": code})
+        elif path == f"/api/models/{REPOSITORY}/revision/main":
+            names = [str(file.relative_to(hub.folder)) for file in hub.files()]
+            siblings = [{"rfilename": name} for name in names]
+            self.reply(json.dumps({"id": REPOSITORY, "sha": COMMIT, "siblings": siblings}).encode())
+        elif path == f"/api/models/{REPOSITORY}/tree/{COMMIT}":
+            tree = [
+                {
+                    "type": "file",
+                    "path": str(file.relative_to(hub.folder)),
+                    "size": file.stat().st_size,
+                    "oid": hashlib.sha1(str(file).encode()).hexdigest(),
+                }
+                for file in hub.files()
+            ]
+            self.reply(json.dumps(tree).encode())
+        elif path.startswith(root) and (hub.folder / path.removeprefix(root)).is_file():
+            self.send_file(path.removeprefix(root))
+        else:
+            self.reply(b"{}", 404)
+
+    def send_file(self, name: str) -> None:
+        content = (self.server.folder / name).read_bytes()
+        headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
+        if self.command == "GET":
+            self.server.transfers[name] += 1
+        if self.command == "GET" and self.server.breaks_in == name:
+            self.reply(content, 200, headers, sent=len(content) // 2)
+            self.close_connection = True
+            self.server.breaks_in = None
+            self.server.error = (503, "")
+        else:
+            self.reply(content, 200, headers)
+
+    def reply(self, body: bytes, status: int = 200, headers=None, sent: int | None = None) -> None:
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body[:sent])
+
+
+@pytest.fixture
+def hub(tiny, tmp_path):
+    folder = tmp_path / "repository"
+    shutil.copytree(tiny, folder, copy_function=os.link)
+    (folder / "data_process").mkdir()
+    (folder / "data_process" / "tool.pth").write_bytes(b"x" * 1000)
+    (folder / "README.md").write_text("not needed")
+    server = Hub(folder)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def command(hub, tmp_path):
+    """Runs the command in an empty folder, with the hub at the server: (code, output, error)."""
+    here = tmp_path / "here"
+    here.mkdir()
+
+    def run(*arguments: object, **environment: str) -> tuple[int, str, str]:
+        done = subprocess.run(
+            [sys.executable, ROOT / "teacache_sample_video.py", *map(str, arguments)],
+            cwd=here,
+            env={
+                **os.environ,
+                "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+                "HF_HOME": str(tmp_path / "hf_home"),
+                **environment,
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+SAMPLE = (
+    *("--ckpts_path", REPOSITORY, "--device", "cpu", "--image", "astronaut"),
+    *("--num_infer_steps", 2, "--num_frames", 1),
+)
+
+
+def test_broken_off_then_resumed_then_sampled(hub, command, tmp_path):
+    folder, incomplete = tmp_path / "here" / "Own" / "Repo", tmp_path / "here/Own/Repo.incomplete"
+    broken = "face_encoder/detection_Resnet50_Final.pth"
+    hub.breaks_in = broken
+    code, _, error = command(*SAMPLE)
+    assert code == 2
+    assert error.startswith("error: --ckpts_path Own/Repo: there is no such folder here")
+    assert error.count("\n") == 1
+    assert not folder.exists()
+    assert incomplete.is_dir()
+
+    # Without a connection the half is not taken for the whole.
+    code, _, error = command(*SAMPLE, HF_HUB_OFFLINE="1")
+    assert code == 2
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert not folder.exists()
+
+    hub.error = None
+    had = {str(path.relative_to(incomplete)) for path in incomplete.rglob("*") if path.is_file()}
+    before = Counter(hub.transfers)
+    code, output, error = command(*SAMPLE)
+    assert code == 0, error
+    assert "download" in output
+    assert hub.transfers[broken] > before[broken]
+    fetched_again = {name for name in hub.transfers if hub.transfers[name] > before[name]}
+    assert not fetched_again & had, "what was whole is not fetched again"
+
+    assert not incomplete.exists()
+    check_checkpoint(folder)
+    assert not any(name.startswith("data_process") or name == "README.md" for name in hub.transfers)
+    for file in hub.files():
+        name = file.relative_to(hub.folder)
+        if str(name) in hub.transfers:
+            assert (folder / name).read_bytes() == file.read_bytes()
+    assert {path.name for path in folder.iterdir()} == {
+        *("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae"),
+        "face_encoder",
+    }
+    assert (tmp_path / "here" / "teacache_results" / "42_0.1_0000.mp4").is_file()
+
+    hub.error = (500, "")
+    code, output, error = command(*SAMPLE)
+    assert code == 0, "what is here needs no server any more"
+    assert "download" not in output
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [((404, "RepoNotFound"), "404"), ((401, "GatedRepo"), "401"), ((500, ""), "500")],
+)
+def test_refusals_are_one_line(hub, command, tmp_path, error, told):
+    hub.error = error
+    code, _, text = command(*SAMPLE)
+    assert code == 2
+    assert text.startswith("error: --ckpts_path Own/Repo: there is no such folder here")
+    assert told in text
+    assert text.count("\n") == 1
+    assert not (tmp_path / "here" / "Own" / "Repo").exists()
+
+
+def test_a_repository_that_lacks_a_file_is_named(hub, command):
+    (hub.folder / "face_encoder" / "parsing_bisenet.pth").unlink()
+    code, _, error = command(*SAMPLE)
+    assert code == 2
+    assert "missing or empty: face_encoder/parsing_bisenet.pth" in error
+
+
+def test_a_name_that_the_hub_would_not_take(command):
+    code, _, error = command("--ckpts_path", "own/a--b", *SAMPLE[2:])
+    assert code == 2
+    assert error.startswith("error: --ckpts_path own/a--b")
+    assert error.count("\n") == 1
