@@ -256,6 +256,7 @@ def test_wrong_arguments_get_one_line_and_2(capsys, arguments):
 
 def test_wrong_input_gets_one_line_and_2(capsys, tmp_path, tiny):
     (tmp_path / "file").touch()
+    (tmp_path / "jobs.jsonl").write_text('{"seed": 1}\n{"seed"}\n')
     for arguments, complaint in (
         (("--image", tmp_path / "none.png"), "no such file"),
         (("--ckpts_path", tmp_path / "none"), "no such folder"),
@@ -264,6 +265,7 @@ def test_wrong_input_gets_one_line_and_2(capsys, tmp_path, tiny):
         (("--width", 160), "144x96 only"),
         (("--device", "cuda:7"), "0 CUDA GPUs"),
         (("--offload", "model"), "this is a CPU"),
+        (("--jobs", tmp_path / "jobs.jsonl"), "line 2: no JSON"),
     ):
         defaults = ("--ckpts_path", "tiny", "--output_path", tmp_path / "out")
         code, _, error = main(capsys, *defaults, *arguments)

@@ -1,0 +1,79 @@
+"""The sampler's own loop, against `ConsisIDPipeline.__call__`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import PROMPT, SIZE
+from diffusers import CogVideoXDDIMScheduler, ConsisIDTransformer3DModel
+
+from teacache import sampler
+from teacache.checkpoint import VideoSize
+from teacache.tiny import TRANSFORMER
+
+
+def by_the_sampler(pipe, identity, size=SIZE, steps=5, seed=42, guidance_scale=6.0, negative=""):
+    text = sampler.encode_text(pipe, PROMPT, negative, guidance_scale)
+    start = sampler.prepare(pipe, identity, size, seed)
+    return sampler.denoise(
+        pipe, start, text, size, num_infer_steps=steps, guidance_scale=guidance_scale
+    )
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 6.0])
+@pytest.mark.parametrize("is_kps", [False, True])
+@pytest.mark.parametrize("ddim", [False, True])
+def test_latents_equal_the_pipelines(pipe, identity, sample, ddim, is_kps, guidance_scale):
+    if is_kps:
+        torch.manual_seed(1)
+        pipe.transformer = ConsisIDTransformer3DModel(**{**TRANSFORMER, "is_kps": True}).eval()
+    if ddim:
+        pipe.scheduler = CogVideoXDDIMScheduler.from_config(pipe.scheduler.config)
+    expected = sample(pipe, steps=5, guidance_scale=guidance_scale, negative_prompt="rain")
+    found = by_the_sampler(pipe, identity, guidance_scale=guidance_scale, negative="rain")
+    assert torch.equal(found, expected)
+
+
+def test_without_rotary_embeddings_at_another_size(pipe, identity, sample):
+    torch.manual_seed(1)
+    changed = {
+        "use_rotary_positional_embeddings": False,
+        "use_learned_positional_embeddings": False,
+    }
+    pipe.transformer = ConsisIDTransformer3DModel(**{**TRANSFORMER, **changed}).eval()
+    size = VideoSize(width=96, height=64, num_frames=9)
+    expected = sample(pipe, steps=3, **size._asdict())
+    assert torch.equal(by_the_sampler(pipe, identity, size, steps=3), expected)
+
+
+def test_in_bfloat16(make_pipe, identity, sample):
+    pipe = make_pipe(torch.bfloat16)
+    identity = identity._replace(
+        id_cond=identity.id_cond.bfloat16(),
+        id_vit_hidden=[hidden.bfloat16() for hidden in identity.id_vit_hidden],
+    )
+    assert torch.equal(by_the_sampler(pipe, identity, steps=3), sample(pipe, steps=3))
+
+
+def test_frames_equal_the_pipelines(pipe, identity, sample):
+    expected = sample(pipe, steps=3, output_type="pil")[0]
+    frames = sampler.decode(pipe, by_the_sampler(pipe, identity, steps=3))
+    assert [frame.tobytes() for frame in frames] == [frame.tobytes() for frame in expected]
+
+
+def test_several_videos_from_one_start(pipe, identity, sample):
+    """The start, and the generator's state in it, survive the videos that are sampled from it."""
+    text = sampler.encode_text(pipe, PROMPT, "", 6.0)
+    start = sampler.prepare(pipe, identity, SIZE, seed=7)
+    for steps in (4, 6, 4):
+        found = sampler.denoise(pipe, start, text, SIZE, num_infer_steps=steps)
+        assert torch.equal(found, sample(pipe, steps=steps, seed=7))
+
+
+def test_what_is_cut_off_a_long_prompt_is_shown(pipe, caplog):
+    sampler.encode_text(pipe, "a man walking " * 100 + "in the light", "", 6.0)
+    sampler.encode_text(pipe, PROMPT, "rain " * 300, 6.0)
+    first, second = [record.getMessage() for record in caplog.records]
+    assert first.startswith("--prompt is longer than 226 tokens: without '")
+    assert first.endswith("walking in the light'")
+    assert second.startswith("--negative_prompt is longer")
