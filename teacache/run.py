@@ -21,7 +21,7 @@ from teacache import sampler, sweep
 from teacache.jobs import Job
 from teacache.output import claimed_stem, written_whole
 from teacache.report import Stages, build_record, summary, write_record
-from teacache.transformer import TeaCacheHandle, apply_teacache
+from teacache.transformer import apply_teacache
 from teacache.video import write_video
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from teacache.checkpoint import VideoSize
+    from teacache.handle import TeaCacheHandle
 
 
 class Run:

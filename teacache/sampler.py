@@ -150,29 +150,18 @@ def denoise(
         rotary = pipe._prepare_rotary_positional_embeddings(
             size.height, size.width, start.noise.shape[1], device
         )
-    guided = text.negative_prompt_embeds is not None
-    prompt_embeds = (
-        torch.cat([text.negative_prompt_embeds, text.prompt_embeds])
-        if guided
-        else (text.prompt_embeds)
-    )
-    image_latents = torch.cat([start.image_latents] * len(prompt_embeds))
+    conditions = {
+        "encoder_hidden_states": text.prompt_embeds
+        if text.negative_prompt_embeds is None
+        else torch.cat([text.negative_prompt_embeds, text.prompt_embeds]),
+        "image_rotary_emb": rotary,
+        "id_cond": start.identity.id_cond,
+        "id_vit_hidden": start.identity.id_vit_hidden,
+    }
 
     latents, previous_t, previous_sample = start.noise, None, None
     for t in scheduler.timesteps:
-        noisy = scheduler.scale_model_input(torch.cat([latents] * len(prompt_embeds)), t)
-        predicted = pipe.transformer(
-            hidden_states=torch.cat([noisy, image_latents], dim=2),  # [batch, frames, 32, h, w]
-            encoder_hidden_states=prompt_embeds,
-            timestep=t.expand(len(prompt_embeds)),
-            image_rotary_emb=rotary,
-            id_cond=start.identity.id_cond,
-            id_vit_hidden=start.identity.id_vit_hidden,
-            return_dict=False,
-        )[0].float()
-        if guided:
-            without, with_prompt = predicted.chunk(2)
-            predicted = without + guidance_scale * (with_prompt - without)
+        predicted = _predict(pipe, latents, start.image_latents, t, conditions, guidance_scale)
         if isinstance(scheduler, CogVideoXDPMScheduler):
             latents, previous_sample = scheduler.step(
                 predicted, previous_sample, t, previous_t, latents, **extra, return_dict=False
@@ -185,6 +174,34 @@ def denoise(
     if latents.is_cuda:
         torch.cuda.synchronize(latents.device)
     return latents
+
+
+def _predict(
+    pipe: ConsisIDPipeline,
+    latents: torch.Tensor,
+    image_latents: torch.Tensor,
+    t: torch.Tensor,
+    conditions: dict[str, torch.Tensor],
+    guidance_scale: float,
+) -> torch.Tensor:
+    """What the scheduler steps with, in float32: one forward, both halves of guidance in a batch.
+
+    Args:
+        conditions: of a batch of two where there is guidance, without the prompt and with it.
+    """
+    batch = len(conditions["encoder_hidden_states"])
+    noisy = pipe.scheduler.scale_model_input(torch.cat([latents] * batch), t)
+    predicted = pipe.transformer(
+        # [batch, latent frames, 32, h, w]: what is denoised, and the face beside it
+        hidden_states=torch.cat([noisy, torch.cat([image_latents] * batch)], dim=2),
+        timestep=t.expand(batch),
+        return_dict=False,
+        **conditions,
+    )[0].float()
+    if batch == 1:
+        return predicted
+    without, with_prompt = predicted.chunk(2)
+    return without + guidance_scale * (with_prompt - without)
 
 
 @torch.no_grad()

@@ -443,7 +443,7 @@ def test_tells_once_of_distances_that_the_coefficients_do_not_cover(pipe, sample
     with apply_teacache(pipe, 0.2) as teacache:
         sample(pipe, steps=8)
         sample(pipe, steps=8)
-    told = [record for record in caplog.records if record.name == "teacache.transformer"]
+    told = [record for record in caplog.records if record.name == "teacache.handle"]
     assert len(told) == 1
     assert "do not cover" in told[0].getMessage()
     assert teacache.policy.computed_steps == list(range(8))
