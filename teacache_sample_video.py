@@ -43,13 +43,12 @@ def sample(args: argparse.Namespace, jobs: list[Job], say: Callable[[str], None]
     with stages.stage("checkpoint"):
         checkpoint = checkpoints.local_checkpoint(args.ckpts_path)
     full_size = checkpoint is None or checkpoints.is_full_size(checkpoint)
-    with stages.stage("imports"):
+    with stages.stage("torch"):
         from teacache import plan
         from teacache.device import choose_device, choose_dtype
 
         device = choose_device(args.device, full_size, args.offload)
         dtype = choose_dtype(args.dtype, device)
-        from teacache.run import Run
     with stages.stage("image"):
         images = {source: faces.load_image(source) for source in {job.image for job in jobs}}
     if checkpoint is None:
@@ -60,6 +59,8 @@ def sample(args: argparse.Namespace, jobs: list[Job], say: Callable[[str], None]
     distances = plan.distances_of(checkpoint, args.guidance_scale, device, dtype)
     jobs = plan.with_thresholds(jobs, args.target_speedup, args.coefficients, distances)
 
+    with stages.stage("diffusers"):
+        from teacache.run import Run
     run = Run(args, jobs, checkpoint, images, size, device, dtype, stages, say)
     try:
         run.sample()

@@ -218,7 +218,7 @@ def _add_sweep(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--baseline",
-        type=Path,
+        type=_file,
         metavar="VIDEO",
         help="an earlier video to compare with, where a sweep has none of threshold 0",
     )
@@ -235,6 +235,12 @@ def _add_sweep(group: argparse._ArgumentGroup) -> None:
         help="instead of --rel_l1_thresh: the smallest threshold at which the denoising loop is "
         "planned to be X times as fast",
     )
+
+
+def _file(text: str) -> Path:
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text}: there is no such file")
+    return Path(text)
 
 
 def _speedup(text: str) -> float:
