@@ -72,8 +72,10 @@ class Run:
         with stages.stage("identity"):
             face_models = faces.load_face_models(self.checkpoint, self.device, self.dtype)
             identities = {
-                source: faces.find_identity(image, face_models, self.device, self.dtype)
-                for source, image in self.images.items()
+                source: faces.find_identity(
+                    self.images[source], face_models, self.device, self.dtype
+                )
+                for source in {job.image for job in to_do}
             }
             self.analyser = face_models.analyser
             del face_models
@@ -90,6 +92,7 @@ class Run:
         with apply_teacache(pipe, coefficients=args.coefficients) as teacache:
             for job in to_do:
                 own, face_and_noise = Stages(self.say, shared=stages), (job.image, job.seed)
+                self._drop_frames_before(job)
                 if len(self.jobs) > 1:
                     self.say(f"seed {job.seed}, rel_l1_thresh {job.rel_l1_thresh}")
                 with own.stage("encoding"):
@@ -145,7 +148,7 @@ class Run:
                 write_record(record, path)
             frames = np.stack([np.array(picture) for picture in pictures])
             video = stem.with_name(f"{stem.name}.mp4")
-            result = sweep.Result(job, video, record, frames, decoded=False)
+            result = sweep.Result(job, video, record, frames)
             if len(self.jobs) > 1:
                 # Only now, and into a record that is whole already: a video that is done is safe.
                 with stages.stage("quality"):
@@ -165,12 +168,12 @@ class Run:
         """Write the report of a sweep, as far as it got, and show its table."""
         results = [self.results[job] for job in self.jobs if job in self.results]
         if len(self.jobs) > 1 and results:
-            table, stem = sweep.write_sweep(self.args.output_path, results, self.args.fps)
-            self.say(f"\n{table}\n\nsweep       {stem}.md, .json, .png, .mp4")
+            table, files = sweep.write_sweep(self.args.output_path, results, self.args.fps)
+            self.say(f"\n{table}\n")
+            for file in files:
+                self.say(f"sweep       {file}")
             if len(results) < len(self.jobs):
                 self.say(f"            {len(results)} of {len(self.jobs)} videos: see --resume")
-        elif results and self.args.resume:
-            self.say(f"video       {results[0].path} (done before)")
 
     def _take_over_finished(self) -> None:
         for job in self.jobs:
@@ -178,6 +181,15 @@ class Run:
             if found:
                 self.results[job] = found
                 self.say(f"done before {found.path}")
+                if self.args.quiet:
+                    print(found.path, flush=True)
+
+    def _drop_frames_before(self, job: Job) -> None:
+        """In a long list of jobs, keep in memory only the frames of the group under way."""
+        if len(self.jobs) > sweep.MOST_SIDE_BY_SIDE:
+            for other, result in self.results.items():
+                if sweep.group_of(other) != sweep.group_of(job):
+                    self.results[other] = result._replace(own_frames=None)
 
     def _baseline_of(self, job: Job) -> tuple[np.ndarray | None, bool]:
         """Frames to compare a job's video with, and whether an mp4 was decoded for them."""
@@ -185,7 +197,7 @@ class Run:
             return None, False
         unaided = self.results.get(dataclasses.replace(job, rel_l1_thresh=0.0))
         if unaided:
-            return unaided.frames, unaided.decoded
+            return unaided.frames(), unaided.own_frames is None
         return self.baseline, self.baseline is not None
 
     def _settings(self, job: Job) -> dict[str, object]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from teacache.identity import Identity
     from teacache.jobs import Job
 
+# More than this are too many to look at in one picture, and to keep in memory.
+MOST_SIDE_BY_SIDE = 64
 # What a record may differ in and still be the record of the same video.
 NOT_OF_THE_VIDEO = ("output_path",)
 
@@ -25,15 +29,20 @@ NOT_OF_THE_VIDEO = ("output_path",)
 class Result(NamedTuple):
     """One finished video.
 
-    frames: [frames, height, width, 3], uint8; its own frames, or where an earlier run sampled it
-    those that its mp4 decodes to, and then `decoded` is true.
+    own_frames: [frames, height, width, 3], uint8; None where an earlier run sampled it, or where
+    a long list of jobs has dropped them.
     """
 
     job: Job
     path: Path
     record: dict[str, object]
-    frames: np.ndarray
-    decoded: bool
+    own_frames: np.ndarray | None
+
+    def frames(self) -> np.ndarray:
+        """Its frames; where they are not at hand, those that its mp4 decodes to."""
+        if self.own_frames is not None:
+            return self.own_frames
+        return video.read_video(self.path).frames
 
 
 def group_of(job: Job) -> tuple:
@@ -63,7 +72,7 @@ def find_finished(folder: Path, job: Job, settings: dict[str, object]) -> Result
         except ValueError:
             continue  # not a record of ours
         if mp4.is_file() and all(k in record and record[k] == v for k, v in wanted.items()):
-            return Result(job, mp4, record, video.read_video(mp4).frames, decoded=True)
+            return Result(job, mp4, record, own_frames=None)
     return None
 
 
@@ -108,26 +117,36 @@ def judge(
     return figures
 
 
-def write_sweep(folder: Path, results: list[Result], fps: int) -> tuple[str, Path]:
-    """Write the sweep's .md, .json, .png and .mp4; return the table for the terminal, and the stem.
+def write_sweep(folder: Path, results: list[Result], fps: int) -> tuple[str, list[Path]]:
+    """Write the sweep's .md and .json, and the .png and .mp4 of one that is not too long for them.
 
     Args:
         results: one or more, in the order in which they were asked for.
 
-    Raises:
-        OutputError: where the folder cannot take them.
+    Returns:
+        the table for the terminal, and the files.
     """
     from teacache.figure import draw_sweep
 
+    records = [result.record for result in results]
     rows = tables.sweep_rows([(result.path.stem, result.record) for result in results])
+    files = []
     with claimed_stem(folder, f"sweep_{results[0].job.seed}") as stem:
-        with written_whole(stem, ".json") as path:
-            write_record({"rows": rows, "videos": [result.record for result in results]}, path)
-        with written_whole(stem, ".md") as path:
-            path.write_text(tables.sweep_markdown(rows, results[0].record), encoding="utf-8")
-        with written_whole(stem, ".png") as path:
-            draw_sweep(rows, [result.record for result in results], path)
-        with written_whole(stem, ".mp4") as path:
-            labels = [tables.label(row) for row in rows]
-            video.write_grid([result.frames for result in results], labels, path, fps)
-    return tables.terminal_table(rows), stem
+
+        @contextlib.contextmanager
+        def written(ending: str) -> Iterator[Path]:
+            with written_whole(stem, ending) as path:
+                yield path
+            files.append(stem.with_name(stem.name + ending))
+
+        with written(".json") as path:
+            write_record({"rows": rows, "videos": records}, path)
+        with written(".md") as path:
+            path.write_text(tables.sweep_markdown(rows, records[0]), encoding="utf-8")
+        if len(results) <= MOST_SIDE_BY_SIDE:
+            with written(".png") as path:
+                draw_sweep(rows, records, path)
+            with written(".mp4") as path:
+                labels = [tables.label(row) for row in rows]
+                video.write_grid([result.frames() for result in results], labels, path, fps)
+    return tables.terminal_table(rows), files

@@ -224,6 +224,32 @@ def test_jobs_share_faces_and_prompts(capsys, tmp_path, calls):
     assert "1_0.1_0001" in output
 
 
+def test_a_long_list_keeps_no_frames_but_those_it_compares(capsys, tmp_path, monkeypatch):
+    """Past the limit, here set to two: table and records as ever, no figure, no grid."""
+    from teacache import run, sweep
+
+    monkeypatch.setattr(sweep, "MOST_SIDE_BY_SIDE", 2)
+    kept, sample_one = [], run.Run._sample_one
+
+    def counting(self, *args):
+        sample_one(self, *args)
+        kept.append(sum(r.own_frames is not None for r in self.results.values()))
+
+    monkeypatch.setattr(run.Run, "_sample_one", counting)
+    common = ("--ckpts_path", "tiny", "--num_infer_steps", 12, "--num_frames", 1)
+    code, _, _ = main(
+        capsys, *common, "--seed", 1, 2, "--rel_l1_thresh", 0.3, 0, "--output_path", tmp_path
+    )
+    assert code == 0
+    assert kept == [1, 2, 1, 2]
+    reports = [name for name in names(tmp_path) if name.startswith("sweep")]
+    assert reports == ["sweep_1_0000.json", "sweep_1_0000.md"]
+    for row in read_record(tmp_path, reports[0])["rows"]:
+        assert row["speedup"]
+        if row["rel_l1_thresh"]:
+            assert not row["quality"]["decoded"]
+
+
 def test_baseline_from_an_earlier_video(capsys, tmp_path, monkeypatch):
     common = (*COMMON, "--output_path", tmp_path)
     assert main(capsys, *common, "--rel_l1_thresh", 0)[0] == 0
