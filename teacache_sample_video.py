@@ -56,6 +56,8 @@ def sample(args: argparse.Namespace, jobs: list[Job], say: Callable[[str], None]
             checkpoint = checkpoints.download_checkpoint(args.ckpts_path)
     checkpoints.check_checkpoint(checkpoint)
     size = checkpoints.video_size(checkpoint, args.width, args.height, args.num_frames)
+    for num_infer_steps in {job.num_infer_steps for job in jobs}:
+        plan.scheduler_timesteps(checkpoint, num_infer_steps)  # refuses more than there are
     distances = plan.distances_of(checkpoint, args.guidance_scale, device, dtype)
     jobs = plan.with_thresholds(jobs, args.target_speedup, args.coefficients, distances)
 
@@ -88,6 +90,8 @@ def show_plan(args: argparse.Namespace, jobs: list[Job]) -> None:
         **size._asdict(),
         "dtype": dtype_name(dtype),
         "guidance_scale": args.guidance_scale,
+        "offload": args.offload,
+        "vae_tiling": args.vae_tiling,
     }
     distances = plan.distances_of(checkpoint, args.guidance_scale, device, dtype)
     jobs = plan.with_thresholds(jobs, args.target_speedup, args.coefficients, distances)

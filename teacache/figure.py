@@ -26,14 +26,13 @@ def draw_sweep(rows: list[dict[str, object]], records: list[dict[str, object]], 
     _draw_schedules(cells, rows, records)
     _draw_curve(latency, rows, "latency", [row["latency"] for row in rows], "seconds a video")
     latency.set_ylim(bottom=0)
-    _draw_curve(psnr, rows, "likeness to threshold 0", list(map(_psnr, rows)), "PSNR, dB")
+    _draw_curve(psnr, rows, "likeness to the baseline", list(map(_psnr, rows)), "PSNR, dB")
     figure.savefig(path)
 
 
 def _draw_schedules(axes, rows: list[dict[str, object]], records: list[dict[str, object]]) -> None:
     from matplotlib.patches import Patch, Rectangle
 
-    several_seeds = len({row["seed"] for row in rows}) > 1
     names = []
     for y, (row, record) in enumerate(zip(rows, records, strict=True)):
         computed = set(record["computed_steps"])
@@ -44,8 +43,8 @@ def _draw_schedules(axes, rows: list[dict[str, object]], records: list[dict[str,
                     (step, y + 0.12), 1, 0.76, facecolor=colour, edgecolor=EDGE, linewidth=0.6
                 )
             )
-        seed = f", seed {row['seed']}" if several_seeds else ""
-        names.append(f"{row['rel_l1_thresh']:g}{seed}: {row['computed']}")
+        which = f", {row['differs_in']}" if row["differs_in"] else ""
+        names.append(f"{row['rel_l1_thresh']:g}{which}: {row['computed']}")
     steps = max(row["steps"] for row in rows)
     axes.set_xlim(0, steps)
     axes.set_ylim(len(rows), 0)
@@ -70,15 +69,16 @@ def _draw_schedules(axes, rows: list[dict[str, object]], records: list[dict[str,
 def _draw_curve(
     axes, rows: list[dict[str, object]], title: str, values: list[float | None], unit: str
 ) -> None:
-    """One value for each threshold; the videos of one seed are joined."""
-    for seed in dict.fromkeys(row["seed"] for row in rows):
+    """One value for each threshold; the videos that share all else are joined."""
+    for group in dict.fromkeys(row["group"] for row in rows):
+        name = next(row["differs_in"] for row in rows if row["group"] == group)
         points = sorted(
             (row["rel_l1_thresh"], value)
             for row, value in zip(rows, values, strict=True)
-            if row["seed"] == seed and value is not None
+            if row["group"] == group and value is not None
         )
         if points:
-            axes.plot(*zip(*points, strict=True), "o-", label=f"seed {seed}", markersize=4)
+            axes.plot(*zip(*points, strict=True), "o-", label=name, markersize=4)
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel("rel_l1_thresh")
     axes.set_ylabel(unit)
@@ -87,7 +87,7 @@ def _draw_curve(
     axes.locator_params(axis="x", nbins=5)
     axes.set_xlim(left=0 if len(rows) > 1 else None)
     if not axes.lines:
-        axes.text(0.5, 0.5, "nothing to compare with", ha="center", transform=axes.transAxes)
+        axes.text(0.5, 0.5, "no differences to show", ha="center", transform=axes.transAxes)
         axes.set_xticks([])
         axes.set_yticks([])
     elif len(axes.lines) > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -69,7 +70,7 @@ def _read_jobs(path: Path) -> list[dict[str, object]]:
     try:
         for number, row in rows:
             jobs.append(_checked(row, f"--jobs {path}, line {number}"))
-    except (csv.Error, _BadLine) as error:
+    except _BadLine as error:
         raise ArgumentError(f"--jobs {path}, {error}") from error
     if not jobs:
         raise ArgumentError(f"--jobs {path} holds no jobs")
@@ -81,7 +82,7 @@ class _BadLine(Exception):
 
 
 def _json_rows(text: str) -> Iterator[tuple[int, dict[str, str]]]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -97,12 +98,16 @@ def _json_rows(text: str) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, str]]]:
-    reader = csv.DictReader(text.splitlines(), strict=True)
-    for row in reader:
-        if None in row:
-            raise _BadLine(f"line {reader.line_num}: more fields than the header names")
-        # An empty cell leaves the field to the command line.
-        yield reader.line_num, {name: value for name, value in row.items() if value}
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for row in reader:
+            if None in row:
+                raise _BadLine(f"line {reader.line_num}: more fields than the header names")
+            # An empty cell leaves the field to the command line.
+            yield reader.line_num, {name: value for name, value in row.items() if value}
+    except csv.Error as error:
+        # The inner reader has counted the line that it failed on.
+        raise _BadLine(f"line {reader.reader.line_num}: {error}") from error
 
 
 def _checked(row: dict[str, str], where: str) -> dict[str, object]:

@@ -164,7 +164,8 @@ def with_thresholds(
             return job.rel_l1_thresh
         return smallest_threshold(distances(job.num_infer_steps), target_speedup, coefficients)
 
-    return [dataclasses.replace(job, rel_l1_thresh=threshold(job)) for job in jobs]
+    planned = (dataclasses.replace(job, rel_l1_thresh=threshold(job)) for job in jobs)
+    return list(dict.fromkeys(planned))
 
 
 class Costs(NamedTuple):
@@ -182,21 +183,24 @@ def known_costs(folder: Path, settings: dict[str, object]) -> Costs | None:
     Args:
         settings: the record's entries that the seconds depend on, such as `width` and `dtype`.
     """
-    records = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in records:
+    found = []
+    for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             if all(record[name] == value for name, value in settings.items()):
-                return Costs(
-                    record["computed_step_seconds"],
-                    # Without reuse on record: next to nothing, compared with a computed step.
-                    record["reused_step_seconds"] or 0.0,
-                    record["seconds"]["decoding"],
-                    record["device_name"],
+                found.append(
+                    Costs(
+                        record["computed_step_seconds"],
+                        # Without reuse on record: next to nothing, beside a computed step.
+                        record["reused_step_seconds"] or 0.0,
+                        record["seconds"]["decoding"],
+                        record["device_name"],
+                    )
                 )
         except (ValueError, KeyError, TypeError):
             continue  # a sweep's report, or no record at all
-    return None
+    with_reuse = [costs for costs in found if costs.reused_step]
+    return next(iter(with_reuse or found), None)
 
 
 def describe(policies: list[Policy], costs: Costs | None) -> str:

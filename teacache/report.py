@@ -21,8 +21,8 @@ class Stages:
 
     Args:
         say: takes the line.
-        shared: the stages of a run that this video shares with others: their seconds count, as
-            they would have if the video had been sampled on its own.
+        shared: the stages that a run of several videos has gone through before them all: their
+            seconds are in each video's.
 
     Attributes:
         seconds: seconds of each stage that has ended, in their order.
@@ -103,6 +103,9 @@ def summary(video: Path, record: dict[str, object]) -> str:
         f"seconds     {record['seconds']['total']:.1f}",
         f"peak memory {record['peak_memory_bytes'] / 2**30:.1f} GiB ({record['device_name']})",
     ]
+    psnr = record.get("quality", {}).get("psnr")
+    if psnr and psnr["mean"] is not None:
+        lines.insert(2, f"PSNR        {psnr['mean']:.1f} dB, worst frame {psnr['worst']:.1f}")
     if record["why_nothing_was_reused"]:
         lines.insert(2, f"            nothing was reused: {record['why_nothing_was_reused']}")
     return "\n".join(lines)

@@ -17,7 +17,7 @@ import torch
 
 from teacache import device as devices
 from teacache import identity as faces
-from teacache import sampler, sweep
+from teacache import quality, sampler, sweep
 from teacache.jobs import Job
 from teacache.output import claimed_stem, written_whole
 from teacache.report import Stages, build_record, summary, write_record
@@ -59,7 +59,10 @@ class Run:
         self.size, self.device, self.dtype = size, device, dtype
         self.stages, self.say = stages, say
         self.results: dict[Job, sweep.Result] = {}
-        self.baseline = sweep.read_baseline(args.baseline, size) if args.baseline else None
+        self._decoded: dict[Path, np.ndarray] = {}
+        self.baseline = None
+        if args.baseline:
+            self.baseline = sweep.read_baseline(args.baseline, jobs, size)
         if args.resume:
             self._take_over_finished()
 
@@ -148,8 +151,8 @@ class Run:
                 write_record(record, path)
             frames = np.stack([np.array(picture) for picture in pictures])
             video = stem.with_name(f"{stem.name}.mp4")
-            result = sweep.Result(job, video, record, frames)
-            if len(self.jobs) > 1:
+            self.results[job] = sweep.Result(job, video, record, frames)
+            if len(self.jobs) > 1 or self.baseline is not None:
                 # Only now, and into a record that is whole already: a video that is done is safe.
                 with stages.stage("quality"):
                     baseline, decoded = self._baseline_of(job)
@@ -158,7 +161,6 @@ class Run:
                     )
                 with written_whole(stem, ".json") as path:
                     write_record(record, path)
-        self.results[job] = result
         if self.args.quiet:
             print(video, flush=True)
         elif len(self.jobs) == 1:
@@ -168,6 +170,7 @@ class Run:
         """Write the report of a sweep, as far as it got, and show its table."""
         results = [self.results[job] for job in self.jobs if job in self.results]
         if len(self.jobs) > 1 and results:
+            self._compare_taken_over()
             table, files = sweep.write_sweep(self.args.output_path, results, self.args.fps)
             self.say(f"\n{table}\n")
             for file in files:
@@ -191,14 +194,29 @@ class Run:
                 if sweep.group_of(other) != sweep.group_of(job):
                     self.results[other] = result._replace(own_frames=None)
 
+    def _compare_taken_over(self) -> None:
+        """Compare what is not compared yet: videos from earlier runs, or of an interrupted one.
+
+        Their records stay as they are; the sweep's report has the figures.
+        """
+        for job, result in self.results.items():
+            baseline, _ = self._baseline_of(job)
+            found = result.record.setdefault("quality", {})
+            if baseline is not None and "psnr" not in found:
+                found.update(quality.compare(result.frames(), baseline), decoded=True)
+
     def _baseline_of(self, job: Job) -> tuple[np.ndarray | None, bool]:
         """Frames to compare a job's video with, and whether an mp4 was decoded for them."""
         if job.rel_l1_thresh == 0:
             return None, False
         unaided = self.results.get(dataclasses.replace(job, rel_l1_thresh=0.0))
-        if unaided:
-            return unaided.frames(), unaided.own_frames is None
-        return self.baseline, self.baseline is not None
+        if unaided is None:
+            return self.baseline, self.baseline is not None
+        if unaided.own_frames is not None:
+            return unaided.own_frames, False
+        if unaided.path not in self._decoded:  # once for all that compare with it
+            self._decoded = {unaided.path: unaided.frames()}
+        return self._decoded[unaided.path], True
 
     def _settings(self, job: Job) -> dict[str, object]:
         """What goes on record before sampling: the arguments, with what was chosen for them."""

@@ -47,13 +47,24 @@ class Result(NamedTuple):
 
 def group_of(job: Job) -> tuple:
     """What the videos share that are compared with each other: all but the threshold."""
-    return (job.image, job.prompt, job.negative_prompt, job.seed, job.num_infer_steps)
+    return tuple(getattr(job, name) for name in tables.GROUP)
 
 
 def in_order(jobs: list[Job]) -> list[Job]:
-    """The jobs group by group, and in each group threshold 0 first: the others compare with it."""
-    groups = {group_of(job): number for number, job in reversed(list(enumerate(jobs)))}
-    return sorted(jobs, key=lambda job: (groups[group_of(job)], job.rel_l1_thresh != 0))
+    """The jobs, those together that share face and noise, and of these those of one group.
+
+    In each group threshold 0 comes first: the others compare with it.
+    """
+    starts = list(dict.fromkeys((job.image, job.seed) for job in jobs))
+    groups = list(dict.fromkeys(map(group_of, jobs)))
+    return sorted(
+        jobs,
+        key=lambda job: (
+            starts.index((job.image, job.seed)),
+            groups.index(group_of(job)),
+            job.rel_l1_thresh != 0,
+        ),
+    )
 
 
 def find_finished(folder: Path, job: Job, settings: dict[str, object]) -> Result | None:
@@ -76,12 +87,18 @@ def find_finished(folder: Path, job: Job, settings: dict[str, object]) -> Result
     return None
 
 
-def read_baseline(path: Path, size: VideoSize) -> np.ndarray:
+def read_baseline(path: Path, jobs: list[Job], size: VideoSize) -> np.ndarray:
     """The frames of an earlier video, [frames, height, width, 3].
 
     Raises:
-        ArgumentError: where it is no video, or not of the size that is sampled.
+        ArgumentError: where it is no video, not of the size that is sampled, or cannot be the
+            baseline of every job.
     """
+    if len(set(map(group_of, jobs))) > 1:
+        raise ArgumentError(
+            f"--baseline {path} is one video, and cannot be compared with those of several faces, "
+            "prompts, seeds or numbers of steps: sample --rel_l1_thresh 0 with them instead"
+        )
     try:
         frames = video.read_video(path).frames
     except (OSError, ValueError, RuntimeError) as error:

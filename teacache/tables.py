@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
+
 # Published for TeaCache on ConsisID: 50 steps, 49 frames of 720x480, one H100.
 PUBLISHED_SECONDS = {0.0: 110, 0.1: 70, 0.15: 53, 0.2: 41}
+# What videos share that differ in their threshold alone.
+GROUP = ("image", "prompt", "negative_prompt", "seed", "num_infer_steps")
 
 
 def sweep_rows(videos: list[tuple[str, dict[str, object]]]) -> list[dict[str, object]]:
@@ -17,29 +21,45 @@ def sweep_rows(videos: list[tuple[str, dict[str, object]]]) -> list[dict[str, ob
     shares all but the threshold with it, over its own; None where the sweep has none.
     """
     unaided = {_group(record): _latency(record) for _, record in videos if _is_baseline(record)}
+    groups = list(dict.fromkeys(_group(record) for _, record in videos))
     rows = []
     for name, record in videos:
-        baseline, found = unaided.get(_group(record)), record.get("quality", {})
+        baseline = unaided.get(_group(record))
         rows.append(
             {
                 "video": name,
+                "group": groups.index(_group(record)),
+                "differs_in": _differences(record, groups),
                 "rel_l1_thresh": record["rel_l1_thresh"],
-                "seed": record["seed"],
                 "computed": len(record["computed_steps"]),
                 "steps": record["num_infer_steps"],
                 "latency": round(_latency(record), 3),
                 "speedup": round(baseline / _latency(record), 3) if baseline else None,
-                "quality": found,
+                "quality": record.get("quality", {}),
             }
         )
     return rows
 
 
+def _differences(record: dict[str, object], groups: list[tuple]) -> str:
+    """In a few words, what tells the record's group from the others; empty where it is alone."""
+    forms = {
+        "image": lambda image: str(image).rsplit("/", 1)[-1],
+        "prompt": lambda prompt: f'"{textwrap.shorten(prompt, 28, placeholder="...")}"',
+        "negative_prompt": lambda text: f'not "{textwrap.shorten(text, 28, placeholder="...")}"',
+        "seed": lambda seed: f"seed {seed}",
+        "num_infer_steps": lambda steps: f"{steps} steps",
+    }
+    columns = zip(GROUP, zip(*groups, strict=True), strict=True)
+    return ", ".join(forms[name](record[name]) for name, column in columns if len(set(column)) > 1)
+
+
 def label(row: dict[str, object]) -> str:
     """What a video is labelled with, side by side with the others."""
     faster = f", {row['speedup']:.2f}x" if row["speedup"] else ""
+    which = f", {row['differs_in']}" if row["differs_in"] else ""
     return (
-        f"threshold {row['rel_l1_thresh']:g}, seed {row['seed']}\n"
+        f"threshold {row['rel_l1_thresh']:g}{which}\n"
         f"{row['computed']} of {row['steps']} steps, {row['latency']:.1f} s{faster}"
     )
 
@@ -79,10 +99,12 @@ def sweep_markdown(rows: list[dict[str, object]], record: dict[str, object]) -> 
             ]
         ),
     ]
-    for seed in dict.fromkeys(row["seed"] for row in rows):
-        mine = {row["rel_l1_thresh"]: row for row in reversed(rows) if row["seed"] == seed}
-        name = f"this run: {where}, {record['num_frames']} frames, seed {seed}"
-        lines.append(_markdown_line([name, *(_own(mine.get(x)) for x in thresholds)]))
+    for group in dict.fromkeys(row["group"] for row in rows):
+        mine = {row["rel_l1_thresh"]: row for row in rows if row["group"] == group}
+        any_row = next(iter(mine.values()))
+        name = f"this run: {where}, {record['num_frames']} frames, {any_row['steps']} steps"
+        which = f", {any_row['differs_in']}" if any_row["differs_in"] else ""
+        lines.append(_markdown_line([name + which, *(_own(mine.get(x)) for x in thresholds)]))
     head, *body = _cells(rows)
     lines += ["", _markdown_line(head), _markdown_line(["---:"] * len(head))]
     lines += [_markdown_line(line) for line in body]
@@ -92,9 +114,9 @@ def sweep_markdown(rows: list[dict[str, object]], record: dict[str, object]) -> 
 def _remarks(rows: list[dict[str, object]]) -> list[str]:
     return [
         "Seconds are those of denoising and decoding. PSNR, SSIM and LPIPS compare with the video "
-        "of threshold 0, frame by frame before compression; identity is ArcFace's cosine "
-        "similarity to the face in the photograph. Each is the mean over the frames, and the "
-        "worst.",
+        "of threshold 0, or with --baseline, frame by frame before compression; identity is "
+        "ArcFace's cosine similarity to the face in the photograph. Each is the mean over the "
+        "frames, and the worst.",
         *_absences(rows),
     ]
 
@@ -127,6 +149,7 @@ def _cells(rows: list[dict[str, object]]) -> list[list[str]]:
         "LPIPS (worst)": [_figure(row, "lpips", ".3f") for row in rows],
         "identity (worst)": [_figure(row, "identity", ".3f") for row in rows],
         "no face in": [_faceless(row) for row in rows],
+        "which": [row["differs_in"] or "-" for row in rows],
         "video": [str(row["video"]) for row in rows],
     }
     shown = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
@@ -161,12 +184,11 @@ def _own(row: dict[str, object] | None) -> str:
 
 
 def _markdown_line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
 def _group(record: dict[str, object]) -> tuple:
-    shared = ("image", "prompt", "negative_prompt", "seed", "num_infer_steps")
-    return tuple(record[name] for name in shared)
+    return tuple(record[name] for name in GROUP)
 
 
 def _is_baseline(record: dict[str, object]) -> bool:

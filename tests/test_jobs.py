@@ -58,6 +58,25 @@ def test_csv(tmp_path):
     ]
 
 
+def test_text_comes_through_whole(tmp_path):
+    """Line breaks inside a CSV field, and separators that only look like line breaks in JSON."""
+    (tmp_path / "a.csv").write_text('prompt,seed\n"one\ntwo",7\n')
+    assert jobs("--jobs", tmp_path / "a.csv")[0].prompt == "one\ntwo"
+    (tmp_path / "a.jsonl").write_text('{"prompt": "one\u2028two"}\r\n{"seed": 1}', encoding="utf-8")
+    assert jobs("--jobs", tmp_path / "a.jsonl")[0].prompt == "one\u2028two"
+
+
+def test_order_of_sampling_keeps_face_and_noise_together(tmp_path):
+    lines = [
+        '{"prompt": "a", "seed": 1}',
+        '{"prompt": "a", "seed": 2}',
+        '{"prompt": "b", "seed": 1}',
+    ]
+    (tmp_path / "jobs.jsonl").write_text("\n".join(lines))
+    found = in_order(jobs("--jobs", tmp_path / "jobs.jsonl"))
+    assert [(job.prompt, job.seed) for job in found] == [("a", 1), ("b", 1), ("a", 2)]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "complaint"),
     [
@@ -74,7 +93,8 @@ def test_csv(tmp_path):
         ("a.csv", "seed\n1\nx\n", "line 3: seed: 'x'"),
         ("a.csv", "seed\n1,2\n", "line 2: more fields than the header"),
         ("a.csv", "sede\n1\n", "line 2: unknown field 'sede'"),
-        ("a.csv", 'prompt\n"open\n', "unexpected end of data"),
+        ("a.csv", 'prompt\n"open\n', "line 2: unexpected end of data"),
+        ("a.csv", 'prompt,seed\na,1\n"op"en,2\n', "line 3: ',' expected after"),
         ("a.csv", "seed\n", "holds no jobs"),
     ],
 )

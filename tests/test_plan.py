@@ -51,17 +51,18 @@ def test_plan_equals_the_run(tiny, tmp_path, shallow, sample, scheduler, spacing
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config, timestep_spacing=spacing)
     shutil.rmtree(checkpoint / "scheduler")
     pipe.scheduler.save_pretrained(checkpoint / "scheduler")
-    thresholds = iter(THRESHOLDS)
-    runs = [(8, 6.0), (13, 1.0), (50, 6.0), (100, 1.0)]
+    # Steps, guidance, and a threshold at which some of them are reused.
+    runs = [(8, 6.0, 0.5), (13, 1.0, 0.3), (50, 6.0, 0.15), (100, 1.0, 0.08)]
     if spacing != "trailing":
         runs = runs[:2]
     with apply_teacache(pipe) as teacache:
-        for steps, guidance_scale in runs:
+        for steps, guidance_scale, threshold in runs:
             known = plan.step_distances(checkpoint, guidance_scale, CPU, dtype, steps)
-            teacache.rel_l1_thresh = next(thresholds)
+            teacache.rel_l1_thresh = threshold
             sample(pipe, steps=steps, num_frames=1, guidance_scale=guidance_scale)
             assert teacache.policy.distances == known
-            assert teacache.policy == plan.plan(known, teacache.rel_l1_thresh, COGVIDEOX_5B)
+            assert teacache.policy == plan.plan(known, threshold, COGVIDEOX_5B)
+            assert teacache.policy.reused_steps
 
 
 def test_plan_equals_the_run_at_many_thresholds(tiny, shallow, sample):
@@ -157,12 +158,19 @@ def test_command_predicts_seconds_from_a_record(capsys, tmp_path):
         "num_frames": 13,
         "dtype": "float32",
         "guidance_scale": 6.0,
+        "offload": "none",
+        "vae_tiling": False,
         "computed_step_seconds": 2.0,
         "reused_step_seconds": 0.5,
         "seconds": {"decoding": 7.0},
         "device_name": "a GPU",
     }
     (tmp_path / "42_0.1_0000.json").write_text(json.dumps(record))
+    # Newer, and of less use: it has no reused step, or was made in another way.
+    without = {**record, "reused_step_seconds": None, "computed_step_seconds": 9.0}
+    (tmp_path / "42_0.0_0000.json").write_text(json.dumps(without))
+    slow = {**record, "offload": "sequential", "computed_step_seconds": 99.0}
+    (tmp_path / "42_0.1_0001.json").write_text(json.dumps(slow))
     (tmp_path / "sweep_42_0000.json").write_text('{"rows": []}')
     (tmp_path / "broken.json").write_text("{")
     arguments = ("--ckpts_path", "tiny", "--plan", "--rel_l1_thresh", 0, 0.2)

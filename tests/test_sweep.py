@@ -95,7 +95,7 @@ def test_sweep(capsys, tmp_path, calls):
         markdown
     )
     assert "~110 (1.0x) | ~70 (1.6x) | ~53 (2.1x) | ~41 (2.7x)" in markdown
-    assert "this run: cpu, 144x96, 5 frames, seed 42" in markdown
+    assert "this run: cpu, 144x96, 5 frames, 20 steps |" in markdown
 
     # Everything, as JSON.
     report = read_record(tmp_path / "sweep", "sweep_42_0000.json")
@@ -160,6 +160,48 @@ def test_interrupted_at_the_third_then_resumed(capsys, tmp_path, monkeypatch, ca
     assert code == 0
     assert "load_pipeline" not in calls
     assert (tmp_path / "sweep_42_0002.md").is_file()
+
+
+def test_videos_that_are_taken_over_are_compared_too(capsys, tmp_path, calls):
+    """Sampled on its own, or before threshold 0 was thought of."""
+    common = (*COMMON, "--output_path", tmp_path)
+    main(capsys, *common, "--rel_l1_thresh", 0.1)
+    main(capsys, *common, "--rel_l1_thresh", 0.2)
+    calls.clear()
+    code, _, _ = main(capsys, *common, "--rel_l1_thresh", 0.1, 0.2, 0, "--resume")
+    assert code == 0
+    assert calls["denoise"] == 1
+    rows = read_record(tmp_path, "sweep_42_0000.json")["rows"]
+    for row in rows[:2]:
+        assert row["speedup"]
+        assert row["quality"]["psnr"]["mean"] > 10
+        assert row["quality"]["decoded"]
+
+
+def test_prompts_are_told_apart(capsys, tmp_path):
+    (tmp_path / "jobs.jsonl").write_text('{"prompt": "a man"}\n{"prompt": "a girl in the rain"}')
+    code, output, _ = main(
+        capsys,
+        *("--ckpts_path", "tiny", "--num_infer_steps", 2, "--num_frames", 1),
+        *("--jobs", tmp_path / "jobs.jsonl", "--rel_l1_thresh", 0, 0.1, "--output_path", tmp_path),
+    )
+    assert code == 0
+    report = (tmp_path / "sweep_42_0000.md").read_text()
+    for name in ('"a man"', '"a girl in the rain"'):
+        assert output.count(name) == 2
+        assert f"1 frames, 2 steps, {name} |" in report
+    rows = read_record(tmp_path, "sweep_42_0000.json")["rows"]
+    assert [row["group"] for row in rows] == [0, 0, 1, 1]
+
+
+def test_more_steps_than_the_scheduler_has(capsys, tmp_path, calls):
+    (tmp_path / "jobs.jsonl").write_text('{"seed": 1}\n{"num_infer_steps": 2000}')
+    code, _, error = main(
+        capsys, *COMMON, "--jobs", tmp_path / "jobs.jsonl", "--output_path", tmp_path / "out"
+    )
+    assert code == 2
+    assert "--num_infer_steps 2000: the scheduler knows 1000 timesteps" in error
+    assert "load_face_models" not in calls
 
 
 def test_resume_redoes_what_differs(capsys, tmp_path, calls):
@@ -272,6 +314,12 @@ def test_baseline_from_an_earlier_video(capsys, tmp_path, monkeypatch):
     code, _, error = main(capsys, *common, "--rel_l1_thresh", 0.1, 0.2, "--baseline", record)
     assert code == 2
     assert "cannot be read as a video" in error
+    code, output, _ = main(capsys, *common, "--rel_l1_thresh", 0.3, "--baseline", earlier)
+    assert code == 0
+    assert "PSNR  " in output, "of a single video too"
+    code, _, error = main(capsys, *common, "--seed", 42, 43, "--baseline", earlier)
+    assert code == 2
+    assert "is one video" in error
     code, _, error = main(capsys, *common, "--num_frames", 9, "--baseline", earlier)
     assert code == 2
     assert "has 5 frames of 144x96, this run samples 9 of 144x96" in error
@@ -376,9 +424,13 @@ def test_figure_and_markdown_of_one_video_alone(tmp_path):
     with Image.open(tmp_path / "figure.png") as figure:
         assert figure.width == 1200
         pixels = np.array(figure.convert("RGB"))
-    # Three of five cells are filled: as many pixels of their colour in a row through their middle.
-    blue = (pixels == (0x1F, 0x5F, 0xA8)).all(-1).sum(1)
-    assert blue.max() > 200
+    draw_sweep(rows, [{**record, "computed_steps": [0, 1, 2, 3, 4]}], tmp_path / "all.png")
+    with Image.open(tmp_path / "all.png") as figure:
+        every = np.array(figure.convert("RGB"))
+    # Three of five cells are filled: of the pixels in a row through their middle, three fifths
+    # have the colour of the computed steps that all have where all are computed.
+    some, full = ((p == (0x1F, 0x5F, 0xA8)).all(-1).sum(1).max() for p in (pixels, every))
+    assert some / full == pytest.approx(0.6, abs=0.02)  # whole pixels, and the cells' edges
     assert "| 2.0 |" in sweep_markdown(rows, record)
 
 
