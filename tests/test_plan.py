@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from teacache.policy import COGVIDEOX_5B, Coefficients
 from teacache.tiny import TRANSFORMER
 from teacache.transformer import apply_teacache
 
+ROOT = Path(__file__).parent.parent
 THRESHOLDS = [0.0, 0.03, 0.05, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.3, 0.5, 1.0, 3.0]
 
 
@@ -225,3 +227,14 @@ def test_a_plan_imports_little_and_takes_little_longer_than_torch(tiny):
             seconds.append(time.perf_counter() - start)
         more.append(seconds[1] - seconds[0])
     assert sorted(more)[1] < 3
+
+
+def test_the_picture_in_the_readme_is_true(tiny):
+    known = plan.step_distances(tiny, 6.0, CPU, torch.float32, 50)
+    lines = [line for line in (ROOT / "README.md").read_text("utf-8").splitlines() if "■■" in line]
+    assert len(lines) == 4
+    for line in lines:
+        threshold, cells, computed, *_ = line.split()
+        planned = plan.plan(known, float(threshold), COGVIDEOX_5B).computed_steps
+        assert [n for n, cell in enumerate(cells) if cell == "■"] == planned
+        assert int(computed) == len(planned)
