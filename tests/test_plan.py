@@ -231,7 +231,8 @@ def test_a_plan_imports_little_and_takes_little_longer_than_torch(tiny):
 
 def test_the_picture_in_the_readme_is_true(tiny):
     known = plan.step_distances(tiny, 6.0, CPU, torch.float32, 50)
-    lines = [line for line in (ROOT / "README.md").read_text("utf-8").splitlines() if "■■" in line]
+    readme = (ROOT / "README.md").read_text("utf-8")
+    lines = [line for line in readme.splitlines() if line.count("■") > 10]
     assert len(lines) == 4
     for line in lines:
         threshold, cells, computed, *_ = line.split()
