@@ -115,7 +115,7 @@ def download_checkpoint(repo_id: str) -> Path:
 
 def check_checkpoint(folder: Path) -> None:
     """Raise CheckpointError unless `folder` holds every file that sampling reads, none empty."""
-    index = _read_json(folder / "model_index.json", "not a checkpoint")
+    index = read_json(folder / "model_index.json", "not a checkpoint")
     found = index.get("_class_name")
     if found != "ConsisIDPipeline":
         raise CheckpointError(f"{folder} holds a {found}, not a ConsisIDPipeline")
@@ -144,8 +144,8 @@ def video_size(
     Raises:
         ArgumentError: where the model cannot make that size, naming the nearest that it can.
     """
-    config = _read_json(folder / "transformer" / "config.json", "not a checkpoint")
-    vae = _read_json(folder / "vae" / "config.json", "not a checkpoint")
+    config = read_json(folder / "transformer" / "config.json", "not a checkpoint")
+    vae = read_json(folder / "vae" / "config.json", "not a checkpoint")
     spatial = 2 ** (len(vae["block_out_channels"]) - 1)
     trained = VideoSize(
         config["sample_width"] * spatial, config["sample_height"] * spatial, config["sample_frames"]
@@ -199,13 +199,21 @@ def _check_num_frames(num_frames: int, ratio: int) -> None:
 def weight_files(component: Path) -> list[Path]:
     """The safetensors files of one model: its shards where there is an index, else the one file."""
     for index in component.glob("*.safetensors.index.json"):
-        shards = set(_read_json(index, "not a shard index")["weight_map"].values())
+        shards = set(read_json(index, "not a shard index")["weight_map"].values())
         return [component / shard for shard in sorted(shards)]
     single = "model" if component.name == "text_encoder" else "diffusion_pytorch_model"
     return [component / f"{single}.safetensors"]
 
 
-def _read_json(path: Path, otherwise: str) -> dict:
+def read_json(path: Path, otherwise: str) -> dict:
+    """What a JSON file of the checkpoint holds.
+
+    Args:
+        otherwise: what its folder is, where the file is missing.
+
+    Raises:
+        CheckpointError: where it is missing, or no JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

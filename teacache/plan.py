@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from teacache.checkpoint import weight_files
+from teacache.checkpoint import read_json, weight_files
 from teacache.errors import ArgumentError, CheckpointError
 from teacache.jobs import Job
 from teacache.policy import Coefficients, Policy, relative_l1
@@ -36,9 +36,7 @@ def scheduler_timesteps(checkpoint: Path, num_infer_steps: int) -> list[int]:
     Raises:
         ArgumentError: where there are more steps than the scheduler was trained with.
     """
-    config = json.loads(
-        (checkpoint / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")
-    )
+    config = read_json(checkpoint / "scheduler" / "scheduler_config.json", "not a scheduler")
     trained = config.get("num_train_timesteps", 1000)
     spacing = config.get("timestep_spacing", "leading")
     if num_infer_steps > trained:
@@ -77,7 +75,7 @@ def step_distances(
         guidance_scale: above 1 the embedding is computed for a batch of two, which may round
             differently from one.
     """
-    config = json.loads((checkpoint / "transformer" / "config.json").read_text(encoding="utf-8"))
+    config = read_json(checkpoint / "transformer" / "config.json", "not a transformer")
     activation = config.get("timestep_activation_fn", "silu")
     if activation != "silu":
         raise CheckpointError(
@@ -135,20 +133,19 @@ def smallest_threshold(
 
     covered = [x for x in distances if x is not None and coefficients.covers(x)]
     everything = math.ceil(sum(map(coefficients.rescale, covered)) / RESOLUTION) + 1
+    best = reached(everything)
     low, high = 0, everything
-    if reached(everything) < target_speedup:
-        best = reached(everything)
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if reached(middle) >= best else (middle + 1, high)
-        raise ArgumentError(
-            f"--target_speedup {target_speedup:g} cannot be reached: the nearest is {best:.2f}, "
-            f"from --rel_l1_thresh {round(low * RESOLUTION, 4)} on"
-        )
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if reached(middle) >= target_speedup else (middle + 1, high)
-    return round(low * RESOLUTION, 4)
+        enough = reached(middle) >= min(target_speedup, best)
+        low, high = (low, middle) if enough else (middle + 1, high)
+    threshold = round(low * RESOLUTION, 4)
+    if best < target_speedup:
+        raise ArgumentError(
+            f"--target_speedup {target_speedup:g} cannot be reached: the nearest is {best:.2f}, "
+            f"from --rel_l1_thresh {threshold} on"
+        )
+    return threshold
 
 
 def with_thresholds(

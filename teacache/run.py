@@ -59,6 +59,9 @@ class Run:
         self.size, self.device, self.dtype = size, device, dtype
         self.stages, self.say = stages, say
         self.results: dict[Job, sweep.Result] = {}
+        self._digests = {
+            source: hashlib.sha256(image.tobytes()).hexdigest() for source, image in images.items()
+        }
         self._decoded: dict[Path, np.ndarray] = {}
         self.baseline = None
         if args.baseline:
@@ -200,9 +203,11 @@ class Run:
         Their records stay as they are; the sweep's report has the figures.
         """
         for job, result in self.results.items():
-            baseline, _ = self._baseline_of(job)
             found = result.record.setdefault("quality", {})
-            if baseline is not None and "psnr" not in found:
+            if "psnr" in found:
+                continue
+            baseline, _ = self._baseline_of(job)
+            if baseline is not None:
                 found.update(quality.compare(result.frames(), baseline), decoded=True)
 
     def _baseline_of(self, job: Job) -> tuple[np.ndarray | None, bool]:
@@ -221,10 +226,9 @@ class Run:
     def _settings(self, job: Job) -> dict[str, object]:
         """What goes on record before sampling: the arguments, with what was chosen for them."""
         args = self.args
-        pixels = self.images[job.image].tobytes()
         return {
             **dataclasses.asdict(job),
-            "image_sha256": hashlib.sha256(pixels).hexdigest(),
+            "image_sha256": self._digests[job.image],
             "ckpts_path": args.ckpts_path,
             "output_path": str(args.output_path),
             "guidance_scale": args.guidance_scale,

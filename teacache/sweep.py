@@ -55,13 +55,16 @@ def in_order(jobs: list[Job]) -> list[Job]:
 
     In each group threshold 0 comes first: the others compare with it.
     """
-    starts = list(dict.fromkeys((job.image, job.seed) for job in jobs))
-    groups = list(dict.fromkeys(map(group_of, jobs)))
+    starts: dict[tuple, int] = {}  # each one's first place among the jobs
+    groups: dict[tuple, int] = {}
+    for place, job in enumerate(jobs):
+        starts.setdefault((job.image, job.seed), place)
+        groups.setdefault(group_of(job), place)
     return sorted(
         jobs,
         key=lambda job: (
-            starts.index((job.image, job.seed)),
-            groups.index(group_of(job)),
+            starts[job.image, job.seed],
+            groups[group_of(job)],
             job.rel_l1_thresh != 0,
         ),
     )

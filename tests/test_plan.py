@@ -229,6 +229,15 @@ def test_a_plan_imports_little_and_takes_little_longer_than_torch(tiny):
     assert sorted(more)[1] < 3
 
 
+def test_command_names_a_missing_scheduler(capsys, tmp_path, tiny):
+    shutil.copytree(tiny, tmp_path / "c", copy_function=os.link)
+    (tmp_path / "c" / "scheduler" / "scheduler_config.json").unlink()
+    code, _, error = main(capsys, "--ckpts_path", tmp_path / "c", "--plan")
+    assert code == 2
+    assert "scheduler_config.json is missing" in error
+    assert error.count("\n") == 1
+
+
 def test_the_picture_in_the_readme_is_true(tiny):
     known = plan.step_distances(tiny, 6.0, CPU, torch.float32, 50)
     readme = (ROOT / "README.md").read_text("utf-8")
