@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
 import sys
+import time
 
 import torch
 
@@ -50,6 +52,24 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 def device_name(device: torch.device) -> str:
     """The GPU's name, or `cpu`."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def mark(device: torch.device) -> float | torch.cuda.Event:
+    """A mark in the work that the device was given so far: a moment, without waiting for it."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def seconds_between(marks: list[float | torch.cuda.Event]) -> list[float]:
+    """Seconds from each mark to the next, once the device has reached the last."""
+    pairs = list(itertools.pairwise(marks))
+    if pairs and isinstance(marks[0], torch.cuda.Event):
+        marks[-1].synchronize()
+        return [before.elapsed_time(after) / 1000 for before, after in pairs]
+    return [after - before for before, after in pairs]
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Self
 
 import torch
 
+from teacache.device import mark
 from teacache.patch import take_away
 from teacache.policy import Coefficients, Policy, check_threshold, relative_l1
 
@@ -27,8 +28,8 @@ class TeaCacheHandle:
         transformer: the patched transformer.
         policy: the schedule of the last video, or of the one under way; None before the first.
         forward: what stands in the place of the transformer's own forward.
-        step_started: the clock (`time.perf_counter`) as each of its steps was decided on. To
-            decide, the distance is read from the device, so all work of the step before is done.
+        step_started: a mark in the device's work as each of its steps began, see
+            `teacache.device.mark`.
     """
 
     def __init__(
@@ -67,6 +68,8 @@ class TeaCacheHandle:
         that stands alone, and a new video that starts below the timestep the last one stopped at.
         """
         self._timesteps: torch.Tensor | None = None
+        self._timestep_values: list[float] = []
+        self._distances: dict[tuple[float, float], float] = {}
         self._last_timestep: float | None = None
         self._shape: torch.Size | None = None
         self._embedding: torch.Tensor | None = None
@@ -91,37 +94,65 @@ class TeaCacheHandle:
         self.remove()
 
     def begin_step(
-        self, timestep: torch.Tensor, embedding: torch.Tensor, hidden_states: torch.Tensor
+        self, timestep: torch.Tensor, embedding: torch.Tensor, shape: torch.Size
     ) -> bool:
         """Whether this step is computed. Starts a new video where the step belongs to one.
 
         Args:
             timestep: [batch], one value repeated.
             embedding: [batch, time_embed_dim], the timestep embedding.
-            hidden_states: [batch, video tokens, inner dim], after the patch embedding.
+            shape: of the transformer's input, [batch, latent frames, channels, height, width].
         """
-        t = float(timestep.flatten()[0])
-        if self._starts_a_video(t, hidden_states):
+        t = self._value_of(timestep)
+        if self._starts_a_video(t, shape):
             self.reset()
+            num_steps = self._num_inference_steps
             if self._pipe is not None:
                 self._timesteps = self._pipe.scheduler.timesteps
+                self._timestep_values = self._timesteps.tolist()
+                self._distances = self._measure_ahead(len(timestep), embedding.dtype)
                 num_steps = len(self._timesteps)
-            else:
-                num_steps = self._num_inference_steps
             self.policy = Policy(num_steps, self.rel_l1_thresh, self.coefficients)
             self.step_started = []
-        self._last_timestep, self._shape = t, hidden_states.shape
 
         distance = None
         if self._embedding is not None:
-            distance = relative_l1(embedding, self._embedding)
-        self._embedding = embedding
+            distance = self._distances.get((self._last_timestep, t))
+            if distance is None:
+                distance = relative_l1(embedding, self._embedding).item()
+        self._last_timestep, self._shape, self._embedding = t, shape, embedding
         compute = self.policy.decide(distance)
-        self.step_started.append(time.perf_counter())
+        self.step_started.append(mark(embedding.device))
         self._warn_of_extrapolation()
         return compute
 
-    def _starts_a_video(self, t: float, hidden_states: torch.Tensor) -> bool:
+    def _value_of(self, timestep: torch.Tensor) -> float:
+        """The timestep as a number.
+
+        To read it from a GPU is to wait for all that the GPU has been given to do. A step of the
+        video under way is a view of its scheduler's timesteps: where in them says which.
+        """
+        own = self._timesteps
+        if own is not None and timestep.untyped_storage().data_ptr() == (
+            own.untyped_storage().data_ptr()
+        ):
+            return self._timestep_values[timestep.storage_offset() - own.storage_offset()]
+        return float(timestep.flatten()[0])
+
+    def _measure_ahead(self, batch: int, dtype: torch.dtype) -> dict[tuple[float, float], float]:
+        """x between each two timesteps of the video under way, by their values.
+
+        The embedding depends on the timestep alone. Measured here, all of them wait for the device
+        once; measured step by step, at every step.
+        """
+        embeddings = [
+            embed_timestep(self.transformer, t.expand(batch), dtype) for t in self._timesteps
+        ]
+        distances = [relative_l1(e, previous) for previous, e in itertools.pairwise(embeddings)]
+        values = itertools.pairwise(self._timestep_values)
+        return dict(zip(values, torch.stack(distances).tolist(), strict=True)) if distances else {}
+
+    def _starts_a_video(self, t: float, shape: torch.Size) -> bool:
         """Every sign of a new video, so that one that was interrupted leaves nothing behind.
 
         A scheduler makes a new tensor of timesteps for each video. A transformer that stands alone
@@ -133,7 +164,7 @@ class TeaCacheHandle:
             or self.policy.step >= self.policy.num_steps
             or (self._pipe is not None and self._pipe.scheduler.timesteps is not self._timesteps)
             or not t < self._last_timestep
-            or self._shape != hidden_states.shape
+            or self._shape != shape
         )
 
     def keep_residual(self, before: torch.Tensor, after: torch.Tensor) -> None:
@@ -186,6 +217,23 @@ class TeaCacheHandle:
                 policy.distances[step],
                 self.coefficients.source,
             )
+
+
+def embed_timestep(
+    transformer: ConsisIDTransformer3DModel,
+    timestep: torch.Tensor,
+    dtype: torch.dtype,
+    timestep_cond: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The timestep embedding, [batch, time_embed_dim], as the transformer's forward makes it.
+
+    The sinusoids are float32 whatever the model is; the embedding runs in the sampling dtype.
+
+    Args:
+        timestep: [batch].
+    """
+    sinusoids = transformer.time_proj(timestep).to(dtype)
+    return transformer.time_embedding(sinusoids, timestep_cond)
 
 
 def _same_tensors(given: list[torch.Tensor], known: list[torch.Tensor]) -> bool:

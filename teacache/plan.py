@@ -93,7 +93,7 @@ def step_distances(
             )
         )
     pairs = zip(embeddings[1:], embeddings, strict=False)
-    return [None, *(relative_l1(embedding, previous) for embedding, previous in pairs)]
+    return [None, *(relative_l1(embedding, previous).item() for embedding, previous in pairs)]
 
 
 def plan(distances: list[float | None], rel_l1_thresh: float, coefficients: Coefficients) -> Policy:

@@ -103,17 +103,18 @@ COGVIDEOX_5B = Coefficients(
 )
 
 
-def relative_l1(embedding: torch.Tensor, previous: torch.Tensor) -> float:
+def relative_l1(embedding: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
     """How far the timestep embedding has moved: mean(|e_t - e_(t-1)|) / mean(|e_(t-1)|).
 
     Args:
         embedding: [batch, time_embed_dim], this step's output of `time_embedding`.
         previous: the same of the step before, whether that one was computed or reused.
 
-    Everything but the last conversion happens in the tensors' own dtype: with bfloat16 the
-    rounding is part of the published rule.
+    Returns:
+        one number on the tensors' device, so that nothing waits for it yet. It is computed in their
+        own dtype: with bfloat16 the rounding is part of the published rule.
     """
-    return ((embedding - previous).abs().mean() / previous.abs().mean()).item()
+    return (embedding - previous).abs().mean() / previous.abs().mean()
 
 
 def check_threshold(rel_l1_thresh: float) -> float:

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -135,7 +134,8 @@ class Run:
                 guidance_scale=self.args.guidance_scale,
                 on_step=on_step,
             )
-            step_seconds = np.diff([*teacache.step_started, time.perf_counter()]).tolist()
+            ended = devices.mark(self.device)
+            step_seconds = devices.seconds_between([*teacache.step_started, ended])
         with stages.stage("decoding"):
             pictures = sampler.decode(pipe, latents)
 

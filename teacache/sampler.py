@@ -159,17 +159,25 @@ def denoise(
         "id_vit_hidden": start.identity.id_vit_hidden,
     }
 
-    latents, previous_t, previous_sample = start.noise, None, None
-    for t in scheduler.timesteps:
+    latents, previous_value, previous_sample = start.noise, None, None
+    # The scheduler looks its coefficients up by the timestep. Given as a number of the host's it
+    # need not be read from the device, for which all the work before it would have to be done.
+    for t, value in zip(scheduler.timesteps, scheduler.timesteps.tolist(), strict=True):
         predicted = _predict(pipe, latents, start.image_latents, t, conditions, guidance_scale)
         if isinstance(scheduler, CogVideoXDPMScheduler):
             latents, previous_sample = scheduler.step(
-                predicted, previous_sample, t, previous_t, latents, **extra, return_dict=False
+                predicted,
+                previous_sample,
+                value,
+                previous_value,
+                latents,
+                **extra,
+                return_dict=False,
             )
         else:
-            latents = scheduler.step(predicted, t, latents, **extra, return_dict=False)[0]
+            latents = scheduler.step(predicted, value, latents, **extra, return_dict=False)[0]
         latents = latents.to(start.noise.dtype)
-        previous_t = t
+        previous_value = value
         on_step()
     if latents.is_cuda:
         torch.cuda.synchronize(latents.device)

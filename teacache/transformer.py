@@ -11,12 +11,13 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 
 from teacache.errors import ArgumentError
-from teacache.handle import TeaCacheHandle
+from teacache.handle import TeaCacheHandle, embed_timestep
 from teacache.patch import innermost_forward, put_in_place
 from teacache.policy import COGVIDEOX_5B, Coefficients
 
 if TYPE_CHECKING:
     from diffusers import ConsisIDPipeline
+    from diffusers.models.embeddings import CogVideoXPatchEmbed
 
 
 def apply_teacache(
@@ -103,16 +104,14 @@ def _forward(
     batch_size, num_frames, _, height, width = hidden_states.shape
     text_seq_length = encoder_hidden_states.shape[1]
 
-    # The sinusoids are float32 whatever the model is; the embedding runs in the sampling dtype.
-    t_emb = self.time_proj(timestep).to(dtype=hidden_states.dtype)
-    emb = self.time_embedding(t_emb, timestep_cond)  # [batch, time_embed_dim]
+    emb = embed_timestep(self, timestep, hidden_states.dtype, timestep_cond)
 
-    embedded = self.patch_embed(encoder_hidden_states, hidden_states)
-    embedded = self.embedding_dropout(embedded)
-    text = embedded[:, :text_seq_length]  # [batch, text tokens, inner dim]
-    video = embedded[:, text_seq_length:]  # [batch, video tokens, inner dim]
-
-    if teacache.begin_step(timestep, emb, video):
+    if teacache.begin_step(timestep, emb, hidden_states.shape):
+        embedded = self.embedding_dropout(self.patch_embed(encoder_hidden_states, hidden_states))
+        # Contiguous, as the blocks return them: to a compiler the first block is one like the rest.
+        text = embedded[:, :text_seq_length].contiguous()  # [batch, text tokens, inner dim]
+        video = embedded[:, text_seq_length:].contiguous()  # [batch, video tokens, inner dim]
+        del embedded
         face = None
         if self.is_train_face:
             face = teacache.face_embedding(id_cond, id_vit_hidden, video.device, video.dtype)
@@ -120,7 +119,7 @@ def _forward(
         teacache.keep_residual(before=video, after=out)
         video = out
     else:
-        video = teacache.reuse_residual(video)
+        video = teacache.reuse_residual(_embed_video(self.patch_embed, hidden_states))
 
     # The text tokens end here: norms and projection work on each token alone.
     video = self.norm_final(video)
@@ -131,6 +130,30 @@ def _forward(
     video = video.reshape(batch_size, num_frames, height // p, width // p, -1, p, p)
     output = video.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
     return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+
+def _embed_video(patch_embed: CogVideoXPatchEmbed, hidden_states: torch.Tensor) -> torch.Tensor:
+    """The video tokens of `patch_embed(text, hidden_states)`, bit for bit, without the text.
+
+    A reused step reads no text tokens, and to project them costs as much as the rest of the step.
+
+    Args:
+        hidden_states: [batch, latent frames, channels, height, width].
+
+    Returns:
+        [batch, video tokens, inner dim].
+    """
+    batch_size, num_frames, _, height, width = hidden_states.shape
+    patches = patch_embed.proj(hidden_states.flatten(0, 1))  # [batch x frames, inner dim, h, w]
+    video = patches.flatten(2).transpose(1, 2).unflatten(0, (batch_size, num_frames)).flatten(1, 2)
+    if patch_embed.use_positional_embeddings or patch_embed.use_learned_positional_embeddings:
+        frames = (num_frames - 1) * patch_embed.temporal_compression_ratio + 1
+        trained = (patch_embed.sample_height, patch_embed.sample_width, patch_embed.sample_frames)
+        positions = patch_embed.pos_embedding  # [1, text and video tokens, inner dim]
+        if (height, width, frames) != trained:
+            positions = patch_embed._get_positional_embeddings(height, width, frames, video.device)
+        video = video + positions[:, patch_embed.max_text_seq_length :].to(video.dtype)
+    return video
 
 
 def _blocks(

@@ -6,10 +6,12 @@ import pytest
 import torch
 from conftest import PROMPT, SIZE
 from diffusers import CogVideoXDDIMScheduler, ConsisIDTransformer3DModel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from teacache import sampler
 from teacache.checkpoint import VideoSize
 from teacache.tiny import TRANSFORMER
+from teacache.transformer import apply_teacache
 
 
 def by_the_sampler(pipe, identity, size=SIZE, steps=5, seed=42, guidance_scale=6.0, negative=""):
@@ -77,3 +79,43 @@ def test_what_is_cut_off_a_long_prompt_is_shown(pipe, caplog):
     assert first.startswith("--prompt is longer than 226 tokens: without '")
     assert first.endswith("walking in the light'")
     assert second.startswith("--negative_prompt is longer")
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a tensor's value is wanted by the host, which a GPU makes it wait for."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("ddim", [False, True])
+def test_no_step_waits_for_the_device(pipe, identity, ddim):
+    if ddim:
+        pipe.scheduler = CogVideoXDDIMScheduler.from_config(pipe.scheduler.config)
+    text = sampler.encode_text(pipe, PROMPT, "", 6.0)
+    start = sampler.prepare(pipe, identity, SIZE, seed=7)
+    reads = {}
+    with apply_teacache(pipe, 0.2) as teacache:
+        for steps in (10, 20):
+            with Reads() as mode:
+                sampler.denoise(pipe, start, text, SIZE, num_infer_steps=steps)
+            reads[steps] = mode.count
+            assert teacache.policy.reused_steps
+    assert reads[10] == reads[20] <= 2, "once a video, not once a step"
+    with Reads() as mode:
+        pipe(
+            identity.face,
+            PROMPT,
+            num_inference_steps=4,
+            id_cond=identity.id_cond,
+            id_vit_hidden=identity.id_vit_hidden,
+            **SIZE._asdict(),
+            output_type="latent",
+        )
+    assert mode.count >= 4, "the pipeline's own loop is one that waits"

@@ -13,7 +13,7 @@ from diffusers import CogVideoXDDIMScheduler, ConsisIDTransformer3DModel
 from teacache.errors import ArgumentError
 from teacache.policy import Coefficients
 from teacache.tiny import TRANSFORMER, smooth_time_embedding
-from teacache.transformer import apply_teacache
+from teacache.transformer import _embed_video, apply_teacache
 
 
 class Stop(Exception):
@@ -102,6 +102,35 @@ def test_latents_equal_a_naive_reuse_in_bfloat16(make_pipe, sample, published_sc
     with apply_teacache(ours, 0.2) as teacache:
         assert torch.equal(sample(ours, num_frames=5), expected)
     assert teacache.policy.reused_steps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("changed", "latent_frames", "height"),
+    [
+        ({}, 7, 12),
+        ({}, 5, 12),
+        ({"use_learned_positional_embeddings": False}, 7, 12),
+        (
+            {
+                "use_learned_positional_embeddings": False,
+                "use_rotary_positional_embeddings": False,
+            },
+            5,
+            8,
+        ),
+    ],
+)
+def test_a_reused_step_embeds_the_video_as_the_patch_embedding_does(
+    changed, latent_frames, height, dtype
+):
+    patch_embed = other_transformer(**changed).patch_embed.to(dtype)
+    if changed.get("use_learned_positional_embeddings", True):
+        torch.nn.init.normal_(patch_embed.pos_embedding)
+    text = torch.randn(2, 226, TRANSFORMER["text_embed_dim"], dtype=dtype)
+    video = torch.randn(2, latent_frames, 32, height, 18, dtype=dtype)
+    expected = patch_embed(text, video)[:, 226:]
+    assert torch.equal(_embed_video(patch_embed, video), expected)
 
 
 def test_identity_cross_attention_and_face_extractor_calls(pipe, sample):

@@ -1,0 +1,72 @@
+"""Attention through diffusers' dispatcher, against the processor that it replaces."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import CPU
+from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
+
+from teacache.attention import ConsisIDAttnProcessor, choose_backend, is_exact, use_attention
+from teacache.errors import ArgumentError
+from teacache.transformer import apply_teacache
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threshold", [0.0, 0.2])
+def test_native_equals_the_processor_it_replaces(make_pipe, sample, threshold, dtype):
+    theirs, ours = make_pipe(dtype), make_pipe(dtype)
+    use_attention(ours.transformer, "native")
+    with apply_teacache(theirs, threshold), apply_teacache(ours, threshold) as teacache:
+        assert torch.equal(sample(ours), sample(theirs))
+    assert bool(teacache.policy.reused_steps) == (threshold > 0)
+    processors = ours.transformer.attn_processors.values()
+    assert all(isinstance(processor, ConsisIDAttnProcessor) for processor in processors)
+    before = theirs.transformer.attn_processors.values()
+    assert all(isinstance(processor, CogVideoXAttnProcessor2_0) for processor in before)
+
+
+def test_exact_backends_differ_in_rounding_alone(make_pipe, sample):
+    """Flex attention is another kernel: in float32 the latents agree to rounding, not to the bit.
+
+    Three steps of four layers; float32 has 24 bits, and 1e-4 of the largest latent leaves ten of
+    them for what piles up on the way.
+    """
+    pipe = make_pipe()
+    expected = sample(pipe, steps=3)
+    use_attention(pipe.transformer, choose_backend("flex", CPU, torch.float32))
+    found = sample(pipe, steps=3)
+    assert not torch.equal(found, expected), "the backend is the one that was asked for"
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_a_backend_set_by_diffusers_own_call_is_used(pipe, sample):
+    use_attention(pipe.transformer, "native")
+    native = sample(pipe, steps=2)
+    pipe.transformer.set_attention_backend("flex")
+    assert not torch.equal(sample(pipe, steps=2), native)
+    pipe.transformer.set_attention_backend("native")
+    assert torch.equal(sample(pipe, steps=2), native)
+
+
+def test_fused_projections_are_used(pipe, sample):
+    use_attention(pipe.transformer, "native")
+    expected = sample(pipe, steps=3)
+    for block in pipe.transformer.transformer_blocks:
+        with torch.no_grad():
+            block.attn1.fuse_projections()
+        del block.attn1.to_q
+    # Where a row of a product is summed up in another order; see above for the tolerance.
+    assert (sample(pipe, steps=3) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_choosing_a_backend():
+    assert choose_backend("auto", CPU, torch.float32) == "native"
+    assert choose_backend("native", CPU, torch.bfloat16) == "native"
+    with pytest.raises(ArgumentError, match=r"diffusers knows .*cudnn.*sage"):
+        choose_backend("fastest", CPU, torch.float32)
+    for gpu_only in ("cudnn", "flash3", "sage"):
+        with pytest.raises(ArgumentError, match=f"--attention {gpu_only} does not work here: .+"):
+            choose_backend(gpu_only, CPU, torch.bfloat16)
+    assert is_exact("_native_cudnn")
+    assert not is_exact("sage_hub")
