@@ -45,10 +45,12 @@ def sample(args: argparse.Namespace, jobs: list[Job], say: Callable[[str], None]
     full_size = checkpoint is None or checkpoints.is_full_size(checkpoint)
     with stages.stage("torch"):
         from teacache import plan
+        from teacache.acceleration import prepare_acceleration
         from teacache.device import choose_device, choose_dtype
 
         device = choose_device(args.device, full_size, args.offload)
         dtype = choose_dtype(args.dtype, device)
+        prepare_acceleration(args.compile, args.quantize, args.offload, device)
     with stages.stage("image"):
         images = {source: faces.load_image(source) for source in {job.image for job in jobs}}
     if checkpoint is None:
@@ -62,8 +64,11 @@ def sample(args: argparse.Namespace, jobs: list[Job], say: Callable[[str], None]
     jobs = plan.with_thresholds(jobs, args.target_speedup, args.coefficients, distances)
 
     with stages.stage("diffusers"):
+        from teacache.attention import choose_backend
         from teacache.run import Run
-    run = Run(args, jobs, checkpoint, images, size, device, dtype, stages, say)
+
+        backend = choose_backend(args.attention, device, dtype)
+    run = Run(args, jobs, checkpoint, images, size, device, dtype, backend, stages, say)
     try:
         run.sample()
     finally:
@@ -92,6 +97,8 @@ def show_plan(args: argparse.Namespace, jobs: list[Job]) -> None:
         "guidance_scale": args.guidance_scale,
         "offload": args.offload,
         "vae_tiling": args.vae_tiling,
+        "compile": args.compile,
+        "quantize": args.quantize,
     }
     distances = plan.distances_of(checkpoint, args.guidance_scale, device, dtype)
     jobs = plan.with_thresholds(jobs, args.target_speedup, args.coefficients, distances)

@@ -188,6 +188,37 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
         help="run the VAE in tiles: less memory, not bit for bit",
     )
     add(
+        "--attention",
+        default="auto",
+        metavar="BACKEND",
+        help="attention of diffusers' dispatcher: native, cudnn, flash, flash3, sage (not exact) "
+        "and others; auto, the default, is cudnn on GPUs from Hopper on, else native",
+    )
+    add(
+        "--compile",
+        action="store_true",
+        help="compile the transformer's layers, and from 8 videos on the decoder's: some minutes "
+        "the first time, seconds later; not bit for bit",
+    )
+    add(
+        "--quantize",
+        choices=("fp8",),
+        help="fp8: float8 linear layers, on GPUs from Hopper on; not exact; needs torchao",
+    )
+    add(
+        "--keep_loaded",
+        action="store_true",
+        help="between the videos of a sweep keep the transformer on the GPU where it fits, for "
+        "less time and more than 24 GB",
+    )
+    add(
+        "--no_reuse_conditioning",
+        dest="reuse_conditioning",
+        action="store_false",
+        help="compute the embeddings of face and prompt anew, instead of keeping them in the "
+        "cache folder from run to run",
+    )
+    add(
         "--coefficients",
         type=_coefficients,
         default=COGVIDEOX_5B,

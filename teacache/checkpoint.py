@@ -7,6 +7,7 @@ import logging
 import re
 import shutil
 import sys
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -203,6 +204,24 @@ def weight_files(component: Path) -> list[Path]:
         return [component / shard for shard in sorted(shards)]
     single = "model" if component.name == "text_encoder" else "diffusion_pytorch_model"
     return [component / f"{single}.safetensors"]
+
+
+def read_ahead(components: list[Path]) -> None:
+    """Read the models' weights, in the background, to where the system keeps files in memory.
+
+    What computes meanwhile waits for no disk when it loads them. That memory is the system's to
+    take back at any time.
+    """
+    files = [path for component in components for path in weight_files(component)]
+    threading.Thread(target=_read_through, args=(files,), daemon=True).start()
+
+
+def _read_through(files: list[Path]) -> None:
+    buffer = bytearray(2**23)
+    for path in files:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
 
 
 def read_json(path: Path, otherwise: str) -> dict:

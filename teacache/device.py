@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import resource
 import sys
@@ -78,6 +79,20 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB on Linux
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """What a GPU has left for torch to allocate."""
+    free, _ = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + reserved
+
+
+def free_cached_memory(device: torch.device) -> None:
+    """Give what torch has freed on the GPU back to it, so that it does not come apart."""
+    if device.type == "cuda":
+        gc.collect()  # models of other packages hold on to themselves in circles
+        torch.cuda.empty_cache()
 
 
 def dtype_name(dtype: torch.dtype) -> str:

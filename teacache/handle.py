@@ -26,6 +26,8 @@ class TeaCacheHandle:
 
     Attributes:
         transformer: the patched transformer.
+        given_steps: the steps to compute, instead of those that the rule decides on; None, at
+            first, leaves it to the rule. Setting them takes effect with the next video.
         policy: the schedule of the last video, or of the one under way; None before the first.
         forward: what stands in the place of the transformer's own forward.
         step_started: a mark in the device's work as each of its steps began, see
@@ -43,6 +45,7 @@ class TeaCacheHandle:
         self.transformer = transformer
         self.coefficients = coefficients
         self.rel_l1_thresh = rel_l1_thresh
+        self.given_steps: frozenset[int] | None = None
         self.forward: Callable | None = None
         self.policy: Policy | None = None
         self.step_started: list[float] = []
@@ -112,7 +115,7 @@ class TeaCacheHandle:
                 self._timestep_values = self._timesteps.tolist()
                 self._distances = self._measure_ahead(len(timestep), embedding.dtype)
                 num_steps = len(self._timesteps)
-            self.policy = Policy(num_steps, self.rel_l1_thresh, self.coefficients)
+            self.policy = Policy(num_steps, self.rel_l1_thresh, self.coefficients, self.given_steps)
             self.step_started = []
 
         distance = None
@@ -177,7 +180,7 @@ class TeaCacheHandle:
         if ended:
             # The next step belongs to another video: leave the memory to the VAE.
             self.reset()
-        elif self.policy.rel_l1_thresh > 0:
+        elif self.policy.may_reuse:
             self._residual = after - before
 
     def reuse_residual(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -207,7 +210,7 @@ class TeaCacheHandle:
     def _warn_of_extrapolation(self) -> None:
         policy, step = self.policy, self.policy.step - 1
         # Threshold 0 and the last step compute in any case.
-        matters = policy.rel_l1_thresh > 0 and step < policy.num_steps - 1
+        matters = policy.rel_l1_thresh > 0 and step < policy.num_steps - 1 and policy.given is None
         if matters and step in policy.extrapolated_steps and not self._told_of_extrapolation:
             self._told_of_extrapolation = True
             logger.warning(

@@ -76,6 +76,43 @@ def _fetch(url: str) -> bytes:
     return answer.content
 
 
+def as_tensors(identity: Identity) -> dict[str, torch.Tensor]:
+    """An identity as named tensors, as a safetensors file holds them."""
+    import numpy as np
+    import torch
+
+    hidden = {f"id_vit_hidden_{n}": tensor for n, tensor in enumerate(identity.id_vit_hidden)}
+    return {
+        "id_cond": identity.id_cond,
+        **hidden,
+        "face": torch.from_numpy(np.array(identity.face)),  # [512, 512, 3], uint8
+        "kps": torch.from_numpy(np.array(identity.kps)),
+    }
+
+
+def from_tensors(tensors: dict[str, torch.Tensor], device: torch.device) -> Identity:
+    """The identity that `as_tensors` took apart, its embeddings on the device."""
+    from PIL import Image
+
+    hidden = sorted(name for name in tensors if name.startswith("id_vit_hidden_"))
+    return Identity(
+        id_cond=tensors["id_cond"].to(device),
+        id_vit_hidden=[tensors[name].to(device) for name in hidden],
+        face=Image.fromarray(tensors["face"].numpy()),
+        kps=tensors["kps"].numpy(),
+    )
+
+
+def load_analyser(checkpoint: Path) -> object:
+    """insightface's detector and recogniser alone, as `load_face_models` loads them too."""
+    from insightface.app import FaceAnalysis
+
+    root = str(checkpoint / "face_encoder")
+    analyser = FaceAnalysis("antelopev2", root=root, providers=["CUDAExecutionProvider"])
+    analyser.prepare(ctx_id=0, det_size=(640, 640))
+    return analyser
+
+
 def load_face_models(checkpoint: Path, device: torch.device, dtype: torch.dtype) -> FaceModels:
     """Load detectors, recogniser, parser and EVA-CLIP from `face_encoder/` of the checkpoint."""
     consisid_eva_clip = import_eva_clip()

@@ -132,6 +132,8 @@ class Policy:
         num_steps: denoising steps of the video.
         rel_l1_thresh: the threshold on the accumulated rescaled distance; 0 never reuses.
         coefficients: the polynomial and its fitted range.
+        given: the steps to compute between the first and the last, where something else than the
+            rule has decided on them.
 
     The lists that it fills are the schedule of the video: `computed_steps` and `reused_steps` hold
     step indices; `distances` and `rescaled` hold one entry a step, None for the first step, which
@@ -142,6 +144,7 @@ class Policy:
     num_steps: int
     rel_l1_thresh: float
     coefficients: Coefficients = COGVIDEOX_5B
+    given: frozenset[int] | None = None
     accumulated: float = 0.0
     computed_steps: list[int] = field(default_factory=list)
     reused_steps: list[int] = field(default_factory=list)
@@ -153,6 +156,11 @@ class Policy:
     def step(self) -> int:
         """Index of the step that the next call of `decide` is about."""
         return len(self.distances)
+
+    @property
+    def may_reuse(self) -> bool:
+        """Whether any step may be reused: not at threshold 0."""
+        return self.rel_l1_thresh > 0 or self.given is not None
 
     def decide(self, distance: float | None) -> bool:
         """Whether this step is computed (True) or reuses the cached residual (False).
@@ -171,7 +179,9 @@ class Policy:
         # The published rule adds an extrapolated value too. Below zero that buys steps which
         # nothing has measured, so here such a step is computed and the sum starts anew.
         compute = step == 0 or step >= self.num_steps - 1 or extrapolated
-        if not compute:
+        if self.given is not None:
+            compute = step in self.given or step in (0, self.num_steps - 1)
+        elif not compute:
             # Covered values are 0 or more, so with threshold 0 nothing is ever reused.
             self.accumulated += rescaled
             compute = not self.accumulated < self.rel_l1_thresh

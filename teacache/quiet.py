@@ -21,6 +21,9 @@ def silence_libraries() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     for name in ("", "diffusers", "transformers", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # What torch says of torchao's enumerations, and of a compiler that finds no CUDA.
+    for name in ("torch.utils._pytree", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("warning: %(message)s"))
     own = logging.getLogger("teacache")

@@ -106,6 +106,8 @@ def summary(video: Path, record: dict[str, object]) -> str:
     psnr = record.get("quality", {}).get("psnr")
     if psnr and psnr["mean"] is not None:
         lines.insert(2, f"PSNR        {psnr['mean']:.1f} dB, worst frame {psnr['worst']:.1f}")
+    if record["approximations"]:
+        lines.insert(2, f"not exact   {', '.join(record['approximations'])}")
     if record["why_nothing_was_reused"]:
         lines.insert(2, f"            nothing was reused: {record['why_nothing_was_reused']}")
     return "\n".join(lines)

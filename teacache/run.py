@@ -5,18 +5,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from teacache import acceleration, attention, quality, sampler, sweep
 from teacache import device as devices
 from teacache import identity as faces
-from teacache import quality, sampler, sweep
+from teacache.cache import EmbeddingCache, cache_folder
+from teacache.conditioning import Conditioning, condition
 from teacache.jobs import Job
 from teacache.output import claimed_stem, written_whole
 from teacache.report import Stages, build_record, summary, write_record
@@ -38,6 +42,7 @@ class Run:
         args: the command's arguments.
         jobs: what to sample, every threshold known.
         images: each job's face image, by its source.
+        backend: of the attention, see `teacache.attention.choose_backend`.
         stages: those that have passed already.
         say: takes a line for the user.
     """
@@ -51,11 +56,12 @@ class Run:
         size: VideoSize,
         device: torch.device,
         dtype: torch.dtype,
+        backend: str,
         stages: Stages,
         say: Callable[[str], None],
     ):
         self.args, self.jobs, self.checkpoint, self.images = args, jobs, checkpoint, images
-        self.size, self.device, self.dtype = size, device, dtype
+        self.size, self.device, self.dtype, self.backend = size, device, dtype, backend
         self.stages, self.say = stages, say
         self.results: dict[Job, sweep.Result] = {}
         self._digests = {
@@ -73,30 +79,22 @@ class Run:
         to_do = [job for job in sweep.in_order(self.jobs) if job not in self.results]
         if not to_do:
             return
-        args, stages = self.args, self.stages
-        with stages.stage("identity"):
-            face_models = faces.load_face_models(self.checkpoint, self.device, self.dtype)
-            identities = {
-                source: faces.find_identity(
-                    self.images[source], face_models, self.device, self.dtype
-                )
-                for source in {job.image for job in to_do}
-            }
-            self.analyser = face_models.analyser
-            del face_models
-        with stages.stage("loading"):
-            pipe = sampler.load_pipeline(
-                self.checkpoint, self.device, self.dtype, args.offload, args.vae_tiling
-            )
-        with stages.stage("text"):
-            prompts = {(job.prompt, job.negative_prompt) for job in to_do}
-            texts = {
-                both: sampler.encode_text(pipe, *both, args.guidance_scale) for both in prompts
-            }
+        args = self.args
+        cache = EmbeddingCache(cache_folder() / "embeddings") if args.reuse_conditioning else None
+        conditioning = Conditioning(self.checkpoint, self.device, self.dtype, args.offload, cache)
+        identities, texts = condition(
+            conditioning, to_do, self.images, args.guidance_scale > 1, self.stages
+        )
+        with self.stages.stage("loading"):
+            pipe = self._load_pipeline(len(to_do))
         starts: dict[tuple[str, int], sampler.Start] = {}
         with apply_teacache(pipe, coefficients=args.coefficients) as teacache:
+            if args.compile:
+                with self.stages.stage("compiling"):
+                    start = sampler.prepare(pipe, identities[to_do[0].image], self.size, seed=0)
+                    self._compile(pipe, start, texts[to_do[0]])
             for job in to_do:
-                own, face_and_noise = Stages(self.say, shared=stages), (job.image, job.seed)
+                own, face_and_noise = Stages(self.say, shared=self.stages), (job.image, job.seed)
                 self._drop_frames_before(job)
                 if len(self.jobs) > 1:
                     self.say(f"seed {job.seed}, rel_l1_thresh {job.rel_l1_thresh}")
@@ -107,8 +105,37 @@ class Run:
                                 pipe, identities[job.image], self.size, job.seed
                             )
                         }
-                text = texts[job.prompt, job.negative_prompt]
-                self._sample_one(job, pipe, teacache, starts[face_and_noise], text, own)
+                self._sample_one(
+                    *(job, pipe, teacache, starts[face_and_noise], texts[job], own),
+                    last=job is to_do[-1],
+                )
+
+    def _load_pipeline(self, videos: int) -> ConsisIDPipeline:
+        """Transformer, VAE and scheduler, accelerated as the arguments say."""
+        args = self.args
+        pipe = sampler.load_pipeline(
+            *(self.checkpoint, self.device, self.dtype, args.offload, args.vae_tiling),
+            parts=("transformer", "vae"),
+        )
+        attention.use_attention(pipe.transformer, self.backend)
+        if args.quantize:
+            acceleration.quantize_fp8(pipe.transformer)
+        if args.compile:
+            acceleration.compile_transformer(pipe.transformer)
+            if videos >= acceleration.COMPILED_DECODER_PAYS_FROM:
+                acceleration.compile_decoder(pipe.vae)
+        return pipe
+
+    def _compile(self, pipe: ConsisIDPipeline, start: sampler.Start, text: sampler.Text) -> None:
+        """Call what is to be compiled once, so that no video's seconds hold the compilation."""
+        latents = sampler.denoise(
+            *(pipe, start, text, self.size),
+            num_infer_steps=1,
+            guidance_scale=self.args.guidance_scale,
+        )
+        if acceleration.is_compiled(pipe.vae):
+            with self._room_to_decode(pipe, last=False):
+                sampler.decode(pipe, latents)
 
     def _sample_one(
         self,
@@ -118,6 +145,7 @@ class Run:
         start: sampler.Start,
         text: sampler.Text,
         stages: Stages,
+        last: bool,
     ) -> None:
         """Sample, decode and write one video, and add it to the results."""
         teacache.rel_l1_thresh = job.rel_l1_thresh
@@ -136,7 +164,7 @@ class Run:
             )
             ended = devices.mark(self.device)
             step_seconds = devices.seconds_between([*teacache.step_started, ended])
-        with stages.stage("decoding"):
+        with stages.stage("decoding"), self._room_to_decode(pipe, last):
             pictures = sampler.decode(pipe, latents)
 
         with claimed_stem(self.args.output_path, f"{job.seed}_{job.rel_l1_thresh}") as stem:
@@ -160,7 +188,7 @@ class Run:
                 with stages.stage("quality"):
                     baseline, decoded = self._baseline_of(job)
                     record["quality"] = sweep.judge(
-                        frames, baseline, decoded, start.identity, self.analyser
+                        frames, baseline, decoded, start.identity, self._analyser
                     )
                 with written_whole(stem, ".json") as path:
                     write_record(record, path)
@@ -168,6 +196,20 @@ class Run:
             print(video, flush=True)
         elif len(self.jobs) == 1:
             self.say(summary(video, record))
+
+    def _room_to_decode(self, pipe: ConsisIDPipeline, last: bool) -> AbstractContextManager:
+        """The GPU without the transformer, where it would stand in the VAE's way."""
+        if self.args.offload != "none":  # it has left already
+            return contextlib.nullcontext()
+        stay = not last and (
+            self.device.type == "cpu"
+            or (self.args.keep_loaded and sampler.fits_beside_decoding(self.size, self.device))
+        )
+        return contextlib.nullcontext() if stay else sampler.without_transformer(pipe, last)
+
+    @functools.cached_property
+    def _analyser(self) -> object:
+        return faces.load_analyser(self.checkpoint)
 
     def report(self) -> None:
         """Write the report of a sweep, as far as it got, and show its table."""
@@ -238,8 +280,19 @@ class Run:
             "dtype": devices.dtype_name(self.dtype),
             "offload": args.offload,
             "vae_tiling": args.vae_tiling,
+            "attention": self.backend,
+            "compile": args.compile,
+            "quantize": args.quantize,
+            "approximations": self._approximations(),
+            "keep_loaded": args.keep_loaded,
+            "reuse_conditioning": args.reuse_conditioning,
             "coefficients": args.coefficients.as_json(),
         }
+
+    def _approximations(self) -> list[str]:
+        """What makes the video differ from the original sampler's by more than rounding."""
+        found = [] if attention.is_exact(self.backend) else [f"attention {self.backend}"]
+        return [*found, *([f"quantize {self.args.quantize}"] if self.args.quantize else [])]
 
 
 @contextlib.contextmanager

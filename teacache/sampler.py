@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from diffusers import CogVideoXDPMScheduler, ConsisIDPipeline
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDPMScheduler,
+    ConsisIDPipeline,
+    ConsisIDTransformer3DModel,
+)
 from diffusers.pipelines.consisid.pipeline_consisid import draw_kps
+from transformers import T5EncoderModel
 
+from teacache import device as devices
 from teacache.quiet import no_progress_bars
 
 if TYPE_CHECKING:
@@ -19,11 +26,22 @@ if TYPE_CHECKING:
     from teacache.checkpoint import VideoSize
     from teacache.identity import Identity
 
-logger = logging.getLogger(__name__)
+PARTS = ("text_encoder", "transformer", "vae")
+# What decoding takes beyond the weights. From the published peak at 720x480, 37 GB: without text
+# encoder and transformer, 22 GB, it leaves 15 GB; and some more, to be safe.
+DECODING_BYTES_PER_PIXEL = 48 * 1024
+TEXT_TOKENS = 226  # what ConsisIDPipeline fills up or cuts every text to
+
+
+class EmbeddedText(NamedTuple):
+    """embeds: T5's, [1, 226, 4096] at full size; lost: the words that 226 tokens did not hold."""
+
+    embeds: torch.Tensor
+    lost: str
 
 
 class Text(NamedTuple):
-    """T5's embeddings, [1, 226, 4096] each at full size; no negative ones without guidance."""
+    """Embeddings of prompt and negative prompt; no negative ones without guidance."""
 
     prompt_embeds: torch.Tensor
     negative_prompt_embeds: torch.Tensor | None
@@ -48,47 +66,56 @@ def load_pipeline(
     dtype: torch.dtype,
     offload: str = "none",
     vae_tiling: bool = False,
+    parts: tuple[str, ...] = PARTS,
 ) -> ConsisIDPipeline:
-    """Load text encoder, transformer, VAE and scheduler.
+    """Load text encoder, transformer, VAE and scheduler, or of the first three some.
+
+    Weights go from the file to where they belong, in the dtype that they have there.
 
     Args:
         offload: `none` keeps every model on the device; `model` brings each one there for its
             turn; `sequential` brings layer by layer.
         vae_tiling: encode the face and decode the video in overlapping tiles, with less memory
             and not bit for bit.
+        parts: those of `PARTS` to load; the pipeline has None for the others.
     """
+    classes = {
+        "text_encoder": T5EncoderModel,
+        "transformer": ConsisIDTransformer3DModel,
+        "vae": AutoencoderKLCogVideoX,
+    }
     with no_progress_bars():
-        pipe = ConsisIDPipeline.from_pretrained(checkpoint, dtype=dtype, local_files_only=True)
+        models = {
+            name: classes[name].from_pretrained(
+                checkpoint / name,
+                dtype=dtype,
+                local_files_only=True,
+                device_map={"": device if offload == "none" else torch.device("cpu")},
+            )
+            if name in parts
+            else None
+            for name in PARTS
+        }
+        if "text_encoder" not in parts:
+            models["tokenizer"] = None
+        pipe = ConsisIDPipeline.from_pretrained(checkpoint, local_files_only=True, **models)
     pipe.set_progress_bar_config(disable=True)
-    if vae_tiling:
+    if vae_tiling and "vae" in parts:
         pipe.vae.enable_tiling()
     if offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif offload == "sequential":
         pipe.enable_sequential_cpu_offload(device=device)
-    else:
-        pipe.to(device)
     return pipe
 
 
 @torch.no_grad()
-def encode_text(
-    pipe: ConsisIDPipeline, prompt: str, negative_prompt: str, guidance_scale: float
-) -> Text:
-    """Embed the prompt, and the negative prompt where guidance (a scale above 1) asks for it.
-
-    What is longer than the text encoder reads is cut off, with a warning that shows it.
-    """
-    limit = pipe.transformer.config.max_text_seq_length
-    for name, given in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-        tokens = pipe.tokenizer(given).input_ids
-        if len(tokens) > limit:
-            lost = pipe.tokenizer.decode(tokens[limit - 1 : -1])  # the last token ends the text
-            logger.warning("--%s is longer than %d tokens: without %r", name, limit, lost)
-    embeds = pipe.encode_prompt(
-        prompt, negative_prompt, do_classifier_free_guidance=guidance_scale > 1
-    )
-    return Text(*embeds)
+def embed_text(pipe: ConsisIDPipeline, text: str) -> EmbeddedText:
+    """Embed one text, a prompt or a negative prompt. What is too long for T5 is cut off."""
+    tokens = pipe.tokenizer(text).input_ids
+    lost = tokens[TEXT_TOKENS - 1 : -1] if len(tokens) > TEXT_TOKENS else []  # the last one ends it
+    embeds, _ = pipe.encode_prompt(text, do_classifier_free_guidance=False)
+    return EmbeddedText(embeds, pipe.tokenizer.decode(lost) if lost else "")
 
 
 @torch.no_grad()
@@ -210,6 +237,26 @@ def _predict(
         return predicted
     without, with_prompt = predicted.chunk(2)
     return without + guidance_scale * (with_prompt - without)
+
+
+def fits_beside_decoding(size: VideoSize, device: torch.device) -> bool:
+    """Whether the GPU has the memory to decode with everything else staying where it is."""
+    return devices.free_memory_bytes(device) > DECODING_BYTES_PER_PIXEL * size.width * size.height
+
+
+@contextlib.contextmanager
+def without_transformer(pipe: ConsisIDPipeline, for_good: bool) -> Iterator[None]:
+    """Free the memory that the transformer's weights take.
+
+    Args:
+        for_good: drop them; else they wait in host memory for the end of the block.
+    """
+    transformer, device = pipe.transformer, pipe.transformer.device
+    transformer.to("meta" if for_good else "cpu")
+    devices.free_cached_memory(device)
+    yield
+    if not for_good:
+        transformer.to(device)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # More than this are too many to look at in one picture, and to keep in memory.
 MOST_SIDE_BY_SIDE = 64
 # What a record may differ in and still be the record of the same video.
-NOT_OF_THE_VIDEO = ("output_path",)
+NOT_OF_THE_VIDEO = ("output_path", "keep_loaded", "reuse_conditioning")
 
 
 class Result(NamedTuple):

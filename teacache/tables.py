@@ -105,10 +105,15 @@ def sweep_markdown(rows: list[dict[str, object]], record: dict[str, object]) -> 
         name = f"this run: {where}, {record['num_frames']} frames, {any_row['steps']} steps"
         which = f", {any_row['differs_in']}" if any_row["differs_in"] else ""
         lines.append(_markdown_line([name + which, *(_own(mine.get(x)) for x in thresholds)]))
-    head, *body = _cells(rows)
-    lines += ["", _markdown_line(head), _markdown_line(["---:"] * len(head))]
-    lines += [_markdown_line(line) for line in body]
+    lines += ["", markdown_table(_cells(rows))]
     return "\n".join([*lines, "", *_remarks(rows)]) + "\n"
+
+
+def markdown_table(lines: list[list[str]]) -> str:
+    """Lines of cells, the first of them headings, as Markdown."""
+    head, *body = lines
+    rule = _markdown_line(["---:"] * len(head))
+    return "\n".join([_markdown_line(head), rule, *map(_markdown_line, body)])
 
 
 def _remarks(rows: list[dict[str, object]]) -> list[str]:

@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import io
 import json
-import os
 import random
 import shutil
 import sys
@@ -19,6 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from teacache.cache import cache_folder
 from teacache.errors import CheckpointError
 from teacache.quiet import no_progress_bars, silence_libraries
 
@@ -100,11 +100,10 @@ def cached_tiny_checkpoint() -> Path:
     The folder's name carries a digest of the code that builds it, so that a newer version of the
     package never samples from an older build.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     code = b"".join(
         Path(__file__).with_name(name).read_bytes() for name in ("tiny.py", "tiny_faces.py")
     )
-    folder = cache / "teacache-consisid" / f"tiny-{hashlib.sha256(code).hexdigest()[:12]}"
+    folder = cache_folder() / f"tiny-{hashlib.sha256(code).hexdigest()[:12]}"
     if not folder.is_dir():
         build_tiny_checkpoint(folder)
     return folder

@@ -20,6 +20,7 @@ from teacache.quiet import silence_libraries
 from teacache.sampler import load_pipeline
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
 SIZE = VideoSize(width=144, height=96, num_frames=13)
 PROMPT = "a smiling astronaut stands by the sea"
 
@@ -30,7 +31,9 @@ def cache_of_this_session(tmp_path_factory):
     silence_libraries()
     before = os.environ.get("XDG_CACHE_HOME")
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ["XDG_CACHE_HOME"] + "/inductor"
     yield
+    os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
     os.environ.pop("XDG_CACHE_HOME")
     if before is not None:
         os.environ["XDG_CACHE_HOME"] = before

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PROMPT
+from conftest import PROMPT, ROOT
 from PIL import Image
 
 import teacache_sample_video
@@ -24,7 +24,6 @@ from teacache.arguments import build_parser, parse_arguments
 from teacache.video import read_video, write_video
 
 COMMAND = [sys.executable, "teacache_sample_video.py"]
-ROOT = Path(__file__).parent.parent
 
 
 def start(*arguments: object, **options) -> subprocess.Popen:
@@ -128,7 +127,7 @@ def test_says_a_line_for_each_stage_and_a_summary(run):
     lines = output.splitlines()
     stages = [line.split()[0] for line in lines if line.endswith(" s")]
     assert stages == [
-        *("checkpoint", "torch", "image", "diffusers", "identity", "loading", "text"),
+        *("checkpoint", "torch", "image", "diffusers", "identity", "text", "loading"),
         *("encoding", "denoising", "decoding", "writing"),
     ]
     assert lines[-4].split() == ["video", str(folder / "42_0.15_0000.mp4")]

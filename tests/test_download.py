@@ -15,10 +15,10 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import pytest
+from conftest import ROOT
 
 from teacache.checkpoint import check_checkpoint
 
-ROOT = Path(__file__).parent.parent
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY = "Own/Repo"
 

@@ -8,11 +8,10 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU
+from conftest import CPU, ROOT
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, ConsisIDTransformer3DModel
 
 import teacache_sample_video
@@ -22,7 +21,6 @@ from teacache.policy import COGVIDEOX_5B, Coefficients
 from teacache.tiny import TRANSFORMER
 from teacache.transformer import apply_teacache
 
-ROOT = Path(__file__).parent.parent
 THRESHOLDS = [0.0, 0.03, 0.05, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.3, 0.5, 1.0, 3.0]
 
 
@@ -162,6 +160,8 @@ def test_command_predicts_seconds_from_a_record(capsys, tmp_path):
         "guidance_scale": 6.0,
         "offload": "none",
         "vae_tiling": False,
+        "compile": False,
+        "quantize": None,
         "computed_step_seconds": 2.0,
         "reused_step_seconds": 0.5,
         "seconds": {"decoding": 7.0},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import PROMPT, SIZE
+from conftest import CPU, PROMPT, SIZE
 from diffusers import CogVideoXDDIMScheduler, ConsisIDTransformer3DModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,8 +14,13 @@ from teacache.tiny import TRANSFORMER
 from teacache.transformer import apply_teacache
 
 
+def embedded(pipe, guidance_scale=6.0, negative=""):
+    without = sampler.embed_text(pipe, negative).embeds if guidance_scale > 1 else None
+    return sampler.Text(sampler.embed_text(pipe, PROMPT).embeds, without)
+
+
 def by_the_sampler(pipe, identity, size=SIZE, steps=5, seed=42, guidance_scale=6.0, negative=""):
-    text = sampler.encode_text(pipe, PROMPT, negative, guidance_scale)
+    text = embedded(pipe, guidance_scale, negative)
     start = sampler.prepare(pipe, identity, size, seed)
     return sampler.denoise(
         pipe, start, text, size, num_infer_steps=steps, guidance_scale=guidance_scale
@@ -65,20 +70,33 @@ def test_frames_equal_the_pipelines(pipe, identity, sample):
 
 def test_several_videos_from_one_start(pipe, identity, sample):
     """The start, and the generator's state in it, survive the videos that are sampled from it."""
-    text = sampler.encode_text(pipe, PROMPT, "", 6.0)
+    text = embedded(pipe)
     start = sampler.prepare(pipe, identity, SIZE, seed=7)
     for steps in (4, 6, 4):
         found = sampler.denoise(pipe, start, text, SIZE, num_infer_steps=steps)
         assert torch.equal(found, sample(pipe, steps=steps, seed=7))
 
 
-def test_what_is_cut_off_a_long_prompt_is_shown(pipe, caplog):
-    sampler.encode_text(pipe, "a man walking " * 100 + "in the light", "", 6.0)
-    sampler.encode_text(pipe, PROMPT, "rain " * 300, 6.0)
-    first, second = [record.getMessage() for record in caplog.records]
-    assert first.startswith("--prompt is longer than 226 tokens: without '")
-    assert first.endswith("walking in the light'")
-    assert second.startswith("--negative_prompt is longer")
+def test_what_is_cut_off_a_long_prompt_is_known(pipe):
+    assert sampler.embed_text(pipe, PROMPT).lost == ""
+    lost = sampler.embed_text(pipe, "a man walking " * 100 + "in the light").lost
+    assert lost.endswith("walking in the light")
+    assert lost.count("walking") < 100
+
+
+def test_parts_of_a_pipeline(tiny, pipe):
+    """A pipeline of some models has the same weights in them as one of all."""
+    for parts in (("text_encoder",), ("transformer", "vae")):
+        some = sampler.load_pipeline(tiny, CPU, torch.float32, parts=parts)
+        for name in sampler.PARTS:
+            model = getattr(some, name)
+            if name not in parts:
+                assert model is None
+                continue
+            expected = getattr(pipe, name).state_dict()
+            found = model.state_dict()
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 class Reads(TorchDispatchMode):
@@ -98,7 +116,7 @@ class Reads(TorchDispatchMode):
 def test_no_step_waits_for_the_device(pipe, identity, ddim):
     if ddim:
         pipe.scheduler = CogVideoXDDIMScheduler.from_config(pipe.scheduler.config)
-    text = sampler.encode_text(pipe, PROMPT, "", 6.0)
+    text = embedded(pipe)
     start = sampler.prepare(pipe, identity, SIZE, seed=7)
     reads = {}
     with apply_teacache(pipe, 0.2) as teacache:

@@ -43,7 +43,7 @@ def calls(monkeypatch):
 
     for module, name in (
         *((faces, "load_image"), (faces, "load_face_models"), (faces, "find_identity")),
-        *((sampler, n) for n in ("load_pipeline", "encode_text", "prepare", "denoise", "decode")),
+        *((sampler, n) for n in ("load_pipeline", "embed_text", "prepare", "denoise", "decode")),
     ):
         count(module, name)
     return counted
@@ -59,13 +59,13 @@ def read_record(folder: Path, name: str) -> dict:
 
 def test_sweep(capsys, tmp_path, calls):
     arguments = (*COMMON, "--rel_l1_thresh", 0.2, 0, 0.1, "--output_path", tmp_path / "sweep")
-    code, output, error = main(capsys, *arguments)
+    code, output, error = main(capsys, *arguments, "--no_reuse_conditioning")
     assert code == 0
     assert "learned positional embeddings" in error  # 5 frames are not the checkpoint's own
 
     # What does not depend on the threshold happens once.
     assert calls == Counter(
-        load_image=1, load_face_models=1, find_identity=1, load_pipeline=1, encode_text=1,
+        load_image=1, load_face_models=1, find_identity=1, load_pipeline=2, embed_text=2,
         prepare=1, denoise=3, decode=3,
     )  # fmt: skip
     assert names(tmp_path / "sweep") == [
@@ -257,10 +257,11 @@ def test_jobs_share_faces_and_prompts(capsys, tmp_path, calls):
         capsys,
         *("--ckpts_path", "tiny", "--num_infer_steps", 2, "--num_frames", 1),
         *("--jobs", tmp_path / "jobs.jsonl", "--output_path", tmp_path / "out"),
+        "--no_reuse_conditioning",
     )
     assert code == 0
     assert calls == Counter(
-        load_image=2, load_face_models=1, find_identity=2, load_pipeline=1, encode_text=2,
+        load_image=2, load_face_models=1, find_identity=2, load_pipeline=2, embed_text=3,
         prepare=3, denoise=3, decode=3,
     )  # fmt: skip
     assert "1_0.1_0001" in output
@@ -273,8 +274,8 @@ def test_a_long_list_keeps_no_frames_but_those_it_compares(capsys, tmp_path, mon
     monkeypatch.setattr(sweep, "MOST_SIDE_BY_SIDE", 2)
     kept, sample_one = [], run.Run._sample_one
 
-    def counting(self, *args):
-        sample_one(self, *args)
+    def counting(self, *args, **kwargs):
+        sample_one(self, *args, **kwargs)
         kept.append(sum(r.own_frames is not None for r in self.results.values()))
 
     monkeypatch.setattr(run.Run, "_sample_one", counting)

@@ -1,0 +1,131 @@
+"""Compiled regions and float8 layers: what makes a computed step cheaper, other than attention."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from teacache.cache import cache_folder
+from teacache.errors import DeviceError
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLCogVideoX, ConsisIDTransformer3DModel
+
+# The decoder's residual blocks come in as many forms as it has widths and sizes, each with and
+# without frames before it: 14 for the usual four levels. Dynamo gives up after 8 unless told.
+DECODER_FORMS = 64
+# Reading the decoder's compiled forms from disk costs as much as compiled decoding gains in
+# about this many videos.
+COMPILED_DECODER_PAYS_FROM = 8
+# The first CUDA capability with matrix units for float8 of the kind that pays here: Hopper.
+FLOAT8_CAPABILITY = (9, 0)
+
+
+def prepare_acceleration(
+    compiling: bool, quantize: str | None, offload: str, device: torch.device
+) -> None:
+    """Check for what `--compile` and `--quantize` need, and have compilations kept for later runs.
+
+    To be called before diffusers is imported: with it Inductor settles on its folder.
+
+    Raises:
+        DeviceError: where the machine lacks something, or the two do not go with `--offload`.
+    """
+    if offload == "sequential" and (compiling or quantize):
+        given = "--compile" if compiling else f"--quantize {quantize}"
+        raise DeviceError(
+            f"{given} does not go with --offload sequential, which exchanges the weights under it: "
+            "--offload model does"
+        )
+    if compiling:
+        _check_compiler(device)
+        # Where a reboot does not clear it, as it may Inductor's own choice.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
+    if quantize:
+        _check_float8(device)
+
+
+def _check_compiler(device: torch.device) -> None:
+    variable, usual = ("CXX", ("g++", "clang++")) if device.type == "cpu" else ("CC", ("gcc", "cc"))
+    given = os.environ.get(variable)
+    if not any(shutil.which(name) for name in ((given,) if given else usual)):
+        raise DeviceError(
+            f"--compile needs a compiler, and finds none: install {usual[0]}, or name one in "
+            f"{variable}"
+        )
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not header.is_file():
+        raise DeviceError(
+            "--compile needs Python's headers, which most systems package as python3-dev: "
+            f"there is no {header.name} in {header.parent}"
+        )
+
+
+def _check_float8(device: torch.device) -> None:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY:
+        raise DeviceError("--quantize fp8 needs a GPU with float8 matrix units, Hopper or later")
+    if importlib.util.find_spec("torchao") is None:
+        raise DeviceError("--quantize fp8 needs the package torchao: pip install torchao==0.18.0")
+
+
+def compile_transformer(transformer: ConsisIDTransformer3DModel) -> None:
+    """Compile the blocks and the identity cross-attention, each at its first call.
+
+    All blocks share one compilation, and so do all cross-attention layers: weights are inputs of
+    the graph. What TeaCache decides lies outside of them, so that neither step nor threshold nor
+    video brings a new one; another size or batch does.
+    """
+    for module in (*transformer.transformer_blocks, *transformer.perceiver_cross_attention):
+        module.compile(fullgraph=True, dynamic=False)
+
+
+def compile_decoder(vae: AutoencoderKLCogVideoX) -> None:
+    """Compile the residual blocks of the VAE's decoder, each at its first call."""
+    from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXResnetBlock3D
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, DECODER_FORMS)
+    for module in vae.decoder.modules():
+        if isinstance(module, CogVideoXResnetBlock3D):
+            module.compile(fullgraph=True, dynamic=False)
+
+
+def is_compiled(model: torch.nn.Module) -> bool:
+    """Whether regions of the model are compiled."""
+    return any(module._compiled_call_impl is not None for module in model.modules())
+
+
+def undo_compile(model: torch.nn.Module) -> None:
+    """Let every region of the model run as it did before."""
+    for module in model.modules():
+        module._compiled_call_impl = None
+
+
+def quantize_fp8(transformer: ConsisIDTransformer3DModel) -> None:
+    """Turn the blocks' and the identity cross-attention's wide linear layers to float8, in place.
+
+    Weights are rounded once, a scale for each row, and activations at every call, a scale for each
+    token. Query, key and value become one layer first, so that the tokens they share are rounded
+    once instead of three times. What is left as it was works on a few numbers a step: the
+    modulations, the face's keys and values.
+    """
+    from torchao.quantization import (
+        Float8DynamicActivationFloat8WeightConfig,
+        PerRow,
+        quantize_,
+    )
+
+    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+    for block in transformer.transformer_blocks:
+        with torch.no_grad():
+            block.attn1.fuse_projections()
+        del block.attn1.to_q, block.attn1.to_k, block.attn1.to_v
+        quantize_(block.attn1, config)
+        quantize_(block.ff, config)
+    for layer in transformer.perceiver_cross_attention:
+        quantize_(layer, config, filter_fn=lambda _, name: name in ("to_q", "to_out"))

@@ -1,0 +1,155 @@
+"""Compiled regions and float8 layers: what they compute, and how often they are compiled."""
+
+from __future__ import annotations
+
+import shutil
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CPU
+from diffusers import AutoencoderKLCogVideoX
+from torch._dynamo.utils import counters
+
+from teacache import acceleration
+from teacache.attention import use_attention
+from teacache.errors import DeviceError
+from teacache.tiny import VAE
+from teacache.transformer import apply_teacache
+from teacache_sample_video import main
+
+HEADER = Path(sysconfig.get_paths()["include"]) / "Python.h"
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None or not HEADER.is_file(),
+    reason="Inductor compiles C++ on a CPU, against Python's headers",
+)
+
+# Inductor's kernels sum up in another order than eager ones, in float32, over a few steps.
+ROUNDING = 1e-4
+
+
+@pytest.fixture
+def strict_dynamo():
+    """Counts from zero, and an error where something is compiled that should not be."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield torch._dynamo.config
+    torch._dynamo.config.error_on_recompile = False
+    torch._dynamo.reset()
+
+
+@needs_compiler
+def test_one_compilation_serves_layers_steps_thresholds_and_videos(
+    pipe, make_pipe, sample, strict_dynamo
+):
+    eager = make_pipe()
+    for each in (pipe, eager):
+        use_attention(each.transformer, "native")
+    acceleration.compile_transformer(pipe.transformer)
+    with apply_teacache(pipe, 0.0) as ours, apply_teacache(eager, 0.0) as theirs:
+        sample(pipe, steps=2)
+        strict_dynamo.error_on_recompile = True
+        for threshold, steps, seed in ((0.0, 4, 42), (0.15, 12, 42), (0.3, 9, 7)):
+            ours.rel_l1_thresh = theirs.rel_l1_thresh = threshold
+            found, expected = (sample(each, steps=steps, seed=seed) for each in (pipe, eager))
+            assert (found - expected).abs().max() < ROUNDING * expected.abs().max()
+            assert ours.policy == theirs.policy, "what is decided is not compiled"
+    assert counters["stats"]["unique_graphs"] == 2, "a block and a cross-attention layer"
+    assert not counters["graph_break"]
+
+    acceleration.undo_compile(pipe.transformer)
+    assert not acceleration.is_compiled(pipe.transformer)
+    assert torch.equal(sample(pipe, steps=3), sample(eager, steps=3))
+
+
+@needs_compiler
+def test_a_second_run_finds_what_the_first_one_compiled(make_pipe, sample, strict_dynamo):
+    for first in (True, False):
+        torch._dynamo.reset()  # as another process would start
+        counters.clear()
+        pipe = make_pipe()
+        use_attention(pipe.transformer, "native")
+        acceleration.compile_transformer(pipe.transformer)
+        with apply_teacache(pipe):
+            sample(pipe, steps=1)
+        if not first:
+            assert counters["inductor"]["fxgraph_cache_hit"] == 2
+            assert counters["inductor"]["fxgraph_cache_miss"] == 0
+
+
+@needs_compiler
+def test_the_decoder_in_regions(strict_dynamo):
+    torch.manual_seed(0)
+    levels = {
+        "block_out_channels": (16, 16),
+        "down_block_types": ("CogVideoXDownBlock3D",) * 2,
+        "up_block_types": ("CogVideoXUpBlock3D",) * 2,
+    }
+    vae = AutoencoderKLCogVideoX(**{**VAE, **levels}).eval()
+    latents = torch.randn(1, 16, 5, 8, 8)
+    with torch.no_grad():
+        expected = vae.decode(latents).sample
+        acceleration.compile_decoder(vae)
+        assert acceleration.is_compiled(vae)
+        first = vae.decode(latents).sample
+        strict_dynamo.error_on_recompile = True
+        again = vae.decode(latents).sample
+    assert not counters["graph_break"]
+    assert (first - expected).abs().max() < ROUNDING * expected.abs().max()
+    assert torch.equal(again, first)
+
+
+def test_float8_layers(make_pipe, sample, monkeypatch):
+    """The real float8 layers; only torchao's question after the GPU is answered for it.
+
+    A float8 of four exponent and three mantissa bits is off by up to 1/16 for each factor of a
+    product; the tolerance on the latents, a tenth, is what such errors leave of two steps.
+    """
+    monkeypatch.setattr(
+        "torchao.quantization.quant_api._check_hardware_support", lambda granularity: None
+    )
+    plain, float8 = make_pipe(torch.bfloat16), make_pipe(torch.bfloat16)
+    acceleration.quantize_fp8(float8.transformer)
+    use_attention(float8.transformer, "native")
+    dtypes = [
+        layer.weight.qdata.dtype if hasattr(layer.weight, "qdata") else layer.weight.dtype
+        for layer in float8.transformer.modules()
+        if isinstance(layer, torch.nn.Linear)
+    ]
+    # Of each of 4 blocks: query, key and value in one, output, two of the feed-forward; of each
+    # of 2 cross-attention layers: queries and output.
+    assert dtypes.count(torch.float8_e4m3fn) == 4 * 4 + 2 * 2
+    with apply_teacache(plain, 0.0), apply_teacache(float8, 0.0):
+        expected, found = sample(plain, steps=2).float(), sample(float8, steps=2).float()
+    error = (found - expected).norm() / expected.norm()
+    assert 0 < error < 0.1
+
+
+def test_what_a_machine_lacks_is_said_before_anything_is_loaded(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    cases = {
+        ("--compile",): "--compile needs a compiler, and finds none: install g++",
+        ("--quantize", "fp8"): "--quantize fp8 needs a GPU with float8 matrix units",
+        ("--attention", "cudnn"): "--attention cudnn does not work here",
+        ("--attention", "fast"): "--attention fast: diffusers knows aiter_fa2_hub, auto, cudnn",
+    }
+    for given, expected in cases.items():
+        assert main(["--ckpts_path", "tiny", *given, "--output_path", str(tmp_path)]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith(f"error: {expected}")
+        assert captured.err.count("\n") == 1
+        assert "identity" not in captured.out
+    for given in ({"compiling": True, "quantize": None}, {"compiling": False, "quantize": "fp8"}):
+        with pytest.raises(DeviceError, match="does not go with --offload sequential"):
+            acceleration.prepare_acceleration(**given, offload="sequential", device=CPU)
+
+
+@needs_compiler
+def test_a_compiled_run(tmp_path, capsys):
+    arguments = ["--ckpts_path", "tiny", "--num_infer_steps", "3", "--output_path", str(tmp_path)]
+    assert main([*arguments, "--compile"]) == 0
+    out = capsys.readouterr().out
+    assert out.index("loading") < out.index("compiling") < out.index("encoding")
+    assert (tmp_path / "42_0.1_0000.mp4").is_file()

@@ -1,0 +1,143 @@
+"""The benchmark, through its command, and what it measures on."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import CPU, ROOT
+
+from teacache import measure, random_weights
+from teacache.benchmark import main
+
+
+def run(capsys, tmp_path, *arguments):
+    code = main([*map(str, arguments), "--output_path", str(tmp_path)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_small_random_weights(capsys, tmp_path):
+    code, out, err = run(
+        capsys, tmp_path, "--num_infer_steps", 4, "--computed_steps", 2, "--rounds", 2
+    )
+    assert code == 0
+    assert "weights: random, small" in out
+    assert "computed steps given" in out
+    order = [line.split(": ")[1] for line in err.splitlines() if line.startswith("round")]
+    assert order == ["plain pipeline", "TeaCache 0.15"] * 2, "alternating"
+
+    report = json.loads((tmp_path / "benchmark_0000.json").read_text())
+    assert (tmp_path / "benchmark_0000.md").read_text().strip() == out.strip()
+    plain, ours = report["rows"]
+    assert plain["steps"] == [4, 0]
+    assert ours["steps"] == [2, 2]
+    assert plain["reused step"] is None
+    assert plain["ratios"] == {"computed step": 1.0, "whole run": 1.0}
+    for row in (plain, ours):
+        stages = sum(row[n]["median"] for n in ("encoding", "denoising", "decoding", "writing"))
+        assert row["whole run"]["median"] == pytest.approx(stages, rel=0.2)
+        steps = row["computed step"]
+        assert steps["lowest"] <= steps["median"] <= steps["highest"]
+    # On a quiet machine a reused step takes 0.7 % of a computed one; this one runs other tests.
+    assert ours["reused step"]["median"] <= 0.02 * ours["computed step"]["median"]
+    assert ours["denoising"]["median"] < plain["denoising"]["median"]
+
+
+def test_a_checkpoint_with_its_own_schedule(capsys, tmp_path):
+    arguments = ("--ckpts_path", "tiny", "--rel_l1_thresh", 0.3, "--num_infer_steps", 9)
+    code, out, _ = run(capsys, tmp_path, *arguments, "--rounds", 1, "--attention", "flex")
+    assert code == 0
+    rows = json.loads((tmp_path / "benchmark_0000.json").read_text())["rows"]
+    names = [row["variant"] for row in rows]
+    assert names == ["plain pipeline", "TeaCache 0.3", "TeaCache 0.3 + flex"]
+    assert rows[1]["steps"] == rows[2]["steps"]
+    assert rows[1]["steps"][1] > 0
+    assert "- identity: " in out
+    assert "- text: " in out
+
+
+def test_wrong_input_is_one_line(capsys, tmp_path):
+    cases = {
+        ("--ckpts_path", tmp_path / "none"): "there is no such folder",
+        ("--quantize", "fp8"): "--quantize fp8 needs a GPU",
+        ("--random_weights", "full"): "needs a CUDA GPU",
+    }
+    for arguments, expected in cases.items():
+        code, _, err = run(capsys, tmp_path, *arguments)
+        assert code == 2
+        assert expected in err
+        assert err.count("\n") == 1
+    for arguments in (
+        ("--ckpts_path", "tiny", "--computed_steps", "3"),
+        ("--computed_steps", "99"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(list(arguments))
+        assert stopped.value.code == 2
+
+
+def test_help_is_quick_to_come():
+    found = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "teacache.benchmark", "--help"],
+        capture_output=True, text=True, check=True, cwd=ROOT,
+    )  # fmt: skip
+    assert "--random_weights" in found.stdout
+    imported = {line.split("|")[-1].strip() for line in found.stderr.splitlines()}
+    assert not imported & {"torch", "diffusers", "numpy"}
+
+
+def test_the_real_size():
+    """Made where nothing takes memory: what the weights would be, and of what."""
+    config, vae_config = random_weights.CONFIGS["full"]
+    with random_weights.made_in_place(torch.device("meta"), torch.bfloat16):
+        transformer = random_weights.ConsisIDTransformer3DModel(**config)
+        vae = random_weights.AutoencoderKLCogVideoX(**vae_config)
+    assert {p.device.type for p in transformer.parameters()} == {"meta"}
+    assert {p.dtype for p in transformer.parameters()} == {torch.bfloat16}
+    assert len(transformer.perceiver_cross_attention) == 21
+    assert transformer.perceiver_cross_attention[0].to_q.weight.shape == (2048, 3072)
+    billions = sum(p.numel() for p in transformer.parameters()) / 1e9
+    assert 5.5 < billions < 7, "CogVideoX-5B-I2V's 5.6, and the identity layers"
+    assert sum(p.numel() for p in vae.parameters()) / 1e6 == pytest.approx(215.6, abs=1)
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_each_variant_adds_one_acceleration():
+    found = measure.variants([0.1, 0.2], "_native_cudnn", True, "fp8")
+    assert [(v.threshold, v.attention, v.compile, v.quantize) for v in found] == [
+        (None, "native", False, None),
+        *(
+            (threshold, *accelerated)
+            for threshold in (0.1, 0.2)
+            for accelerated in (
+                ("native", False, None),
+                ("_native_cudnn", False, None),
+                ("_native_cudnn", True, None),
+                ("_native_cudnn", True, "fp8"),
+            )
+        ),
+    ]
+    assert found[-1].name == "TeaCache 0.2 + _native_cudnn + compile + fp8"
+
+
+def test_computed_steps_are_spread_evenly():
+    steps = random_weights.spread(22, 50)
+    assert len(set(steps)) == 22
+    assert (steps[0], steps[-1]) == (0, 49)
+    assert {b - a for a, b in itertools.pairwise(steps)} == {2, 3}
+
+
+def test_variants_leave_the_models_as_they_were(sample):
+    bench = measure.of_random_weights("small", 4, 2, CPU, torch.float32)
+    transformer = bench.run.pipe.transformer
+    processors = list(transformer.attn_processors.values())
+    before = bench._plain_latents(3, {})[0]
+    bench.sample(measure.Variant("ours", 0.15, attention="flex"))
+    assert list(transformer.attn_processors.values()) == processors
+    assert "forward" not in vars(transformer)
+    assert torch.equal(bench._plain_latents(3, {})[0], before)

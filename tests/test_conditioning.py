@@ -1,0 +1,178 @@
+"""Embeddings of faces and prompts that are kept from run to run."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+
+import pytest
+import torch
+from conftest import CPU
+
+from teacache import conditioning as module
+from teacache import identity as faces
+from teacache import sampler
+from teacache.cache import EmbeddingCache, fingerprint
+from teacache.conditioning import Conditioning
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return EmbeddingCache(tmp_path / "embeddings")
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """The names of the models that are loaded, in order."""
+    names = []
+    for owner, name in ((faces, "load_face_models"), (sampler, "load_pipeline")):
+        load = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda *a, load=load, name=name, **k: names.append(name) or load(*a, **k)
+        )
+    return names
+
+
+def make(tiny, cache, dtype=torch.float32):
+    return Conditioning(tiny, CPU, dtype, "none", cache)
+
+
+def test_what_is_kept_equals_what_was_computed(tiny, cache, loads):
+    images = {"astronaut": faces.load_image("astronaut")}
+    texts = ["she laughs", "rain " * 300, ""]
+    for dtype in (torch.float32, torch.bfloat16):
+        loads.clear()
+        computed = make(tiny, cache, dtype)
+        assert computed.lacks(texts)
+        first = computed.find_identities(images)["astronaut"], computed.embed_texts(texts)
+        assert loads == ["load_face_models", "load_pipeline"]
+        kept = make(tiny, cache, dtype)
+        assert not kept.lacks(texts)
+        second = kept.find_identities(images)["astronaut"], kept.embed_texts(texts)
+        assert loads == ["load_face_models", "load_pipeline"], "no model was loaded again"
+        assert torch.equal(first[0].id_cond, second[0].id_cond)
+        assert first[0].id_cond.dtype == second[0].id_cond.dtype == dtype
+        pairs = zip(first[0].id_vit_hidden, second[0].id_vit_hidden, strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+        assert first[0].face.tobytes() == second[0].face.tobytes()
+        assert (first[0].kps == second[0].kps).all()
+        for text in texts:
+            assert torch.equal(first[1][text].embeds, second[1][text].embeds)
+            assert first[1][text].lost == second[1][text].lost
+        assert "rain" in second[1]["rain " * 300].lost
+
+
+def test_only_what_is_missing_is_computed(tiny, cache, loads):
+    make(tiny, cache).embed_texts(["one"])
+    loads.clear()
+    embedded = []
+    original = sampler.embed_text
+    some = make(tiny, cache)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "embed_text", lambda p, t: embedded.append(t) or original(p, t))
+        some.embed_texts(["one", "two"])
+    assert embedded == ["two"]
+
+
+def test_whatever_the_embeddings_depend_on_is_in_their_name(tiny, cache, monkeypatch, tmp_path):
+    image = faces.load_image("astronaut")
+    face, text = make(tiny, cache)._face_key(image), make(tiny, cache)._text_key("one")
+    assert make(tiny, cache)._text_key("two") != text
+    assert make(tiny, cache)._face_key(image.rotate(1)) != face
+    assert make(tiny, cache)._face_key(image.resize((512, 511))) != face
+    assert make(tiny, cache, torch.bfloat16)._text_key("one") != text
+    assert make(tiny, cache, torch.bfloat16)._face_key(image) != face
+    version = module.importlib.metadata.version
+    monkeypatch.setattr(
+        module.importlib.metadata, "version", lambda p: version(p) + ("+" if p == "torch" else "")
+    )
+    assert make(tiny, cache)._text_key("one") != text
+    assert make(tiny, cache)._face_key(image) != face
+
+
+def test_a_changed_checkpoint_has_another_fingerprint(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"one")
+    os.utime(file, ns=(1, 1))
+    before = fingerprint([file])
+    assert fingerprint([file]) == before
+    file.write_bytes(b"two")
+    os.utime(file, ns=(1, 1))
+    assert fingerprint([file]) != before, "by its content"
+    file.write_bytes(b"one")
+    assert fingerprint([file]) != before, "by its time of change"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda b: b[:-1],
+        lambda b: b[:20],
+        lambda b: b"",
+        lambda b: b[:90] + bytes([b[90] ^ 1]) + b[91:],
+    ],
+)
+def test_a_damaged_entry_is_made_anew(cache, damage, caplog):
+    key, tensors = {"text": "one"}, {"embeds": torch.randn(3, 4)}
+    cache.put(key, tensors)
+    (entry,) = cache.folder.iterdir()
+    entry.write_bytes(damage(entry.read_bytes()))
+    with caplog.at_level(logging.WARNING):
+        assert cache.get(key) is None
+    assert "is damaged, and is made anew" in caplog.text
+    assert not entry.exists()
+    cache.put(key, tensors)
+    assert torch.equal(cache.get(key)["embeds"], tensors["embeds"])
+
+
+def test_what_has_not_been_read_for_longest_goes_first(tmp_path):
+    cache = EmbeddingCache(tmp_path, most_bytes=3500)
+    for n in range(3):  # of about 1.1 kB each
+        cache.put({"n": str(n)}, {"x": torch.full((256,), float(n))})
+        os.utime(cache._path({"n": str(n)}), ns=(n, n))
+    assert cache.get({"n": "0"})["x"][0] == 0  # read: now the newest
+    cache.put({"n": "3"}, {"x": torch.full((256,), 3.0)})
+    assert [cache.get({"n": str(n)}) is not None for n in range(4)] == [True, False, True, True]
+
+
+def test_leftovers_of_killed_processes_are_removed(tmp_path):
+    cache = EmbeddingCache(tmp_path)
+    old, new = tmp_path / ".a.part", tmp_path / ".b.part"
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, ns=(1, 1))
+    cache.put({"n": "0"}, {"x": torch.zeros(1)})
+    assert not old.exists()
+    assert new.exists(), "another process may be writing it"
+
+
+def _write_and_read(folder, n):
+    cache = EmbeddingCache(folder, most_bytes=20_000)
+    for i in range(50):
+        key = {"n": str(i % 7)}
+        kept = cache.get(key)
+        assert kept is None or torch.equal(kept["x"], torch.full((256,), float(i % 7)))
+        cache.put(key, {"x": torch.full((256,), float(i % 7))})
+    os._exit(0)
+
+
+def test_many_processes_at_once(tmp_path):
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=_write_and_read, args=(tmp_path, n)) for n in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 8
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_cache_that_cannot_be_written_to_is_none(tmp_path, caplog):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    cache = EmbeddingCache(blocked / "embeddings")
+    assert cache.get({"n": "0"}) is None
+    with caplog.at_level(logging.WARNING):
+        cache.put({"n": "0"}, {"x": torch.zeros(1)})
+    assert "embeddings are not kept" in caplog.text
