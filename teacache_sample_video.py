@@ -4,29 +4,37 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from teacache import checkpoint as checkpoints
 from teacache import identity as faces
 from teacache.arguments import parse_arguments
-from teacache.errors import CheckpointError, TeaCacheError
+from teacache.errors import CheckpointError, DeviceError, TeaCacheError
+from teacache.interruption import interruptible
 from teacache.jobs import Job, jobs_of
-from teacache.output import prepare_folder
+from teacache.output import check_space, prepare_folder
 from teacache.quiet import silence_libraries
-from teacache.report import Stages
+from teacache.report import Stages, summary
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command. Returns its exit code: 0 done, 2 wrong input, 130 interrupted."""
+    """Run the command. Returns its exit code: 0 done, 2 wrong input, 130 interrupted.
+
+    What is neither keeps its traceback, with which Python exits with 1.
+    """
     args = parse_arguments(argv)
     silence_libraries()
+    say = (lambda line: None) if args.quiet else print_now
     try:
-        jobs = jobs_of(args)
-        if args.plan:
-            show_plan(args, jobs)
-        else:
-            sample(args, jobs, say=(lambda line: None) if args.quiet else print_now)
+        with interruptible():
+            if args.latents:
+                decode(args, say)
+            elif args.plan:
+                show_plan(args, jobs_of(args))
+            else:
+                sample(args, jobs_of(args), say)
     except TeaCacheError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -42,6 +50,8 @@ def sample(args: argparse.Namespace, jobs: list[Job], say: Callable[[str], None]
     prepare_folder(args.output_path)
     with stages.stage("checkpoint"):
         checkpoint = checkpoints.local_checkpoint(args.ckpts_path)
+        if checkpoint is not None:
+            checkpoints.check_checkpoint(checkpoint)
     full_size = checkpoint is None or checkpoints.is_full_size(checkpoint)
     with stages.stage("torch"):
         from teacache import plan
@@ -50,16 +60,16 @@ def sample(args: argparse.Namespace, jobs: list[Job], say: Callable[[str], None]
 
         device = choose_device(args.device, full_size, args.offload)
         dtype = choose_dtype(args.dtype, device)
-        prepare_acceleration(args.compile, args.quantize, args.offload, device)
+        prepare_acceleration(args.compile, args.quantize, args.offload, device, dtype)
     with stages.stage("image"):
         images = {source: faces.load_image(source) for source in {job.image for job in jobs}}
     if checkpoint is None:
         with stages.stage("download"):
             checkpoint = checkpoints.download_checkpoint(args.ckpts_path)
-    checkpoints.check_checkpoint(checkpoint)
     size = checkpoints.video_size(checkpoint, args.width, args.height, args.num_frames)
     for num_infer_steps in {job.num_infer_steps for job in jobs}:
         plan.scheduler_timesteps(checkpoint, num_infer_steps)  # refuses more than there are
+    check_space(args.output_path, size, len(jobs))
     distances = plan.distances_of(checkpoint, args.guidance_scale, device, dtype)
     jobs = plan.with_thresholds(jobs, args.target_speedup, args.coefficients, distances)
 
@@ -70,9 +80,45 @@ def sample(args: argparse.Namespace, jobs: list[Job], say: Callable[[str], None]
         backend = choose_backend(args.attention, device, dtype)
     run = Run(args, jobs, checkpoint, images, size, device, dtype, backend, stages, say)
     try:
-        run.sample()
+        with explained_out_of_memory(args, stages):
+            run.sample()
     finally:
         run.report()  # also of a sweep that failed or was interrupted: what is done is done
+
+
+def decode(args: argparse.Namespace, say: Callable[[str], None]) -> None:
+    """Make the video of latents that an earlier run has kept."""
+    stages = Stages(say)
+    prepare_folder(args.output_path)
+    with stages.stage("checkpoint"):
+        checkpoint = checkpoints.local_checkpoint(args.ckpts_path)
+        if checkpoint is None:
+            raise CheckpointError(f"--latents needs a checkpoint: {args.ckpts_path} is not here")
+        checkpoints.check_checkpoint(checkpoint)
+    with stages.stage("diffusers"):
+        from teacache import rescue
+        from teacache.device import choose_device
+
+        device = choose_device(args.device, checkpoints.is_full_size(checkpoint), args.offload)
+    with explained_out_of_memory(args, stages):
+        video, record = rescue.decode_latents(args, checkpoint, device, stages)
+    if args.quiet:
+        print_now(str(video))
+    else:
+        say(summary(video, record))
+
+
+@contextlib.contextmanager
+def explained_out_of_memory(args: argparse.Namespace, stages: Stages) -> Iterator[None]:
+    """Say in one line where memory ran out and which flags take less."""
+    from teacache.device import is_out_of_memory, out_of_memory
+
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DeviceError(out_of_memory(error, stages.under_way, args)) from error
 
 
 def show_plan(args: argparse.Namespace, jobs: list[Job]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import shutil
 import sysconfig
 from pathlib import Path
@@ -28,7 +29,7 @@ FLOAT8_CAPABILITY = (9, 0)
 
 
 def prepare_acceleration(
-    compiling: bool, quantize: str | None, offload: str, device: torch.device
+    compiling: bool, quantize: str | None, offload: str, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Check for what `--compile` and `--quantize` need, and have compilations kept for later runs.
 
@@ -48,13 +49,15 @@ def prepare_acceleration(
         # Where a reboot does not clear it, as it may Inductor's own choice.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
     if quantize:
-        _check_float8(device)
+        _check_float8(device, dtype)
 
 
 def _check_compiler(device: torch.device) -> None:
-    variable, usual = ("CXX", ("g++", "clang++")) if device.type == "cpu" else ("CC", ("gcc", "cc"))
-    given = os.environ.get(variable)
-    if not any(shutil.which(name) for name in ((given,) if given else usual)):
+    # Inductor's own on a CPU, Triton's on a GPU.
+    on_cpu = device.type == "cpu"
+    variable, usual = ("CXX", ("g++", "clang++")) if on_cpu else ("CC", ("gcc", "clang"))
+    given = shlex.split(os.environ.get(variable, ""))[:1]
+    if not any(shutil.which(name) for name in given or usual):
         raise DeviceError(
             f"--compile needs a compiler, and finds none: install {usual[0]}, or name one in "
             f"{variable}"
@@ -67,11 +70,21 @@ def _check_compiler(device: torch.device) -> None:
         )
 
 
-def _check_float8(device: torch.device) -> None:
+def _check_float8(device: torch.device, dtype: torch.dtype) -> None:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY:
         raise DeviceError("--quantize fp8 needs a GPU with float8 matrix units, Hopper or later")
     if importlib.util.find_spec("torchao") is None:
         raise DeviceError("--quantize fp8 needs the package torchao: pip install torchao==0.18.0")
+    if dtype != torch.bfloat16:
+        raise DeviceError("--quantize fp8 needs --dtype bfloat16, from which it rounds")
+    try:
+        layer = torch.nn.Linear(64, 64, device=device, dtype=dtype)
+        _to_float8(layer)
+        layer(torch.randn(16, 64, device=device, dtype=dtype))
+    except Exception as error:
+        # What torchao lacks, it asserts, and so do the packages below it, each in its own way.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DeviceError(f"--quantize fp8 does not work here: {reason}") from error
 
 
 def compile_transformer(transformer: ConsisIDTransformer3DModel) -> None:
@@ -114,18 +127,27 @@ def quantize_fp8(transformer: ConsisIDTransformer3DModel) -> None:
     once instead of three times. What is left as it was works on a few numbers a step: the
     modulations, the face's keys and values.
     """
+    for block in transformer.transformer_blocks:
+        with torch.no_grad():
+            block.attn1.fuse_projections()
+        del block.attn1.to_q, block.attn1.to_k, block.attn1.to_v
+        _to_float8(block.attn1)
+        _to_float8(block.ff)
+    for layer in transformer.perceiver_cross_attention:
+        _to_float8(layer.to_q)
+        _to_float8(layer.to_out)
+
+
+def _to_float8(module: torch.nn.Module) -> None:
+    """Turn a linear layer, or all those within a module, to float8, in place."""
     from torchao.quantization import (
         Float8DynamicActivationFloat8WeightConfig,
         PerRow,
         quantize_,
     )
 
-    config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
-    for block in transformer.transformer_blocks:
-        with torch.no_grad():
-            block.attn1.fuse_projections()
-        del block.attn1.to_q, block.attn1.to_k, block.attn1.to_v
-        quantize_(block.attn1, config)
-        quantize_(block.ff, config)
-    for layer in transformer.perceiver_cross_attention:
-        quantize_(layer, config, filter_fn=lambda _, name: name in ("to_q", "to_out"))
+    # Inductor's settings are for the whole process, and stay as they are.
+    config = Float8DynamicActivationFloat8WeightConfig(
+        granularity=PerRow(), set_inductor_config=False
+    )
+    quantize_(module, config)

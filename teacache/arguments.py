@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import re
 from pathlib import Path
 
-from teacache.errors import ArgumentError
-from teacache.policy import COGVIDEOX_5B, Coefficients
+from teacache import readers
+from teacache.policy import COGVIDEOX_5B
 
 DEFAULT_CHECKPOINT = "BestWishYsh/ConsisID-preview"
 DEFAULT_THRESHOLD = 0.1
@@ -71,7 +68,7 @@ def _add_published(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
         "--rel_l1_thresh",
-        type=not_negative,
+        type=readers.not_negative,
         nargs="+",
         metavar="X",
         help="threshold on the accumulated distance; 0 is the original sampler, higher is faster; "
@@ -87,20 +84,21 @@ def _add_published(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--image",
-        type=image,
+        type=readers.image,
         metavar="IMAGE",
         help="URL or path of the face image, or astronaut, scikit-image's photograph "
         "(default: the boy of the ConsisID examples; with --ckpts_path tiny the astronaut)",
     )
     add(
         "--prompt",
+        type=readers.prompt,
         default=DEFAULT_PROMPT,
         metavar="TEXT",
         help="what the video shows (default: the published one, a boy in a city street)",
     )
     add(
         "--seed",
-        type=seed,
+        type=readers.seed,
         nargs="+",
         default=[42],
         metavar="N",
@@ -108,7 +106,7 @@ def _add_published(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--num_infer_steps",
-        type=positive,
+        type=readers.positive,
         default=50,
         metavar="N",
         help="denoising steps (default: %(default)s)",
@@ -127,13 +125,14 @@ def _add_video(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
         "--negative_prompt",
+        type=readers.text,
         default="",
         metavar="TEXT",
         help="what the video should not show (default: empty)",
     )
     add(
         "--guidance_scale",
-        type=not_negative,
+        type=readers.not_negative,
         default=6.0,
         metavar="X",
         help="classifier-free guidance; 1 samples without it, in half the time "
@@ -146,13 +145,13 @@ def _add_video(group: argparse._ArgumentGroup) -> None:
     ):
         add(
             name,
-            type=positive,
+            type=readers.positive,
             metavar="N",
             help=f"{what} (default: what the checkpoint was trained at)",
         )
     add(
         "--fps",
-        type=positive,
+        type=readers.positive,
         default=8,
         metavar="N",
         help="frames a second (default: %(default)s)",
@@ -163,7 +162,7 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
         "--device",
-        type=_device,
+        type=readers.device,
         default="auto",
         metavar="DEVICE",
         help="auto, cuda, cuda:N or cpu; auto, the default, is CUDA where there is one, else "
@@ -220,7 +219,7 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--coefficients",
-        type=_coefficients,
+        type=readers.coefficients,
         default=COGVIDEOX_5B,
         metavar="FILE",
         help="JSON with other coefficients of the rescaling polynomial: values, highest power "
@@ -248,8 +247,14 @@ def _add_sweep(group: argparse._ArgumentGroup) -> None:
         help="skip the videos whose records in --output_path have the same settings",
     )
     add(
+        "--latents",
+        type=readers.file,
+        metavar="FILE",
+        help="make the video of latents that a run has kept when it could not write them as one",
+    )
+    add(
         "--baseline",
-        type=_file,
+        type=readers.file,
         metavar="VIDEO",
         help="an earlier video to compare with, where a sweep has none of threshold 0",
     )
@@ -261,70 +266,8 @@ def _add_sweep(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--target_speedup",
-        type=_speedup,
+        type=readers.speedup,
         metavar="X",
         help="instead of --rel_l1_thresh: the smallest threshold at which the denoising loop is "
         "planned to be X times as fast",
     )
-
-
-def _file(text: str) -> Path:
-    if not Path(text).is_file():
-        raise argparse.ArgumentTypeError(f"{text}: there is no such file")
-    return Path(text)
-
-
-def _speedup(text: str) -> float:
-    return _number(text, float, lambda x: math.isfinite(x) and x >= 1, "a number, 1 or more")
-
-
-def image(text: str) -> str:
-    """An image's source; of a path, that there is such a file."""
-    path = Path(text)
-    if text != "astronaut" and "://" not in text:
-        if path.is_dir():
-            raise argparse.ArgumentTypeError(f"{text} is a folder, not an image")
-        if not path.exists():
-            raise argparse.ArgumentTypeError(f"{text}: there is no such file")
-    return text
-
-
-def not_negative(text: str) -> float:
-    """A finite number, 0 or more."""
-    number = _number(text, float, lambda x: math.isfinite(x) and x >= 0, "a number, 0 or more")
-    return abs(number)  # -0.0 is 0 or more as well, and would show in the file name
-
-
-def positive(text: str) -> int:
-    """A whole number, 1 or more."""
-    return _number(text, int, lambda n: n >= 1, "a whole number, 1 or more")
-
-
-def seed(text: str) -> int:
-    """A seed that torch takes: a whole number from 0 to 2^63 - 1."""
-    return _number(text, int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 - 1")
-
-
-def _number(text, convert, allowed, wanted):
-    try:
-        value = convert(text)
-    except ValueError:
-        value = None
-    if value is None or not allowed(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-    return value
-
-
-def _device(text: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not auto, cpu, cuda or cuda:N")
-    return text
-
-
-def _coefficients(text: str) -> Coefficients:
-    try:
-        return Coefficients.from_json(json.loads(Path(text).read_text(encoding="utf-8")))
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text} cannot be read: {error.strerror}") from error
-    except (ArgumentError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"{text}: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +10,8 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from diffusers.models.embeddings import apply_rotary_emb
 
 from teacache.errors import ArgumentError
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from diffusers import ConsisIDTransformer3DModel
@@ -82,7 +85,13 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     if name == "auto":
         half = dtype in (torch.bfloat16, torch.float16)
         hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-        name = "cudnn" if half and hopper else "native"
+        if not (half and hopper):
+            return "native"
+        try:
+            return choose_backend("cudnn", device, dtype)
+        except ArgumentError as error:
+            logger.warning("%s; torch's own is taken", error)
+            return "native"
     backend = BACKENDS.get(name, name)
     known = {member.value for member in AttentionBackendName}
     if backend not in known:
@@ -90,6 +99,11 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
         raise ArgumentError(f"--attention {name}: diffusers knows {names}")
     _try_out(name, backend, device, dtype)
     return backend
+
+
+def short_name(backend: str) -> str:
+    """What `--attention` calls a backend of the dispatcher's."""
+    return {value: name for name, value in BACKENDS.items()}.get(backend, backend)
 
 
 def is_exact(backend: str) -> bool:
@@ -109,8 +123,8 @@ def _try_out(name: str, backend: str, device: torch.device, dtype: torch.dtype) 
     """Attend once over next to nothing: whatever a backend lacks shows before 20 GB are loaded."""
     from diffusers.models.attention_dispatch import attention_backend
 
-    tokens = torch.randn(1, 128, 2, 64, device=device, dtype=dtype)
     try:
+        tokens = torch.randn(1, 128, 2, 64, device=device, dtype=dtype)
         with attention_backend(backend):
             dispatch_attention_fn(tokens, tokens, tokens)
     except Exception as error:

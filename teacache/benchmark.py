@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from teacache.arguments import not_negative, positive
+from teacache import readers
 from teacache.errors import TeaCacheError
 from teacache.output import claimed_stem, prepare_folder, written_whole
 from teacache.quiet import silence_libraries
@@ -22,7 +22,7 @@ from teacache.tables import markdown_table
 if TYPE_CHECKING:
     from teacache.measure import Bench, Measured, Variant
 
-# A column, the figure that it shows of a video, and the factor to its unit.
+# The table's columns, and their units.
 COLUMNS = {
     "computed step": "s",
     "reused step": "ms",
@@ -30,7 +30,7 @@ COLUMNS = {
     "encoding": "s",
     "decoding": "s",
     "writing": "s",
-    "whole run": "s",
+    "whole video": "s",
     "peak memory": "GiB",
 }
 UNITS = {"s": 1.0, "ms": 1e-3, "GiB": 2.0**30}
@@ -69,7 +69,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add(
         "--rel_l1_thresh",
-        type=not_negative,
+        type=readers.not_negative,
         nargs="+",
         default=[0.15],
         metavar="X",
@@ -77,12 +77,14 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add(
         "--computed_steps",
-        type=positive,
+        type=readers.positive,
         metavar="N",
         help="with random weights: compute so many steps, evenly spread, whatever the rule would "
         "(default: 44 %% of them, as about threshold 0.15 does)",
     )
-    add("--num_infer_steps", type=positive, metavar="N", help="(default: 50, with small 12)")
+    add(
+        "--num_infer_steps", type=readers.positive, metavar="N", help="(default: 50, with small 12)"
+    )
     add(
         "--attention",
         default="auto",
@@ -91,7 +93,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--compile", action="store_true", help="measure compiled layers too")
     add("--quantize", choices=("fp8",), help="measure float8 layers too")
-    add("--rounds", type=positive, default=3, metavar="N", help="(default: %(default)s)")
+    add("--rounds", type=readers.positive, default=3, metavar="N", help="(default: %(default)s)")
     add("--device", default="auto", metavar="DEVICE", help="auto, cuda, cuda:N or cpu")
     add(
         "--dtype",
@@ -127,7 +129,7 @@ def _benchmark(args: argparse.Namespace) -> None:
 
     device = choose_device(args.device, full_size=args.random_weights in ("full", "half"))
     dtype = choose_dtype(args.dtype, device)
-    prepare_acceleration(args.compile, args.quantize, "none", device)
+    prepare_acceleration(args.compile, args.quantize, "none", device, dtype)
     from teacache import measure
     from teacache.attention import choose_backend
 
@@ -151,7 +153,7 @@ def _benchmark(args: argparse.Namespace) -> None:
 
     rows = [_row(variant, measured[variant], compiling[variant]) for variant in variants]
     for row in rows:
-        for name in ("computed step", "whole run"):
+        for name in ("computed step", "whole video"):
             row["ratios"][name] = rows[0][name]["median"] / row[name]["median"]
     report = _markdown(_about(args, bench), rows)
     print(report)
@@ -172,7 +174,7 @@ def _row(variant: Variant, videos: list[Measured], compiling: float) -> dict[str
     }
     for name in ("denoising", "encoding", "decoding", "writing"):
         samples[name] = [video.seconds[name] for video in videos]
-    samples["whole run"] = [sum(video.seconds.values()) for video in videos]
+    samples["whole video"] = [sum(video.seconds.values()) for video in videos]
     return {
         "variant": variant.name,
         "settings": variant._asdict(),
@@ -196,7 +198,7 @@ def _markdown(about: dict[str, object], rows: list[dict[str, object]]) -> str:
         *(f"{name} ({unit})" for name, unit in COLUMNS.items()),
         "compiling (s)",
         "computed step",
-        "whole run",
+        "whole video",
     ]
     lines = [heads]
     for row in rows:
@@ -206,7 +208,7 @@ def _markdown(about: dict[str, object], rows: list[dict[str, object]]) -> str:
                 "{}, {}".format(*row["steps"]),
                 *(_cell(row[name], UNITS[unit]) for name, unit in COLUMNS.items()),
                 f"{row['compiling']:.1f}" if row["settings"]["compile"] else "-",
-                *(f"{row['ratios'][name]:.2f}x" for name in ("computed step", "whole run")),
+                *(f"{row['ratios'][name]:.2f}x" for name in ("computed step", "whole video")),
             ]
         )
     title = "\n".join(f"- {name}: {value}" for name, value in about.items())
@@ -230,7 +232,7 @@ def _about(args: argparse.Namespace, bench: Bench) -> dict[str, object]:
 
     weights = f"random, {args.random_weights}" if args.random_weights else args.ckpts_path
     given = ", computed steps given" if args.random_weights else ""
-    size = bench.run.size
+    size = bench.material.size
     return {
         "device": devices.device_name(bench.device),
         "dtype": devices.dtype_name(bench.dtype),

@@ -1,7 +1,7 @@
 """The user's cache folder, and what is kept there by its content: embeddings of faces and prompts.
 
-An entry's name is the digest of everything that its values depend on, so that it is never stale: a
-changed image, checkpoint or library has another name. Entries that have not been read for longest
+An entry's name is the digest of everything that its values depend on: a changed image, checkpoint
+or library has another name. Entries that have not been read for longest
 go first, once there are too many.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -60,8 +61,12 @@ def local_checkpoint(name: str) -> Path | None:
     if folder.is_dir():
         return folder
     if folder.exists():
+        single = (
+            " with weights" if folder.suffix in (".safetensors", ".ckpt", ".pt", ".bin") else ""
+        )
         raise CheckpointError(
-            f"--ckpts_path {name} is a file: a checkpoint is a folder with a model_index.json"
+            f"--ckpts_path {name} is a single file{single}: a checkpoint is a folder with a "
+            "model_index.json"
         )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith(("./", "../")):
         raise CheckpointError(
@@ -106,16 +111,31 @@ def download_checkpoint(repo_id: str) -> Path:
         CheckpointError,
         OSError,
     ) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise CheckpointError(
             f"--ckpts_path {repo_id}: there is no such folder here, and the repository of that "
-            f"name could not be downloaded ({reason}). --ckpts_path tiny needs no download"
+            f"name could not be downloaded ({reason}). {_way_out(error)}"
         ) from error
     return folder
 
 
+def _way_out(error: Exception) -> str:
+    """What a user can do about a download that failed."""
+    from huggingface_hub import errors
+
+    answer = getattr(error, "response", None)
+    if isinstance(error, errors.GatedRepoError) or getattr(answer, "status_code", 0) in (401, 403):
+        return "Ask for access on its page, then log in with `hf auth login`, or set HF_TOKEN"
+    if isinstance(error, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)):
+        needed = ", ".join(pattern.replace("/*", "/") for pattern in DOWNLOADED)
+        return f"Without a connection, put {needed} of it there; --ckpts_path tiny needs none"
+    return "--ckpts_path tiny needs no download"
+
+
 def check_checkpoint(folder: Path) -> None:
-    """Raise CheckpointError unless `folder` holds every file that sampling reads, none empty."""
+    """Raise CheckpointError unless `folder` holds every file that sampling reads, each whole."""
+    if not (folder / "model_index.json").is_file():
+        raise CheckpointError(f"{folder} has no model_index.json: it holds {_what_instead(folder)}")
     index = read_json(folder / "model_index.json", "not a checkpoint")
     found = index.get("_class_name")
     if found != "ConsisIDPipeline":
@@ -123,13 +143,49 @@ def check_checkpoint(folder: Path) -> None:
     needed = [folder / "face_encoder" / name for name in FACE_FILES]
     needed.append(folder / "tokenizer" / "spiece.model")
     needed.append(folder / "scheduler" / "scheduler_config.json")
+    weights = []
     for component in ("text_encoder", "transformer", "vae"):
         needed.append(folder / component / "config.json")
-        needed.extend(weight_files(folder / component))
-    missing = [p for p in needed if not p.is_file() or p.stat().st_size == 0]
-    if missing:
-        names = ", ".join(str(path.relative_to(folder)) for path in missing)
-        raise CheckpointError(f"{folder} is not whole, missing or empty: {names}")
+        weights.extend(weight_files(folder / component))
+    missing = [p for p in (*needed, *weights) if not p.is_file() or p.stat().st_size == 0]
+    short = [p for p in weights if p not in missing and not is_whole_safetensors(p)]
+    if missing or short:
+        told = [
+            f"{what}: {', '.join(str(path.relative_to(folder)) for path in paths)}"
+            for what, paths in (("missing or empty", missing), ("cut short or damaged", short))
+            if paths
+        ]
+        raise CheckpointError(f"{folder} is not whole, {'; '.join(told)}")
+
+
+def is_whole_safetensors(path: Path) -> bool:
+    """Whether a file is as long as its safetensors header says, without reading the weights."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            size = path.stat().st_size
+            if not 0 < length <= size - 8:
+                return False
+            header = json.loads(file.read(length))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name[:2] != "__"]
+        return bool(ends) and 8 + length + max(ends) == size
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        return False
+
+
+def _what_instead(folder: Path) -> str:
+    """What a folder that is no pipeline holds, in a few words."""
+    names = {path.name for path in folder.iterdir()}
+    if names & {"pytorch_lora_weights.safetensors", "adapter_config.json"}:
+        return "a LoRA, which goes with a checkpoint"
+    if "config.json" in names:
+        found = read_json(folder / "config.json", "no model")
+        found = found.get("_class_name") or next(iter(found.get("architectures") or []), "unknown")
+        return f"one model, {found}, where a checkpoint has several"
+    files = sorted(name for name in names if name.endswith((".safetensors", ".ckpt", ".pt")))
+    if files:
+        return f"single files such as {files[0]}, where a checkpoint has a folder for each model"
+    return "nothing of a checkpoint" if names else "nothing"
 
 
 def is_full_size(folder: Path) -> bool:
@@ -147,9 +203,11 @@ def video_size(
     """
     config = read_json(folder / "transformer" / "config.json", "not a checkpoint")
     vae = read_json(folder / "vae" / "config.json", "not a checkpoint")
-    spatial = 2 ** (len(vae["block_out_channels"]) - 1)
+    spatial = 2 ** (len(vae.get("block_out_channels", (128, 256, 256, 512))) - 1)
     trained = VideoSize(
-        config["sample_width"] * spatial, config["sample_height"] * spatial, config["sample_frames"]
+        config.get("sample_width", 90) * spatial,
+        config.get("sample_height", 60) * spatial,
+        config.get("sample_frames", 49),
     )
     size = VideoSize(width or trained.width, height or trained.height, num_frames or trained[2])
 
@@ -167,7 +225,7 @@ def video_size(
                 f"{name} {pixels} must be a multiple of {multiple}: "
                 f"the nearest are {below} and {below + multiple}"
             )
-    _check_num_frames(size.num_frames, int(vae["temporal_compression_ratio"]))
+    _check_num_frames(size.num_frames, int(vae.get("temporal_compression_ratio", 4)))
     if learned and size.num_frames != trained.num_frames:
         logger.warning(
             "--num_frames %d: the checkpoint has learned positional embeddings for %d frames, "
@@ -200,7 +258,10 @@ def _check_num_frames(num_frames: int, ratio: int) -> None:
 def weight_files(component: Path) -> list[Path]:
     """The safetensors files of one model: its shards where there is an index, else the one file."""
     for index in component.glob("*.safetensors.index.json"):
-        shards = set(read_json(index, "not a shard index")["weight_map"].values())
+        weight_map = read_json(index, "not a shard index").get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{index} names no shards")
+        shards = {str(shard) for shard in weight_map.values()}
         return [component / shard for shard in sorted(shards)]
     single = "model" if component.name == "text_encoder" else "diffusion_pytorch_model"
     return [component / f"{single}.safetensors"]
@@ -218,10 +279,11 @@ def read_ahead(components: list[Path]) -> None:
 
 def _read_through(files: list[Path]) -> None:
     buffer = bytearray(2**23)
-    for path in files:
-        with path.open("rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
+    with contextlib.suppress(OSError):  # whoever loads the file will tell of it
+        for path in files:
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
 
 
 def read_json(path: Path, otherwise: str) -> dict:
@@ -234,8 +296,11 @@ def read_json(path: Path, otherwise: str) -> dict:
         CheckpointError: where it is missing, or no JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: {path.parent} is {otherwise}") from None
     except ValueError as error:
         raise CheckpointError(f"{path} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return found

@@ -6,6 +6,7 @@ something, and gone again before the next one comes.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import logging
@@ -31,10 +32,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TEXT_VERSIONS = ("torch", "transformers", "diffusers", "sentencepiece")
-FACE_VERSIONS = (
+TEXT_PACKAGES = ("torch", "transformers", "diffusers", "sentencepiece")
+# Some of them come under several names, of which one is installed.
+FACE_PACKAGES = (
     *("torch", "torchvision", "diffusers", "insightface", "facexlib", "consisid-eva-clip"),
-    *("onnxruntime", "opencv-python"),
+    *("onnxruntime", "onnxruntime-gpu", "opencv-python", "opencv-python-headless"),
 )
 
 
@@ -65,10 +67,11 @@ class Conditioning:
         Raises:
             ImageError: where one has no face.
         """
-        keys = {source: self._face_key(image) for source, image in images.items()}
-        found = {}
+        keys, found = {}, {}
+        if self.cache:
+            keys = {source: self._face_key(image) for source, image in images.items()}
         for source, key in keys.items():
-            kept = self.cache and self.cache.get(key)
+            kept = self.cache.get(key)
             if kept:
                 found[source] = faces.from_tensors(kept, self.device)
         missing = [source for source in images if source not in found]
@@ -117,16 +120,16 @@ class Conditioning:
     def _face_key(self, image: Image.Image) -> dict[str, str]:
         pixels = hashlib.sha256(image.tobytes()).hexdigest()
         size = f"{image.width}x{image.height}"
-        return {**self._key("face_encoder", versions=FACE_VERSIONS), "image": f"{size} {pixels}"}
+        return {**self._key("face_encoder", packages=FACE_PACKAGES), "image": f"{size} {pixels}"}
 
     def _text_key(self, text: str) -> dict[str, str]:
-        return {**self._key("text_encoder", "tokenizer", versions=TEXT_VERSIONS), "text": text}
+        return {**self._key("text_encoder", "tokenizer", packages=TEXT_PACKAGES), "text": text}
 
-    def _key(self, *components: str, versions: tuple[str, ...]) -> dict[str, str]:
+    def _key(self, *components: str, packages: tuple[str, ...]) -> dict[str, str]:
         """What every embedding of a kind depends on.
 
-        The device is among it: another GPU may round differently, and what a run gives should not
-        depend on where an earlier one ran.
+        The device is among it: another GPU may round differently. So is the code that computes and
+        takes apart the embeddings.
         """
         for component in components:
             if component not in self._fingerprints:
@@ -137,7 +140,8 @@ class Conditioning:
             **{component: self._fingerprints[component] for component in components},
             "dtype": devices.dtype_name(self.dtype),
             "device": devices.device_name(self.device),
-            **{package: importlib.metadata.version(package) for package in versions},
+            "code": _digest_of_the_code(),
+            **{package: _version(package) for package in packages},
         }
 
 
@@ -159,10 +163,13 @@ def condition(
     used = {job.prompt for job in jobs}
     if guided:
         used |= {job.negative_prompt for job in jobs}
-    needed = ["text_encoder"] if conditioning.lacks(used) else []
-    read_ahead([conditioning.checkpoint / name for name in (*needed, "transformer", "vae")])
+    folder = conditioning.checkpoint
+    pipeline = [folder / "transformer", folder / "vae"]
+    read_ahead([folder / "text_encoder"] if conditioning.lacks(used) else pipeline)
     with stages.stage("identity"):
         identities = conditioning.find_identities({job.image: images[job.image] for job in jobs})
+    if conditioning.lacks(used):
+        read_ahead(pipeline)
     with stages.stage("text"):
         embedded = conditioning.embed_texts(used)
 
@@ -181,6 +188,19 @@ def condition(
         for job in jobs
     }
     return identities, texts
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+@functools.cache
+def _digest_of_the_code() -> str:
+    files = (Path(faces.__file__), Path(sampler.__file__), Path(__file__))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def _as_tensor(text: str) -> torch.Tensor:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import gc
 import itertools
+import re
 import resource
 import sys
 import time
+from typing import TYPE_CHECKING
 
 import torch
 
 from teacache.errors import DeviceError
+
+if TYPE_CHECKING:
+    import argparse
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -93,6 +98,32 @@ def free_cached_memory(device: torch.device) -> None:
     if device.type == "cuda":
         gc.collect()  # models of other packages hold on to themselves in circles
         torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch found no memory for what it was asked for, on a GPU or on the host."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def out_of_memory(error: BaseException, stage: str, args: argparse.Namespace) -> str:
+    """What to do about it, in one line: the flags that take less, those first that cost little.
+
+    Args:
+        args: the command's, for what has been tried already.
+    """
+    asked = re.search(
+        r"(?:allocate|allocate memory: you tried to allocate) ([\d.]+ \w+)", str(error)
+    )
+    found = f" (asked for {asked[1]})" if asked else ""
+    steps = ("none", "model", "sequential")
+    flags = [] if args.vae_tiling else ["--vae_tiling"]
+    flags += [f"--offload {step}" for step in steps[steps.index(args.offload) + 1 :]]
+    if args.keep_loaded:
+        flags.insert(0, "the same without --keep_loaded")
+    advice = f"Try, in this order: {', '.join(flags)}" if flags else "Every flag that helps is set"
+    return f"out of memory while {stage}{found}. {advice}"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -21,5 +21,9 @@ class ImageError(TeaCacheError):
     """The image cannot be read, or no face can be found in it."""
 
 
+class SamplingError(TeaCacheError):
+    """The video cannot be sampled with these settings."""
+
+
 class OutputError(TeaCacheError):
     """The output folder cannot take the video and its record."""

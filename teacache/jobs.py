@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from teacache.arguments import image, not_negative, positive, seed
+from teacache import readers
 from teacache.errors import ArgumentError
 
 
@@ -29,12 +29,12 @@ class Job:
 
 # Reads the text of one field, as the argument of the same name reads it.
 FIELDS: dict[str, Callable[[str], object]] = {
-    "image": image,
-    "prompt": str,
-    "negative_prompt": str,
-    "seed": seed,
-    "num_infer_steps": positive,
-    "rel_l1_thresh": not_negative,
+    "image": readers.image,
+    "prompt": readers.prompt,
+    "negative_prompt": readers.text,
+    "seed": readers.seed,
+    "num_infer_steps": readers.positive,
+    "rel_l1_thresh": readers.not_negative,
 }
 
 

@@ -19,7 +19,7 @@ from teacache.arguments import DEFAULT_PROMPT
 from teacache.conditioning import Conditioning
 from teacache.errors import CheckpointError
 from teacache.handle import TeaCacheHandle
-from teacache.random_weights import RandomRun
+from teacache.random_weights import Material
 from teacache.transformer import apply_teacache
 from teacache.video import write_video
 
@@ -60,7 +60,9 @@ def variants(
         changes += [{"quantize": quantize}] if quantize else []
         for change in changes:
             (what,) = change
-            word = backend if what == "attention" else quantize if what == "quantize" else what
+            word = {"attention": attention.short_name(backend), "quantize": quantize}.get(
+                what, what
+            )
             variant = variant._replace(name=f"{variant.name} + {word}", **change)
             found.append(variant)
     return found
@@ -70,9 +72,9 @@ def of_random_weights(
     name: str, num_infer_steps: int, computed_steps: int, device: torch.device, dtype: torch.dtype
 ) -> Bench:
     """A bench on random weights, see `teacache.random_weights`, with a schedule that is given."""
-    run = random_weights.random_run(name, device, dtype)
+    material = random_weights.random_material(name, device, dtype)
     given = frozenset(random_weights.spread(computed_steps, num_infer_steps))
-    return Bench(run, num_infer_steps, given, device, dtype)
+    return Bench(material, num_infer_steps, given, device, dtype)
 
 
 def of_checkpoint(
@@ -92,8 +94,8 @@ def of_checkpoint(
     with _timed(seconds, "loading", device):
         pipe = sampler.load_pipeline(folder, device, dtype, parts=("transformer", "vae"))
     text = sampler.Text(embedded[DEFAULT_PROMPT].embeds, embedded[""].embeds)
-    run = RandomRun(pipe, identity, text, checkpoint.video_size(folder, None, None, None))
-    bench = Bench(run, num_infer_steps, None, device, dtype)
+    material = Material(pipe, identity, text, checkpoint.video_size(folder, None, None, None))
+    bench = Bench(material, num_infer_steps, None, device, dtype)
     bench.before_the_loop = {name: f"{value:.1f} s" for name, value in seconds.items()}
     return bench
 
@@ -110,26 +112,24 @@ class Bench:
 
     def __init__(
         self,
-        run: RandomRun,
+        material: Material,
         num_infer_steps: int,
         given: frozenset[int] | None,
         device: torch.device,
         dtype: torch.dtype,
     ):
-        self.run, self.num_infer_steps, self.given = run, num_infer_steps, given
+        self.material, self.num_infer_steps, self.given = material, num_infer_steps, given
         self.device, self.dtype = device, dtype
         self.before_the_loop: dict[str, str] = {}
-        self._plain = run.pipe.transformer
+        self._plain = material.pipe.transformer
         self._float8 = None
 
     def warm_up(self, variant: Variant) -> float:
         """Sample three steps twice; seconds that the first time took longer, for compiling."""
-        seconds = []
-        for _ in range(2):
-            before = time.perf_counter()
-            self._sample(variant, num_infer_steps=3, given=frozenset({0, 2}))
-            seconds.append(time.perf_counter() - before)
-        return max(0.0, seconds[0] - seconds[1])
+        first, second = (
+            self._sample(variant, num_infer_steps=3, given=frozenset({0, 2})) for _ in range(2)
+        )
+        return max(0.0, sum(first.seconds.values()) - sum(second.seconds.values()))
 
     def sample(self, variant: Variant) -> Measured:
         """Sample a video, from its image to its file."""
@@ -151,7 +151,7 @@ class Bench:
                 computed = [steps[n] for n in teacache.policy.computed_steps]
                 reused = [steps[n] for n in teacache.policy.reused_steps]
             with self._room_to_decode(variant), _timed(seconds, "decoding", self.device):
-                frames = sampler.decode(self.run.pipe, latents)
+                frames = sampler.decode(self.material.pipe, latents)
             with _timed(seconds, "writing", self.device):
                 write_video(frames, Path(folder) / "video.mp4", FPS)
             on_gpu = self.device.type == "cuda"
@@ -162,21 +162,21 @@ class Bench:
         self, num_infer_steps: int, seconds: dict[str, float]
     ) -> tuple[torch.Tensor, list[float]]:
         """`ConsisIDPipeline.__call__`; what it does before its first step counts as encoding."""
-        run, marks = self.run, [devices.mark(self.device)]
-        hook = run.pipe.transformer.register_forward_pre_hook(
+        material, marks = self.material, [devices.mark(self.device)]
+        hook = material.pipe.transformer.register_forward_pre_hook(
             lambda module, args: marks.append(devices.mark(self.device))
         )
         try:
-            latents = run.pipe(
-                image=run.identity.face,
-                **run.size._asdict(),
+            latents = material.pipe(
+                image=material.identity.face,
+                **material.size._asdict(),
                 num_inference_steps=num_infer_steps,
                 guidance_scale=GUIDANCE_SCALE,
-                prompt_embeds=run.text.prompt_embeds,
-                negative_prompt_embeds=run.text.negative_prompt_embeds,
-                id_cond=run.identity.id_cond,
-                id_vit_hidden=run.identity.id_vit_hidden,
-                kps_cond=run.identity.kps,
+                prompt_embeds=material.text.prompt_embeds,
+                negative_prompt_embeds=material.text.negative_prompt_embeds,
+                id_cond=material.identity.id_cond,
+                id_vit_hidden=material.identity.id_vit_hidden,
+                kps_cond=material.identity.kps,
                 generator=torch.Generator(self.device).manual_seed(SEED),
                 output_type="latent",
             ).frames
@@ -189,12 +189,12 @@ class Bench:
     def _latents(
         self, teacache: TeaCacheHandle, num_infer_steps: int, seconds: dict[str, float]
     ) -> tuple[torch.Tensor, list[float]]:
-        run = self.run
+        material = self.material
         with _timed(seconds, "encoding", self.device):
-            start = sampler.prepare(run.pipe, run.identity, run.size, SEED)
+            start = sampler.prepare(material.pipe, material.identity, material.size, SEED)
         with _timed(seconds, "denoising", self.device):
             latents = sampler.denoise(
-                *(run.pipe, start, run.text, run.size),
+                *(material.pipe, start, material.text, material.size),
                 num_infer_steps=num_infer_steps,
                 guidance_scale=GUIDANCE_SCALE,
             )
@@ -204,7 +204,7 @@ class Bench:
     @contextlib.contextmanager
     def _ready(self, variant: Variant) -> Iterator[TeaCacheHandle | None]:
         """The pipeline as the variant has it."""
-        pipe = self.run.pipe
+        pipe = self.material.pipe
         transformer = self._only_on_device(variant.quantize)
         pipe.transformer, processors = transformer, transformer.attn_processors
         if variant.threshold is None:
@@ -213,19 +213,18 @@ class Bench:
         attention.use_attention(transformer, variant.attention)
         if variant.compile:
             acceleration.compile_transformer(transformer)
-            acceleration.compile_decoder(pipe.vae)
         try:
             with apply_teacache(pipe, variant.threshold) as teacache:
                 yield teacache
         finally:
             acceleration.undo_compile(transformer)
-            acceleration.undo_compile(pipe.vae)
             transformer.set_attn_processor(processors)
 
     def _only_on_device(self, quantize: str | None) -> torch.nn.Module:
         """The transformer, or its copy with float8 layers, with the other in host memory."""
         if quantize and self._float8 is None:
-            self._float8 = copy.deepcopy(self._plain)
+            # Never two of them on the device: they are copied in host memory.
+            self._float8 = copy.deepcopy(self._plain.to("cpu")).to(self.device)
             acceleration.quantize_fp8(self._float8)
         wanted, other = (self._float8, self._plain) if quantize else (self._plain, self._float8)
         if other is not None:
@@ -237,7 +236,7 @@ class Bench:
         # As in a run of one video, which drops the transformer; the plain pipeline keeps it.
         if variant.threshold is None or self.device.type == "cpu":
             return contextlib.nullcontext()
-        return sampler.without_transformer(self.run.pipe, for_good=False)
+        return sampler.without_transformer(self.material.pipe, for_good=False)
 
 
 @contextlib.contextmanager

@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from teacache.errors import OutputError
 
-ENDINGS = (".mp4", ".json", ".md", ".png")
+if TYPE_CHECKING:
+    from teacache.checkpoint import VideoSize
+
+ENDINGS = (".mp4", ".json", ".md", ".png", ".latents.safetensors")
 
 
 def prepare_folder(folder: Path) -> None:
@@ -27,6 +32,21 @@ def prepare_folder(folder: Path) -> None:
         raise OutputError(f"--output_path {folder} cannot be made: {error.strerror}") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"--output_path {folder} cannot be written to")
+
+
+def check_space(folder: Path, size: VideoSize, videos: int) -> None:
+    """Raise OutputError where the folder's disk has no room for what a run writes.
+
+    A tenth of the frames' pixels is more than their mp4 takes; the files around it, record, figure
+    and side-by-side video, take less than another such video.
+    """
+    video = size.width * size.height * 3 * size.num_frames // 10 + 2**20
+    needed, free = video * (videos + 1), shutil.disk_usage(folder).free
+    if free < needed:
+        raise OutputError(
+            f"--output_path {folder} has {free / 2**20:.0f} MiB free, and the run may write "
+            f"{needed / 2**20:.0f} MiB"
+        )
 
 
 @contextlib.contextmanager

@@ -75,7 +75,7 @@ SMALL_VAE = {**tiny.VAE, "temporal_compression_ratio": 4}
 CONFIGS = {"full": (FULL, FULL_VAE), "half": (HALF, FULL_VAE), "small": (SMALL, SMALL_VAE)}
 
 
-class RandomRun(NamedTuple):
+class Material(NamedTuple):
     """A pipeline without text encoder, and what to sample with it."""
 
     pipe: ConsisIDPipeline
@@ -84,7 +84,7 @@ class RandomRun(NamedTuple):
     size: VideoSize
 
 
-def random_run(name: str, device: torch.device, dtype: torch.dtype) -> RandomRun:
+def random_material(name: str, device: torch.device, dtype: torch.dtype) -> Material:
     """Everything that a video needs, random.
 
     Args:
@@ -111,7 +111,7 @@ def random_run(name: str, device: torch.device, dtype: torch.dtype) -> RandomRun
     )
     pipe.set_progress_bar_config(disable=True)
     size = VideoSize(config.sample_width * 8, config.sample_height * 8, config.sample_frames)
-    return RandomRun(pipe, Identity(id_cond, hidden, face, np.zeros((5, 2))), text, size)
+    return Material(pipe, Identity(id_cond, hidden, face, np.zeros((5, 2))), text, size)
 
 
 def spread(computed_steps: int, num_infer_steps: int) -> list[int]:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from teacache import interruption
+
 if TYPE_CHECKING:
     from teacache.policy import Policy
 
@@ -26,19 +28,27 @@ class Stages:
 
     Attributes:
         seconds: seconds of each stage that has ended, in their order.
+        under_way: the stage that is not over, or that an error has ended; of a run of several
+            videos it is told to the shared stages too.
     """
 
     def __init__(self, say: Callable[[str], None], shared: Stages | None = None):
         self.seconds: dict[str, float] = dict(shared.seconds) if shared else {}
-        self._say = say
+        self.under_way: str | None = None
+        self._say, self._shared = say, shared
         self._start = time.perf_counter()
         self._already = sum(self.seconds.values())
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time the block as the stage `name`."""
+        interruption.check()
         start = time.perf_counter()
+        self.under_way = name
+        if self._shared:
+            self._shared.under_way = name
         yield
+        interruption.check()
         self.seconds[name] = time.perf_counter() - start
         self._say(f"{name:<12}{self.seconds[name]:8.1f} s")
 

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from teacache import acceleration, attention, quality, sampler, sweep
+from teacache import acceleration, attention, quality, rescue, sampler, sweep
 from teacache import device as devices
 from teacache import identity as faces
 from teacache.cache import EmbeddingCache, cache_folder
 from teacache.conditioning import Conditioning, condition
 from teacache.jobs import Job
-from teacache.output import claimed_stem, written_whole
+from teacache.output import written_whole
+from teacache.readers import without_password
 from teacache.report import Stages, build_record, summary, write_record
 from teacache.transformer import apply_teacache
-from teacache.video import write_video
 
 if TYPE_CHECKING:
     from diffusers import ConsisIDPipeline
@@ -86,7 +86,7 @@ class Run:
             conditioning, to_do, self.images, args.guidance_scale > 1, self.stages
         )
         with self.stages.stage("loading"):
-            pipe = self._load_pipeline(len(to_do))
+            pipe = self._load_pipeline()
         starts: dict[tuple[str, int], sampler.Start] = {}
         with apply_teacache(pipe, coefficients=args.coefficients) as teacache:
             if args.compile:
@@ -110,7 +110,7 @@ class Run:
                     last=job is to_do[-1],
                 )
 
-    def _load_pipeline(self, videos: int) -> ConsisIDPipeline:
+    def _load_pipeline(self) -> ConsisIDPipeline:
         """Transformer, VAE and scheduler, accelerated as the arguments say."""
         args = self.args
         pipe = sampler.load_pipeline(
@@ -122,7 +122,7 @@ class Run:
             acceleration.quantize_fp8(pipe.transformer)
         if args.compile:
             acceleration.compile_transformer(pipe.transformer)
-            if videos >= acceleration.COMPILED_DECODER_PAYS_FROM:
+            if len(self.jobs) >= acceleration.COMPILED_DECODER_PAYS_FROM:
                 acceleration.compile_decoder(pipe.vae)
         return pipe
 
@@ -164,13 +164,9 @@ class Run:
             )
             ended = devices.mark(self.device)
             step_seconds = devices.seconds_between([*teacache.step_started, ended])
-        with stages.stage("decoding"), self._room_to_decode(pipe, last):
-            pictures = sampler.decode(pipe, latents)
 
-        with claimed_stem(self.args.output_path, f"{job.seed}_{job.rel_l1_thresh}") as stem:
-            with stages.stage("writing"), written_whole(stem, ".mp4") as path:
-                write_video(pictures, path, self.args.fps)
-            record = build_record(
+        def record() -> dict[str, object]:
+            return build_record(
                 self._settings(job),
                 teacache.policy,
                 step_seconds,
@@ -178,24 +174,26 @@ class Run:
                 devices.device_name(self.device),
                 devices.peak_memory_bytes(self.device),
             )
-            with written_whole(stem, ".json") as path:
-                write_record(record, path)
-            frames = np.stack([np.array(picture) for picture in pictures])
-            video = stem.with_name(f"{stem.name}.mp4")
-            self.results[job] = sweep.Result(job, video, record, frames)
-            if len(self.jobs) > 1 or self.baseline is not None:
-                # Only now, and into a record that is whole already: a video that is done is safe.
-                with stages.stage("quality"):
-                    baseline, decoded = self._baseline_of(job)
-                    record["quality"] = sweep.judge(
-                        frames, baseline, decoded, start.identity, self._analyser
-                    )
-                with written_whole(stem, ".json") as path:
-                    write_record(record, path)
+
+        with rescue.latents_survive(latents, record, self.args):
+            with self._room_to_decode(pipe, last), stages.stage("decoding"):
+                pictures = sampler.decode(pipe, latents)
+            video, written = rescue.write_with_record(pictures, record, stages, self.args)
+        frames = np.stack([np.array(picture) for picture in pictures])
+        self.results[job] = sweep.Result(job, video, written, frames)
+        if len(self.jobs) > 1 or self.baseline is not None:
+            # Only now, and into a record that is whole already: a video that is done is safe.
+            with stages.stage("quality"):
+                baseline, decoded = self._baseline_of(job)
+                written["quality"] = sweep.judge(
+                    frames, baseline, decoded, start.identity, self._analyser
+                )
+            with written_whole(video.with_suffix(""), ".json") as path:
+                write_record(written, path)
         if self.args.quiet:
             print(video, flush=True)
         elif len(self.jobs) == 1:
-            self.say(summary(video, record))
+            self.say(summary(video, written))
 
     def _room_to_decode(self, pipe: ConsisIDPipeline, last: bool) -> AbstractContextManager:
         """The GPU without the transformer, where it would stand in the VAE's way."""
@@ -270,6 +268,7 @@ class Run:
         args = self.args
         return {
             **dataclasses.asdict(job),
+            "image": without_password(job.image),
             "image_sha256": self._digests[job.image],
             "ckpts_path": args.ckpts_path,
             "output_path": str(args.output_path),
@@ -280,7 +279,7 @@ class Run:
             "dtype": devices.dtype_name(self.dtype),
             "offload": args.offload,
             "vae_tiling": args.vae_tiling,
-            "attention": self.backend,
+            "attention": attention.short_name(self.backend),
             "compile": args.compile,
             "quantize": args.quantize,
             "approximations": self._approximations(),
@@ -291,7 +290,11 @@ class Run:
 
     def _approximations(self) -> list[str]:
         """What makes the video differ from the original sampler's by more than rounding."""
-        found = [] if attention.is_exact(self.backend) else [f"attention {self.backend}"]
+        found = (
+            []
+            if attention.is_exact(self.backend)
+            else [f"attention {attention.short_name(self.backend)}"]
+        )
         return [*found, *([f"quantize {self.args.quantize}"] if self.args.quantize else [])]
 
 

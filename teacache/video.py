@@ -23,10 +23,22 @@ class Video(NamedTuple):
 
 
 def write_video(frames: list[Image.Image], path: Path, fps: int) -> None:
-    """Encode frames as H.264 in yuv420p, with the encoder settings of the published sampler."""
+    """Encode frames as H.264 in yuv420p, with the encoder settings of the published sampler.
+
+    Raises:
+        OSError: where the file does not hold every frame afterwards, as on a full disk, of which
+            the encoder itself may not tell.
+    """
     from diffusers.utils import export_to_video
+    from imageio_ffmpeg import count_frames_and_secs
 
     export_to_video(frames, str(path), fps=fps)
+    try:
+        written, _ = count_frames_and_secs(path)
+    except RuntimeError as error:
+        raise OSError("the encoder has left no video: is the disk full?") from error
+    if written != len(frames):
+        raise OSError(f"the encoder wrote {written} of {len(frames)} frames: is the disk full?")
 
 
 def read_video(path: Path) -> Video:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import teacache_sample_video
 from teacache import identity as faces
 from teacache.checkpoint import VideoSize, local_checkpoint
 from teacache.quiet import silence_libraries
@@ -23,6 +24,15 @@ CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
 SIZE = VideoSize(width=144, height=96, num_frames=13)
 PROMPT = "a smiling astronaut stands by the sea"
+
+
+def main(capsys, *arguments: object) -> tuple[int, str, str]:
+    """The command within this process: (exit code, standard output, standard error)."""
+    try:
+        code = teacache_sample_video.main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        code = end.code
+    return code, *capsys.readouterr()
 
 
 @pytest.fixture(scope="session", autouse=True)

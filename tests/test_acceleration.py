@@ -126,6 +126,18 @@ def test_float8_layers(make_pipe, sample, monkeypatch):
     assert 0 < error < 0.1
 
 
+def test_float8_is_tried_out_before_anything_is_loaded(monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(DeviceError, match="Hopper or later"):
+        acceleration._check_float8(gpu, torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.raises(DeviceError, match="needs --dtype bfloat16"):
+        acceleration._check_float8(gpu, torch.float16)
+    with pytest.raises(DeviceError, match=r"does not work here: .+"):  # there is no GPU to try
+        acceleration._check_float8(gpu, torch.bfloat16)
+
+
 def test_what_a_machine_lacks_is_said_before_anything_is_loaded(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
@@ -143,7 +155,9 @@ def test_what_a_machine_lacks_is_said_before_anything_is_loaded(monkeypatch, tmp
         assert "identity" not in captured.out
     for given in ({"compiling": True, "quantize": None}, {"compiling": False, "quantize": "fp8"}):
         with pytest.raises(DeviceError, match="does not go with --offload sequential"):
-            acceleration.prepare_acceleration(**given, offload="sequential", device=CPU)
+            acceleration.prepare_acceleration(
+                **given, offload="sequential", device=CPU, dtype=torch.bfloat16
+            )
 
 
 @needs_compiler

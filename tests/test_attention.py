@@ -70,3 +70,10 @@ def test_choosing_a_backend():
             choose_backend(gpu_only, CPU, torch.bfloat16)
     assert is_exact("_native_cudnn")
     assert not is_exact("sage_hub")
+
+
+def test_auto_takes_torchs_own_where_the_faster_one_does_not_work(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert choose_backend("auto", torch.device("cuda"), torch.bfloat16) == "native"
+    assert "--attention cudnn does not work here" in caplog.text
+    assert "torch's own is taken" in caplog.text

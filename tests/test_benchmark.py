@@ -37,10 +37,10 @@ def test_small_random_weights(capsys, tmp_path):
     assert plain["steps"] == [4, 0]
     assert ours["steps"] == [2, 2]
     assert plain["reused step"] is None
-    assert plain["ratios"] == {"computed step": 1.0, "whole run": 1.0}
+    assert plain["ratios"] == {"computed step": 1.0, "whole video": 1.0}
     for row in (plain, ours):
         stages = sum(row[n]["median"] for n in ("encoding", "denoising", "decoding", "writing"))
-        assert row["whole run"]["median"] == pytest.approx(stages, rel=0.2)
+        assert row["whole video"]["median"] == pytest.approx(stages, rel=0.2)
         steps = row["computed step"]
         assert steps["lowest"] <= steps["median"] <= steps["highest"]
     # On a quiet machine a reused step takes 0.7 % of a computed one; this one runs other tests.
@@ -134,7 +134,7 @@ def test_computed_steps_are_spread_evenly():
 
 def test_variants_leave_the_models_as_they_were(sample):
     bench = measure.of_random_weights("small", 4, 2, CPU, torch.float32)
-    transformer = bench.run.pipe.transformer
+    transformer = bench.material.pipe.transformer
     processors = list(transformer.attn_processors.values())
     before = bench._plain_latents(3, {})[0]
     bench.sample(measure.Variant("ours", 0.15, attention="flex"))

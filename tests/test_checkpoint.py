@@ -7,13 +7,19 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from conftest import main
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from teacache import tiny as tiny_module
 from teacache.checkpoint import (
     check_checkpoint,
     is_full_size,
+    is_whole_safetensors,
     local_checkpoint,
     video_size,
 )
@@ -113,7 +119,7 @@ def test_a_repository_is_not_here_yet(tmp_path, monkeypatch):
 def test_neither_folder_nor_repository(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if name == "":
-        with pytest.raises(CheckpointError, match="not a checkpoint"):
+        with pytest.raises(CheckpointError, match=r"has no model_index\.json"):
             check_checkpoint(local_checkpoint(name))  # the empty path is the current folder
     else:
         with pytest.raises(CheckpointError, match="no such folder"):
@@ -122,7 +128,7 @@ def test_neither_folder_nor_repository(name, tmp_path, monkeypatch):
 
 def test_a_file_is_no_checkpoint(tmp_path):
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(CheckpointError, match="is a file"):
+    with pytest.raises(CheckpointError, match="is a single file with weights"):
         local_checkpoint(str(tmp_path / "model.safetensors"))
 
 
@@ -219,3 +225,126 @@ def test_frames_that_the_vae_makes_are_those_that_it_is_asked_for():
         else:
             with pytest.raises(ArgumentError):
                 _check_num_frames(num_frames, 4)
+
+
+@pytest.mark.parametrize("damage", ["short", "long", "no header", "noise", "empty header"])
+def test_weights_that_are_cut_short_are_named_with_whatever_else_is_missing(light, damage):
+    path = light / "vae" / "diffusion_pytorch_model.safetensors"
+    content = path.read_bytes()
+    path.unlink()  # it may be a link to the one that other tests read
+    path.write_bytes(
+        {
+            "short": content[:-1],
+            "long": content + b"x",
+            "no header": content[:8],
+            "noise": bytes(range(256)) * 8,
+            "empty header": (2).to_bytes(8, "little") + b"{}",
+        }[damage]
+    )
+    (light / "tokenizer" / "spiece.model").unlink()
+    with pytest.raises(CheckpointError) as raised:
+        check_checkpoint(light)
+    assert str(raised.value) == (
+        f"{light} is not whole, missing or empty: tokenizer/spiece.model; "
+        "cut short or damaged: vae/diffusion_pytorch_model.safetensors"
+    )
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(content=st.binary(max_size=200), length=st.integers(0, 200))
+def test_no_bytes_make_the_header_check_fail(tmp_path, content, length):
+    path = tmp_path / "weights.safetensors"
+    for data in (content, length.to_bytes(8, "little") + content):
+        path.write_bytes(data)
+        assert is_whole_safetensors(path) in (True, False)
+
+
+def test_what_is_no_checkpoint_is_named_as_what_it_is(capsys, tmp_path, tiny):
+    for folder, files, told in (
+        ("lora", ["pytorch_lora_weights.safetensors"], "a LoRA"),
+        ("peft", ["adapter_config.json", "adapter_model.safetensors"], "a LoRA"),
+        ("single", ["consisid.safetensors"], "single files such as consisid.safetensors"),
+        ("bare", ["notes.txt"], "nothing of a checkpoint"),
+        ("none", [], "nothing"),
+    ):
+        (tmp_path / folder).mkdir()
+        for file in files:
+            (tmp_path / folder / file).write_text("{}")
+        code, _, error = main(capsys, "--ckpts_path", tmp_path / folder, "--device", "cpu")
+        assert code == 2
+        assert error == f"error: {tmp_path / folder} has no model_index.json: it holds {told}" + (
+            ", which goes with a checkpoint\n"
+            if told == "a LoRA"
+            else ", where a checkpoint has a folder for each model\n"
+            if "single" in told
+            else "\n"
+        )
+    code, _, error = main(capsys, "--ckpts_path", tiny / "transformer", "--device", "cpu")
+    assert code == 2
+    assert "it holds one model, ConsisIDTransformer3DModel, where" in error
+    (tmp_path / "whole.safetensors").touch()
+    code, _, error = main(capsys, "--ckpts_path", tmp_path / "whole.safetensors")
+    assert code == 2
+    assert "is a single file with weights" in error
+
+
+def test_a_run_writes_nothing_into_the_checkpoint(capsys, tmp_path, tiny):
+    folder = tmp_path / "mine"
+    shutil.copytree(tiny, folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    code, *_ = main(
+        capsys,
+        *(
+            "--ckpts_path",
+            folder,
+            "--image",
+            "astronaut",
+            "--num_infer_steps",
+            2,
+            "--num_frames",
+            1,
+        ),
+        *("--no_reuse_conditioning", "--output_path", tmp_path / "out"),
+    )
+    assert code == 0
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+class Code:
+    """Pickled, it writes a file when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["detection_Resnet50_Final.pth", "parsing_bisenet.pth", "EVA02_CLIP_L_336_psz14_s6B.pt"],
+)
+def test_code_in_weights_does_not_run(capsys, tmp_path, tiny, name):
+    folder, trace = tmp_path / "mine", tmp_path / "it ran"
+    shutil.copytree(tiny, folder)
+    torch.save({"weight": Code(trace)}, folder / "face_encoder" / name)
+    torch.load(folder / "face_encoder" / name, weights_only=False)
+    assert trace.exists(), "read without care, it does run"
+    trace.unlink()
+    code, _, error = main(
+        capsys,
+        *(
+            "--ckpts_path",
+            folder,
+            "--image",
+            "astronaut",
+            "--num_infer_steps",
+            2,
+            "--output_path",
+            tmp_path / "out",
+        ),
+    )
+    assert code == 2
+    assert "holds more than weights, and is not read" in error
+    assert error.count("\n") == 1
+    assert not trace.exists()

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PROMPT, ROOT
+from conftest import PROMPT, ROOT, main
 from PIL import Image
 
-import teacache_sample_video
 from teacache import identity as faces
 from teacache.arguments import build_parser, parse_arguments
 from teacache.video import read_video, write_video
@@ -215,15 +214,6 @@ def test_published_arguments_keep_names_and_defaults():
     assert image.startswith("https://github.com/PKU-YuanGroup/ConsisID/")
     assert image.endswith("2.png?raw=true")
     assert defaults["prompt"].startswith("The video captures a boy walking along a city street")
-
-
-def main(capsys, *arguments: object) -> tuple[int, str, str]:
-    """The command within this process: (exit code, standard output, standard error)."""
-    try:
-        code = teacache_sample_video.main([str(argument) for argument in arguments])
-    except SystemExit as end:
-        code = end.code
-    return code, *capsys.readouterr()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from conftest import CPU
+from conftest import CPU, main
 
 from teacache import conditioning as module
 from teacache import identity as faces
@@ -83,12 +83,30 @@ def test_whatever_the_embeddings_depend_on_is_in_their_name(tiny, cache, monkeyp
     assert make(tiny, cache)._face_key(image.resize((512, 511))) != face
     assert make(tiny, cache, torch.bfloat16)._text_key("one") != text
     assert make(tiny, cache, torch.bfloat16)._face_key(image) != face
-    version = module.importlib.metadata.version
-    monkeypatch.setattr(
-        module.importlib.metadata, "version", lambda p: version(p) + ("+" if p == "torch" else "")
-    )
+    version = module._version
+    monkeypatch.setattr(module, "_version", lambda p: version(p) + ("+" if p == "torch" else ""))
     assert make(tiny, cache)._text_key("one") != text
     assert make(tiny, cache)._face_key(image) != face
+
+
+def test_a_package_under_another_name_is_no_obstacle():
+    assert module._version("onnxruntime-of-another-kind") == "none"
+    assert module._version("torch") == torch.__version__.split("+")[0]
+
+
+def test_long_texts_are_told_also_when_they_are_kept(capsys, tmp_path):
+    long = "a man walking " * 100
+    for _ in range(2):
+        code, _, error = main(
+            capsys,
+            *("--ckpts_path", "tiny", "--num_infer_steps", 1, "--num_frames", 1),
+            *("--prompt", long, "--negative_prompt", long, "--output_path", tmp_path),
+        )
+        assert code == 0
+        for name in ("prompt", "negative_prompt"):
+            (told,) = [line for line in error.splitlines() if f"--{name} is" in line]
+            assert f"--{name} is longer than 226 tokens: without '" in told
+            assert "walking" in told
 
 
 def test_a_changed_checkpoint_has_another_fingerprint(tmp_path):

@@ -11,10 +11,9 @@ import time
 
 import pytest
 import torch
-from conftest import CPU, ROOT
+from conftest import CPU, ROOT, main
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, ConsisIDTransformer3DModel
 
-import teacache_sample_video
 from teacache import plan
 from teacache.errors import ArgumentError, CheckpointError
 from teacache.policy import COGVIDEOX_5B, Coefficients
@@ -126,11 +125,6 @@ def test_a_checkpoint_without_time_embedding(tiny, tmp_path):
     save_file({"proj_out.weight": torch.zeros(1)}, weights)
     with pytest.raises(CheckpointError, match=r"lacks time_embedding.linear_1.bias"):
         plan.step_distances(tmp_path / "c", 6.0, CPU, torch.float32, 8)
-
-
-def main(capsys, *arguments: object) -> tuple[int, str, str]:
-    code = teacache_sample_video.main([str(argument) for argument in arguments])
-    return code, *capsys.readouterr()
 
 
 def test_command_prints_a_plan(capsys, tmp_path, tiny):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 import torch
 from conftest import CPU, PROMPT, SIZE
 from diffusers import CogVideoXDDIMScheduler, ConsisIDTransformer3DModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from teacache import device as devices
 from teacache import sampler
 from teacache.checkpoint import VideoSize
+from teacache.run import Run
 from teacache.tiny import TRANSFORMER
 from teacache.transformer import apply_teacache
 
@@ -137,3 +141,35 @@ def test_no_step_waits_for_the_device(pipe, identity, ddim):
             output_type="latent",
         )
     assert mode.count >= 4, "the pipeline's own loop is one that waits"
+
+
+def test_the_transformer_makes_room_and_comes_back(pipe, sample):
+    before = sample(pipe, steps=2)
+    with pytest.raises(ZeroDivisionError), sampler.without_transformer(pipe, for_good=False):
+        raise ZeroDivisionError
+    assert torch.equal(sample(pipe, steps=2), before)
+    with sampler.without_transformer(pipe, for_good=True):
+        assert {p.device.type for p in pipe.transformer.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("offload", ["none", "model"])
+def test_who_keeps_the_transformer_while_decoding(monkeypatch, offload):
+    """Dropped after the last video; before, in host memory, unless it may stay and fits."""
+    away = []
+    monkeypatch.setattr(sampler, "without_transformer", lambda pipe, last: away.append(last))
+    free = sampler.DECODING_BYTES_PER_PIXEL * 720 * 480
+    run = object.__new__(Run)
+    run.size, run.device = VideoSize(720, 480, 49), torch.device("cuda")
+    expected = []
+    for keep_loaded, more, last, leaves in (
+        (False, 1, False, True),
+        (False, 1, True, True),
+        (True, 1, False, False),
+        (True, 0, False, True),
+        (True, 1, True, True),
+    ):
+        monkeypatch.setattr(devices, "free_memory_bytes", lambda _, total=free + more: total)
+        run.args = argparse.Namespace(keep_loaded=keep_loaded, offload=offload)
+        run._room_to_decode(None, last)
+        expected += [last] if leaves and offload == "none" else []
+    assert away == expected

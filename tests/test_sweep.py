@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CPU
+from conftest import CPU, main
 from PIL import Image
 
-import teacache_sample_video
 from teacache import identity as faces
 from teacache import quality, sampler
 from teacache.figure import draw_sweep
@@ -20,11 +19,6 @@ from teacache.tables import sweep_markdown, sweep_rows, terminal_table
 from teacache.video import read_video, write_grid, write_video
 
 COMMON = ("--ckpts_path", "tiny", "--num_infer_steps", 20, "--num_frames", 5)
-
-
-def main(capsys, *arguments: object) -> tuple[int, str, str]:
-    code = teacache_sample_video.main([str(argument) for argument in arguments])
-    return code, *capsys.readouterr()
 
 
 @pytest.fixture

@@ -1,0 +1,48 @@
+"""Ctrl-C and SIGTERM: both end a run, wherever it is, with all that is cleaned up on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+
+_asked = False
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Raise KeyboardInterrupt in the block when either signal comes.
+
+    Some libraries lose an exception that comes while they are imported, or in a callback of
+    theirs; `check` raises it again.
+    """
+    global _asked
+    _asked = False
+    try:
+        before = {n: signal.signal(n, _ask) for n in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread, which alone is told of signals
+        before = {}
+    tell_of_lost = sys.unraisablehook
+    sys.unraisablehook = lambda lost: (
+        None if isinstance(lost.exc_value, KeyboardInterrupt) else tell_of_lost(lost)
+    )
+    try:
+        yield
+        check()
+    finally:
+        sys.unraisablehook = tell_of_lost
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def check() -> None:
+    """Raise KeyboardInterrupt where a signal has come, and its exception was lost."""
+    if _asked:
+        raise KeyboardInterrupt
+
+
+def _ask(number: int, frame: object) -> None:
+    global _asked
+    _asked = True
+    raise KeyboardInterrupt

@@ -1,0 +1,112 @@
+"""Readers of the command's arguments, and of the same fields of a jobs file, one value each.
+
+Each takes the text that the user wrote, and raises ArgumentTypeError, in a few words, where it is
+no value of its kind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import unicodedata
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from teacache.errors import ArgumentError
+from teacache.policy import Coefficients
+
+
+def text(given: str) -> str:
+    """Any text that can be written down again: UTF-8, without control characters but white space.
+
+    Args:
+        given: may hold surrogates, which stand for bytes of the command line that are not UTF-8.
+    """
+    for character in given:
+        category = unicodedata.category(character)
+        if category == "Cs":
+            raise argparse.ArgumentTypeError("holds bytes that are not UTF-8")
+        if category == "Cc" and character not in "\t\n\r":
+            raise argparse.ArgumentTypeError(f"holds the control character U+{ord(character):04X}")
+    return given
+
+
+def prompt(given: str) -> str:
+    """A text that says something."""
+    if not given.strip():
+        raise argparse.ArgumentTypeError("is empty: say what the video shows")
+    return text(given)
+
+
+def without_password(url: str) -> str:
+    """The URL, or any text, with what stands before an @ in a host's place left out."""
+    return re.sub(r"(?<=://)[^/?#]*@", "***@", url)
+
+
+def file(text: str) -> Path:
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text}: there is no such file")
+    return Path(text)
+
+
+def speedup(text: str) -> float:
+    return _number(text, float, lambda x: math.isfinite(x) and x >= 1, "a number, 1 or more")
+
+
+def image(text: str) -> str:
+    """An image's source: http or https; of a path, that there is such a file."""
+    path = Path(text)
+    if "://" in text:
+        if urlsplit(text).scheme.lower() not in ("http", "https"):
+            raise argparse.ArgumentTypeError(f"{without_password(text)} is neither http nor https")
+        if not urlsplit(text).hostname:
+            raise argparse.ArgumentTypeError(f"{without_password(text)} names no host")
+    elif text != "astronaut":
+        if path.is_dir():
+            raise argparse.ArgumentTypeError(f"{text} is a folder, not an image")
+        if not path.exists():
+            raise argparse.ArgumentTypeError(f"{text}: there is no such file")
+    return text
+
+
+def not_negative(text: str) -> float:
+    """A finite number, 0 or more."""
+    number = _number(text, float, lambda x: math.isfinite(x) and x >= 0, "a number, 0 or more")
+    return abs(number)  # -0.0 is 0 or more as well, and would show in the file name
+
+
+def positive(text: str) -> int:
+    """A whole number, 1 or more."""
+    return _number(text, int, lambda n: n >= 1, "a whole number, 1 or more")
+
+
+def seed(text: str) -> int:
+    """A seed that torch takes: a whole number from 0 to 2^63 - 1."""
+    return _number(text, int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 - 1")
+
+
+def _number(text, convert, allowed, wanted):
+    try:
+        value = convert(text)
+    except ValueError:
+        value = None
+    if value is None or not allowed(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return value
+
+
+def device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not auto, cpu, cuda or cuda:N")
+    return text
+
+
+def coefficients(text: str) -> Coefficients:
+    try:
+        return Coefficients.from_json(json.loads(Path(text).read_text(encoding="utf-8")))
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be read: {error.strerror}") from error
+    except (ArgumentError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from error

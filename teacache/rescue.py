@@ -1,0 +1,136 @@
+"""Latents that outlive a failure after sampling, and the video that is made of them later."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from teacache.device import is_out_of_memory, out_of_memory
+from teacache.errors import ArgumentError, DeviceError, OutputError, TeaCacheError
+from teacache.output import claimed_stem, written_whole
+from teacache.report import write_record
+from teacache.video import write_video
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+
+    from PIL import Image
+
+    from teacache.report import Stages
+
+ENDING = ".latents.safetensors"
+
+
+@contextlib.contextmanager
+def latents_survive(
+    latents: torch.Tensor, record: Callable[[], dict[str, object]], args: argparse.Namespace
+) -> Iterator[None]:
+    """Keep a video's latents in a file where the block, which makes a video of them, fails.
+
+    An interruption is none: whoever interrupts a run has no use for it.
+
+    Args:
+        record: gives the video's record, as far as it is known.
+
+    Raises:
+        TeaCacheError: instead of what a full disk or GPU raises, naming the file.
+    """
+    try:
+        yield
+    except Exception as error:
+        kept = _keep(latents.cpu(), record(), args.output_path)
+        told = (
+            f"The latents are kept, try again with --latents {kept}" if kept else "Nothing is kept"
+        )
+        if is_out_of_memory(error):
+            raise DeviceError(f"{out_of_memory(error, 'decoding', args)}. {told}") from error
+        if isinstance(error, (OSError, TeaCacheError)):
+            reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+            raise OutputError(f"the video cannot be written: {reason}. {told}") from error
+        error.add_note(told)
+        raise
+
+
+def read_latents(path: Path) -> tuple[torch.Tensor, dict[str, object]]:
+    """What `latents_survive` has kept: latents, and the record of their sampling.
+
+    Raises:
+        ArgumentError: where the file is missing, or another.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            latents, record = file.get_tensor("latents"), json.loads(file.metadata()["record"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ArgumentError(f"--latents {path} holds no latents of this command's") from error
+    return latents, record
+
+
+def write_with_record(
+    pictures: list[Image.Image],
+    record: Callable[[], dict[str, object]],
+    stages: Stages,
+    args: argparse.Namespace,
+) -> tuple[Path, dict[str, object]]:
+    """Write a video, and then its record beside it.
+
+    Args:
+        record: called once the video is written, so that it holds the seconds of that too.
+    """
+    before = record()
+    prefix = f"{before['seed']}_{before['rel_l1_thresh']}"
+    with claimed_stem(args.output_path, prefix) as stem:
+        with stages.stage("writing"), written_whole(stem, ".mp4") as path:
+            write_video(pictures, path, args.fps)
+        written = record()
+        with written_whole(stem, ".json") as path:
+            write_record(written, path)
+        return stem.with_name(f"{stem.name}.mp4"), written
+
+
+def decode_latents(
+    args: argparse.Namespace, checkpoint: Path, device: torch.device, stages: Stages
+) -> tuple[Path, dict[str, object]]:
+    """Make the video of `--latents`, with the record of its sampling. Needs the VAE alone."""
+    from teacache import sampler
+
+    latents, sampled = read_latents(args.latents)
+    with stages.stage("loading"):
+        pipe = sampler.load_pipeline(
+            *(checkpoint, device, latents.dtype, args.offload, args.vae_tiling), parts=("vae",)
+        )
+
+    def record() -> dict[str, object]:
+        seconds = {**sampled["seconds"], **stages.with_total()}
+        changed = {"output_path": str(args.output_path), "fps": args.fps}
+        return {**sampled, **changed, "vae_tiling": args.vae_tiling, "seconds": seconds}
+
+    with stages.stage("decoding"):
+        pictures = sampler.decode(pipe, latents.to(device))
+    return write_with_record(pictures, record, stages, args)
+
+
+def _keep(latents: torch.Tensor, record: dict[str, object], folder: Path) -> Path | None:
+    """Write them to the output folder, or where it is full or gone, to the system's temporary one.
+
+    Returns:
+        the file, or None where neither takes it.
+    """
+    from safetensors.torch import save
+
+    content = save({"latents": latents.contiguous()}, metadata={"record": json.dumps(record)})
+    prefix = f"{record['seed']}_{record['rel_l1_thresh']}"
+    for place in (folder, Path(tempfile.gettempdir())):
+        with contextlib.suppress(OSError), claimed_stem(place, prefix) as stem:
+            with written_whole(stem, ENDING) as path:
+                path.write_bytes(content)
+            return stem.with_name(stem.name + ENDING)
+    return None

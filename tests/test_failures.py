@@ -1,0 +1,358 @@
+"""What happens when a run is interrupted, runs out of something, or goes wrong: nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import PROMPT, ROOT, SIZE, main
+from safetensors import safe_open
+
+from teacache import rescue, sampler, video
+from teacache.errors import SamplingError
+from teacache.output import check_space
+from teacache.video import read_video
+
+SWEEP = (
+    *("--ckpts_path", "tiny", "--rel_l1_thresh", 0, 0.2, "--num_infer_steps", 4),
+    *("--num_frames", 1),
+)
+TINY = ("--ckpts_path", "tiny", "--rel_l1_thresh", 0, "--num_infer_steps", 4)
+
+
+def children(pid: int) -> list[str]:
+    """The command lines of a process's descendants."""
+    done = subprocess.run(
+        ["ps", "-e", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True
+    )
+    rows = [line.split(None, 2) for line in done.stdout.splitlines()]
+    found, parents = [], {str(pid)}
+    while True:
+        more = [row for row in rows if row[1] in parents and row[0] not in parents]
+        if not more:
+            return found
+        parents |= {row[0] for row in more}
+        found += [row[2] for row in more]
+
+
+@pytest.mark.parametrize(
+    ("after", "number"),
+    [
+        ("torch", signal.SIGINT),
+        ("diffusers", signal.SIGTERM),
+        ("encoding", signal.SIGINT),
+        ("encoding", signal.SIGTERM),
+        ("denoising", signal.SIGINT),
+    ],
+)
+def test_interrupted(tmp_path, tiny, after, number):
+    """`after` is the stage whose end is waited for: the signal comes within the next one."""
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "teacache_sample_video.py", "--ckpts_path", "tiny"),
+            *("--num_infer_steps", "400", "--rel_l1_thresh", "0", "--output_path", str(tmp_path)),
+        ]
+        if after == "encoding"
+        else [
+            *(sys.executable, "teacache_sample_video.py", *map(str, TINY)),
+            *("--output_path", str(tmp_path)),
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith(after):
+            break
+    time.sleep(0.2)
+    process.send_signal(number)
+    sent = time.monotonic()
+    _, error = process.communicate(timeout=60)
+    # A step takes 0.1 s, decoding of 2 frames one; the rest is Python's own end.
+    assert time.monotonic() - sent < 6
+    assert process.returncode == 130
+    assert error == "interrupted\n"
+    assert list(tmp_path.iterdir()) == []
+    assert not children(process.pid)
+
+
+def test_interrupted_while_the_encoder_runs(capsys, tmp_path, monkeypatch):
+    """The real encoder on its way, and no part of a file or process left of it."""
+    import imageio_ffmpeg
+
+    send = imageio_ffmpeg.write_frames
+    seen = {}
+
+    def stop_in_the_middle(*args, **kwargs):
+        generator = send(*args, **kwargs)
+        sent = 0
+
+        def forward():
+            nonlocal sent
+            try:
+                value = next(generator)
+                while True:
+                    frame = yield value
+                    sent += 1
+                    if sent == 5:
+                        seen["encoders"] = [c for c in children(os.getpid()) if "ffmpeg" in c]
+                        os.kill(os.getpid(), signal.SIGTERM)
+                        time.sleep(1)
+                    value = generator.send(frame)
+            finally:
+                generator.close()
+
+        return forward()
+
+    monkeypatch.setattr(imageio_ffmpeg, "write_frames", stop_in_the_middle)
+    code, _, error = main(capsys, *TINY, "--output_path", tmp_path)
+    assert (code, error) == (130, "interrupted\n")
+    assert seen["encoders"], "it was running"
+    assert not [c for c in children(os.getpid()) if "ffmpeg" in c]
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_an_interruption_that_gets_lost_is_found_again(capsys, tmp_path, monkeypatch):
+    """As in a destructor, whose exceptions Python drops."""
+
+    class Lossy:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+
+    prepare, denoised = sampler.prepare, []
+
+    def loses_it(*args, **kwargs):
+        Lossy()
+        return prepare(*args, **kwargs)
+
+    monkeypatch.setattr(sampler, "prepare", loses_it)
+    monkeypatch.setattr(sampler, "denoise", lambda *a, **k: denoised.append(1))
+    code, _, error = main(capsys, *TINY, "--output_path", tmp_path)
+    assert (code, error) == (130, "interrupted\n")
+    assert not denoised
+
+
+def test_finished_videos_of_a_sweep_stay(capsys, tmp_path, monkeypatch):
+    denoise, count = sampler.denoise, []
+
+    def second_one_is_interrupted(*args, **kwargs):
+        count.append(1)
+        if len(count) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return denoise(*args, **kwargs)
+
+    monkeypatch.setattr(sampler, "denoise", second_one_is_interrupted)
+    code, output, error = main(capsys, *SWEEP, "--output_path", tmp_path)
+    assert code == 130
+    assert error.endswith("interrupted\n")
+    assert "1 of 2 videos: see --resume" in output
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"42_0.0_0000.mp4", "42_0.0_0000.json", "sweep_42_0000.json"} <= names
+    assert not [name for name in names if "0.2" in name or name.startswith(".")]
+
+
+def no_memory(*args, **kwargs):
+    raise torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 23.6 GiB"
+    )
+
+
+@pytest.mark.parametrize(
+    ("function", "stage"),
+    [("load_pipeline", "text"), ("prepare", "encoding"), ("denoise", "denoising")],
+)
+def test_out_of_memory(capsys, tmp_path, monkeypatch, function, stage):
+    monkeypatch.setattr(sampler, function, no_memory)
+    code, _, error = main(capsys, *TINY, "--output_path", tmp_path, "--no_reuse_conditioning")
+    assert code == 2
+    assert error == (
+        f"error: out of memory while {stage} (asked for 2.50 GiB). Try, in this order: "
+        "--vae_tiling, --offload model, --offload sequential\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_out_of_memory_while_decoding_keeps_the_latents(capsys, tmp_path, monkeypatch):
+    expected = tmp_path / "expected"
+    assert main(capsys, *TINY, "--output_path", expected)[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(sampler, "decode", no_memory)
+        code, _, error = main(capsys, *TINY, "--vae_tiling", "--output_path", tmp_path)
+    assert code == 2
+    kept = tmp_path / "42_0.0_0000.latents.safetensors"
+    assert error == (
+        "error: out of memory while decoding (asked for 2.50 GiB). Try, in this order: "
+        f"--offload model, --offload sequential. The latents are kept, try again with "
+        f"--latents {kept}\n"
+    )
+    assert [path for path in tmp_path.iterdir() if path.is_file()] == [kept]
+
+    code, output, error = main(
+        capsys, "--ckpts_path", "tiny", "--latents", kept, "--output_path", tmp_path / "later"
+    )
+    assert (code, error) == (0, "")
+    assert "denoising" not in output
+    assert "identity" not in output
+    name = "42_0.0_0000"
+    later = tmp_path / "later"
+    assert (later / f"{name}.mp4").read_bytes() == (expected / f"{name}.mp4").read_bytes()
+    first, second = (json.loads((d / f"{name}.json").read_text()) for d in (expected, later))
+    same = ("seed", "rel_l1_thresh", "prompt", "computed_steps", "distances", "image_sha256")
+    assert {key: first[key] for key in same} == {key: second[key] for key in same}
+    assert second["output_path"] == str(later)
+    assert second["seconds"]["decoding"] > 0
+
+
+def test_latents_of_something_else(capsys, tmp_path):
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(b"no")
+    code, _, error = main(
+        capsys, "--ckpts_path", "tiny", "--latents", other, "--output_path", tmp_path
+    )
+    assert code == 2
+    assert error == f"error: --latents {other} holds no latents of this command's\n"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("left", [30_000, 150_000])
+def test_a_disk_that_fills_up(small_disk, tmp_path, tiny, left):
+    """30 kB hold neither the video (55 kB) nor the latents (100 kB); 150 kB hold the video."""
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "teacache_sample_video.py", "--ckpts_path", "tiny"),
+            *("--rel_l1_thresh", "0", "--num_infer_steps", "4"),
+            *("--output_path", str(small_disk)),
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    for line in process.stdout:
+        if line.startswith("loading"):
+            break
+    free = shutil.disk_usage(small_disk).free
+    (small_disk / "filler").write_bytes(b"x" * (free - left))
+    _, error = process.communicate(timeout=120)
+    if left > 100_000:
+        assert process.returncode == 0, error
+        return
+    assert process.returncode == 2
+    assert error.startswith("error: the video cannot be written: ")
+    assert error.count("\n") == 1
+    kept = Path(re.search(r"--latents (\S+)$", error)[1])
+    assert kept.parent == tmp_path, "there is no room beside the video"
+    assert [path.name for path in small_disk.iterdir()] == ["filler"]
+    with safe_open(kept, framework="pt") as file:
+        assert file.get_tensor("latents").shape[0] == 1
+    done = subprocess.run(
+        [
+            *(sys.executable, "teacache_sample_video.py", "--ckpts_path", "tiny", "--quiet"),
+            *("--latents", str(kept), "--output_path", str(tmp_path / "later")),
+        ],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert len(read_video(Path(done.stdout.strip())).frames) == 13
+
+
+def test_an_encoder_that_leaves_half_a_video_is_noticed(tmp_path, monkeypatch):
+    """It ends as if all were well: only the file tells."""
+    import diffusers.utils
+
+    export = diffusers.utils.export_to_video
+    monkeypatch.setattr(
+        diffusers.utils, "export_to_video", lambda frames, *a, **k: export(frames[:3], *a, **k)
+    )
+    frames = [video._as_image(np.zeros((96, 144, 3), np.uint8))] * 5
+    with pytest.raises(OSError, match="wrote 3 of 5 frames"):
+        video.write_video(frames, tmp_path / "video.mp4", fps=8)
+
+
+def test_no_room_is_found_before_loading(capsys, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
+    code, output, error = main(capsys, *TINY, "--output_path", tmp_path)
+    assert code == 2
+    assert error == f"error: --output_path {tmp_path} has 1 MiB free, and the run may write 2 MiB\n"
+    assert "diffusers" not in output
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**30))
+    check_space(tmp_path, SIZE, videos=100)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_latents_that_are_not_finite_stop_the_run(capsys, tmp_path, monkeypatch, value):
+    predict, steps = sampler._predict, []
+
+    def goes_wrong(*args):
+        steps.append(len(steps))
+        predicted = predict(*args)
+        if len(steps) == 3:
+            predicted[0, 0, 0, 0, 0] = value
+        return predicted
+
+    monkeypatch.setattr(sampler, "_predict", goes_wrong)
+    code, _, error = main(capsys, *TINY[:4], "--num_infer_steps", 10, "--output_path", tmp_path)
+    assert code == 2
+    assert "hold NaN or infinite numbers after step 2, counted from 0, in float32" in error
+    assert error.splitlines()[-1].startswith("error: ")
+    assert len(steps) == 3, "it stops there"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_last_step_is_looked_at_too(pipe, identity):
+    finite = sampler._Finite(torch.float32)
+    finite.watch(torch.zeros(3))
+    finite._answers.append((torch.tensor(False), None))  # of a GPU that was still busy
+    with pytest.raises(SamplingError, match="after step 1"):
+        finite.check()
+
+
+def test_a_fault_of_ours_keeps_its_traceback_and_the_latents(tmp_path, capsys, monkeypatch):
+    def fault(*args):
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(sampler, "decode", fault)
+    with pytest.raises(ZeroDivisionError) as raised:
+        main(capsys, *TINY, "--output_path", tmp_path)
+    (note,) = raised.value.__notes__
+    latents, record = rescue.read_latents(Path(note.split("--latents ")[1]))
+    assert latents.shape[0] == 1
+    assert record["num_infer_steps"] == 4
+
+
+def test_nothing_made_names_this_machine(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, *_ = main(
+        capsys, *SWEEP, "--output_path", "made",
+        "--prompt", PROMPT,
+    )  # fmt: skip
+    assert code == 0
+    own = [str(tmp_path), str(ROOT), str(Path.home()) + "/", os.environ["XDG_CACHE_HOME"]]
+    for path in (tmp_path / "made").iterdir():
+        content = path.read_bytes()
+        assert not [name for name in own if name.encode() in content], path.name

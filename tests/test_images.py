@@ -1,0 +1,249 @@
+"""Images of every kind that a user may name: read, or refused in one line."""
+
+from __future__ import annotations
+
+import http.server
+import io
+import logging
+import threading
+import time
+
+import numpy as np
+import pytest
+from conftest import main
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from teacache import identity as faces
+from teacache.errors import ImageError
+from teacache.identity import load_image
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.fixture
+def photo():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("empty.jpg", b"", "is empty"),
+        ("text.png", b"not an image", "is no image that can be read"),
+        ("half.jpg", None, "truncated"),
+        ("half.png", None, "truncated"),
+    ],
+)
+def test_broken_files(capsys, tmp_path, photo, name, content, complaint):
+    kind = {"jpg": "JPEG", "png": "PNG"}[name[-3:]]
+    whole = encoded(photo, kind)
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2] if content is None else content)
+    code, output, error = main(
+        capsys, "--ckpts_path", "tiny", "--image", tmp_path / name, "--output_path", tmp_path / "o"
+    )
+    assert code == 2
+    assert error.startswith(f"error: --image {tmp_path / name} ")
+    assert complaint in error
+    assert error.count("\n") == 1
+    assert "diffusers" not in output, "before anything is loaded"
+
+
+@pytest.mark.parametrize("what", ["missing.png", "folder", "ftp://host/face.png", "http:///x.png"])
+def test_refused_as_an_argument(capsys, tmp_path, what):
+    (tmp_path / "folder").mkdir()
+    source = what if "://" in what else tmp_path / what
+    code, output, error = main(capsys, "--ckpts_path", "tiny", "--image", source)
+    assert (code, output) == (2, "")
+    assert error.startswith("error: argument --image: ")
+    assert error.count("\n") == 1
+
+
+def test_a_picture_too_large_is_refused_by_its_header(tmp_path):
+    """20,000 x 20,000 of one colour is a small file; decoded, it would take 1.2 GB."""
+    path = tmp_path / "large.png"
+    Image.new("1", (20_000, 20_000)).save(path)
+    before = time.monotonic()
+    with pytest.raises(ImageError, match="more than 100 million pixels"):
+        load_image(str(path))
+    assert time.monotonic() - before < 1
+    Image.new("1", (11_000, 10_000)).save(path)
+    with pytest.raises(ImageError, match="more than 100 million pixels"):
+        load_image(str(path))
+
+
+def test_animation(tmp_path, caplog):
+    frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "green", "blue")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    with caplog.at_level(logging.WARNING):
+        image = load_image(str(tmp_path / "moving.gif"))
+    assert image.getpixel((5, 5)) == (255, 0, 0)
+    assert "has 3 frames: the first is taken" in caplog.text
+
+
+def test_modes(tmp_path, photo):
+    def through(image, kind, **options):
+        (tmp_path / "image").write_bytes(encoded(image, kind, **options))
+        found = load_image(str(tmp_path / "image"))
+        assert found.mode == "RGB"
+        return np.asarray(found).astype(int)
+
+    plain = np.asarray(photo).astype(int)
+    grey = np.asarray(photo.convert("L")).astype(int)
+    assert np.abs(through(photo.convert("CMYK"), "TIFF") - plain).max() <= 1
+    sixteen = Image.fromarray((grey * 257).astype(np.uint16))
+    assert (through(sixteen, "PNG") == grey[..., None]).all()
+    assert (through(photo.convert("L"), "PNG") == grey[..., None]).all()
+    # Half transparent over white; a palette's transparent colour is white.
+    veiled = photo.convert("RGBA")
+    veiled.putalpha(128)
+    assert np.abs(through(veiled, "PNG") - (plain * 128 + 255 * 127) / 255).max() <= 1
+    palette = Image.new("P", (10, 10))
+    palette.putpalette([200, 0, 0, 0, 200, 0])
+    palette.putpixel((0, 0), 1)
+    found = through(palette, "PNG", transparency=0)
+    assert tuple(found[5, 5]) == (255, 255, 255)
+    assert tuple(found[0, 0]) == (0, 200, 0)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    kind=st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM", "ICO"]),
+    mode=st.sampled_from(["RGB", "L", "1", "P", "RGBA"]),
+    cut=st.floats(0, 1),
+    damage=st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), max_size=8),
+)
+def test_damaged_images_are_read_or_refused(tmp_path, kind, mode, cut, damage):
+    picture = Image.effect_noise((24, 16), 50).convert(mode)
+    try:
+        content = bytearray(encoded(picture, kind))
+    except OSError:  # a format without that mode
+        return
+    content = content[: int(len(content) * cut)]
+    for place, value in damage:
+        if content:
+            content[int(place * len(content))] = value
+    (tmp_path / "image").write_bytes(bytes(content))
+    complaint = ""
+    try:
+        assert load_image(str(tmp_path / "image")).mode == "RGB"
+    except ImageError as error:
+        complaint = str(error)
+    assert "\n" not in complaint
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Answers each path in its own wrong way."""
+
+    daemon_threads = True
+
+    def __init__(self, picture: bytes):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.picture = picture
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        server = self.server
+        if self.path == "/face.png":
+            self.answer(200, "image/png", server.picture)
+        elif self.path == "/page":
+            self.answer(200, "text/html; charset=utf-8", b"<html></html>")
+        elif self.path == "/loop":
+            self.send_response(302)
+            self.send_header("Location", "/loop")
+            self.end_headers()
+        elif self.path == "/large":
+            self.send_response(200)
+            self.end_headers()
+            self.pour(b"x" * 2**20, times=200)
+        elif self.path == "/drip":
+            self.send_response(200)
+            self.end_headers()
+            self.pour(b"x", times=1000, pause=0.05)
+        elif self.path == "/silence":
+            time.sleep(5)
+        elif self.path == "/half":
+            self.answer(200, "image/png", server.picture, length=len(server.picture) + 100)
+        else:
+            self.answer(404, "text/html", b"no")
+
+    def answer(self, code, kind, body, length=None):
+        self.send_response(code)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(length or len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def pour(self, piece, times, pause=0.0):
+        try:
+            for _ in range(times):
+                self.wfile.write(piece)
+                time.sleep(pause)
+        except ConnectionError:
+            self.close_connection = True  # the reader has had enough, as it should
+
+
+@pytest.fixture(scope="module")
+def server():
+    picture = encoded(Image.new("RGB", (30, 20), "red"), "PNG")
+    server = Server(picture)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_from_a_server(server):
+    image = load_image(f"{server.url}/face.png")
+    assert (image.size, image.getpixel((0, 0))) == ((30, 20), (255, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("path", "complaint"),
+    [
+        ("/none.png", "the server answers 404 Not Found"),
+        ("/page", "is a page of text, not an image"),
+        ("/loop", "redirects again and again"),
+        ("/large", "is larger than 50 MB"),
+        ("/drip", "does not arrive within 1 s"),
+        ("/silence", "no answer from the server within 10 s to connect and 1 s to read"),
+        ("/half", "cannot be fetched"),
+    ],
+)
+def test_a_server_that_does_not_give_an_image(
+    server, capsys, tmp_path, monkeypatch, path, complaint
+):
+    monkeypatch.setattr(faces, "READ_SECONDS", 1)
+    monkeypatch.setattr(faces, "FETCH_SECONDS", 1)
+    url = server.url.replace("://", "://name:secret@") + path
+    before = time.monotonic()
+    code, output, error = main(
+        capsys, "--ckpts_path", "tiny", "--image", url, "--output_path", tmp_path
+    )
+    assert code == 2
+    assert error.startswith("error: --image http://***@127.0.0.1")
+    assert complaint in error
+    assert error.count("\n") == 1
+    assert "secret" not in output + error
+    assert time.monotonic() - before < 15, "with torch's import, and no wait of its own"
+
+
+def test_nobody_answers(capsys, tmp_path):
+    code, _, error = main(
+        capsys, "--ckpts_path", "tiny", "--image", "http://me:secret@127.0.0.1:9/a.png",
+        "--output_path", tmp_path,
+    )  # fmt: skip
+    assert code == 2
+    assert "cannot be fetched: connection error (connection refused)" in error
+    assert "secret" not in error
+    assert (faces.CONNECT_SECONDS, faces.READ_SECONDS) == (10, 30)
