@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 from teacache import checkpoint as checkpoints
-from teacache import identity as faces
+from teacache import pictures
 from teacache.arguments import parse_arguments
 from teacache.errors import CheckpointError, DeviceError, TeaCacheError
 from teacache.interruption import interruptible
@@ -62,7 +62,7 @@ def sample(args: argparse.Namespace, jobs: list[Job], say: Callable[[str], None]
         dtype = choose_dtype(args.dtype, device)
         prepare_acceleration(args.compile, args.quantize, args.offload, device, dtype)
     with stages.stage("image"):
-        images = {source: faces.load_image(source) for source in {job.image for job in jobs}}
+        images = {source: pictures.load_image(source) for source in {job.image for job in jobs}}
     if checkpoint is None:
         with stages.stage("download"):
             checkpoint = checkpoints.download_checkpoint(args.ckpts_path)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from teacache import readers
+from teacache.errors import one_line
 from teacache.policy import COGVIDEOX_5B
 
 DEFAULT_CHECKPOINT = "BestWishYsh/ConsisID-preview"
@@ -47,7 +48,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         """One line: the usage, thirty lines of it, is what --help is for."""
-        self.exit(2, f"error: {message} (see --help)\n")
+        self.exit(2, f"error: {one_line(message)} (see --help)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -20,6 +20,7 @@ from teacache import identity as faces
 from teacache import sampler
 from teacache.cache import fingerprint
 from teacache.checkpoint import read_ahead
+from teacache.readers import without_password
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -78,7 +79,10 @@ class Conditioning:
         if missing:
             models = faces.load_face_models(self.checkpoint, self.device, self.dtype)
             for source in missing:
-                found[source] = faces.find_identity(images[source], models, self.device, self.dtype)
+                name = f"--image {without_password(source)}"
+                found[source] = faces.find_identity(
+                    images[source], models, self.device, self.dtype, name
+                )
                 if self.cache:
                     self.cache.put(keys[source], faces.as_tensors(found[source]))
             del models

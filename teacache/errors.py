@@ -1,8 +1,16 @@
 """The errors that a user can do something about; everything else keeps its traceback."""
 
 
+def one_line(message: str) -> str:
+    """The message with its line breaks, and whatever else cannot be printed, written out."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+
+
 class TeaCacheError(Exception):
     """A wrong input or a missing piece of the environment, said in one line."""
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
 
 
 class ArgumentError(TeaCacheError):

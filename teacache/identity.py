@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import os
 import pickle
-import re
-import struct
-import time
-import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,7 +13,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from teacache.errors import CheckpointError, ImageError
 from teacache.quiet import import_eva_clip
-from teacache.readers import without_password
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +23,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 EVA_CLIP = "EVA02-CLIP-L-14-336"
-CONNECT_SECONDS, READ_SECONDS, FETCH_SECONDS = 10, 30, 60
-MOST_BYTES = 50 * 10**6  # of an image that is fetched
-MOST_PIXELS = 100 * 10**6  # of any image; decoded, they take 300 MB
 SMALL_FACE_PIXELS = 64
+UPSTREAM_PIXELS = 1024
 
 
 class Identity(NamedTuple):
@@ -59,102 +51,6 @@ class FaceModels(NamedTuple):
     analyser: object  # insightface: SCRFD and ArcFace
     clip_mean: tuple[float, ...]
     clip_std: tuple[float, ...]
-
-
-def load_image(source: str) -> Image.Image:
-    """The image at a URL or a path, upright and in RGB; `astronaut` is scikit-image's photograph.
-
-    Of an animation it is the first frame; what is transparent becomes white.
-
-    Raises:
-        ImageError: where it cannot be fetched or read, or is too large to be a photograph.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    if source == "astronaut":
-        import skimage.data
-
-        return Image.fromarray(skimage.data.astronaut())
-    name = f"--image {without_password(source)}"
-    file = io.BytesIO(_fetch(source, name)) if "://" in source else Path(source)
-    try:
-        with Image.open(file) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise Image.DecompressionBombError
-            if getattr(image, "n_frames", 1) > 1:
-                logger.warning("%s has %d frames: the first is taken", name, image.n_frames)
-            return _upright_rgb(image)
-    except Image.DecompressionBombError:
-        raise ImageError(
-            f"{name} has more than {MOST_PIXELS // 10**6} million pixels: make it smaller"
-        ) from None
-    except UnidentifiedImageError as error:
-        empty = isinstance(file, Path) and file.stat().st_size == 0
-        what = "is empty" if empty else "is no image that can be read"
-        raise ImageError(f"{name} {what}") from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
-        # Which of these Pillow raises for a broken file depends on the format.
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ImageError(f"{name} cannot be read as an image: {reason}") from error
-
-
-def _upright_rgb(image: Image.Image) -> Image.Image:
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I") or upright.mode == "F":  # 16 bits a pixel, or more
-        numbers = np.asarray(upright, np.float64)
-        largest = 65535 if numbers.max(initial=0) > 255 else 255
-        upright = Image.fromarray((numbers.clip(0, largest) * (255 / largest)).astype(np.uint8))
-    if not upright.has_transparency_data:
-        return upright.convert("RGB")
-    paper = Image.new("RGBA", upright.size, "white")
-    return Image.alpha_composite(paper, upright.convert("RGBA")).convert("RGB")
-
-
-def _fetch(url: str, name: str) -> bytes:
-    """The body at a URL.
-
-    Args:
-        name: of the image, in an error.
-    """
-    import requests
-    import urllib3
-
-    ends = time.monotonic() + FETCH_SECONDS
-    body = bytearray()
-    try:
-        with requests.get(url, timeout=(CONNECT_SECONDS, READ_SECONDS), stream=True) as answer:
-            if not answer.ok:
-                raise ImageError(f"{name}: the server answers {answer.status_code} {answer.reason}")
-            if answer.headers.get("Content-Type", "").startswith("text/"):
-                raise ImageError(f"{name} is a page of text, not an image: name the file itself")
-            # As it comes: to wait for a block of some size is to wait as long as the server likes.
-            while piece := answer.raw.read1(2**16, decode_content=True):
-                body += piece
-                if len(body) > MOST_BYTES:
-                    raise ImageError(f"{name} is larger than {MOST_BYTES // 10**6} MB")
-                if time.monotonic() > ends:
-                    raise ImageError(f"{name} does not arrive within {FETCH_SECONDS} s")
-    except (requests.Timeout, urllib3.exceptions.TimeoutError) as error:
-        raise ImageError(
-            f"{name}: no answer from the server within {CONNECT_SECONDS} s to connect "
-            f"and {READ_SECONDS} s to read"
-        ) from error
-    except requests.TooManyRedirects as error:
-        raise ImageError(f"{name}: the server redirects again and again") from error
-    except (requests.RequestException, urllib3.exceptions.HTTPError, UnicodeError) as error:
-        # What requests says may hold the whole URL; the kind of error is what can be acted on.
-        raise ImageError(f"{name} cannot be fetched: {_kind(error)}") from error
-    return bytes(body)
-
-
-def _kind(error: Exception) -> str:
-    """`ConnectionError` as "connection error", and what the system says of it."""
-    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(error).__name__).lower()
-    reason = re.search(r"\[Errno -?\d+\] ([\w ]+)", str(error))
-    return f"{words} ({reason[1].lower()})" if reason else words
 
 
 def as_tensors(identity: Identity) -> dict[str, torch.Tensor]:
@@ -228,12 +124,19 @@ def _no_code_in_weights() -> Iterator[None]:
 
 
 def find_identity(
-    image: Image.Image, models: FaceModels, device: torch.device, dtype: torch.dtype
+    image: Image.Image,
+    models: FaceModels,
+    device: torch.device,
+    dtype: torch.dtype,
+    name: str = "the image",
 ) -> Identity:
     """The identity of the face in `image` (RGB, upright), the largest where there are several.
 
     Two detectors look: insightface's for the recogniser, facexlib's to align the face. Where only
     the second finds one, the recogniser gets the aligned face.
+
+    Args:
+        name: of the image, in what is said of it.
 
     Raises:
         ImageError: where facexlib finds no face.
@@ -242,9 +145,9 @@ def find_identity(
     import torch
     from diffusers.pipelines.consisid.consisid_utils import process_face_embeddings_infer
 
-    boxes = _find_boxes(image, models)
+    boxes = _find_boxes(image, models, name)
     several = len(boxes) > 1
-    same_face = _aligned_at(boxes[-1], image, models.aligner) if several else nullcontext()
+    same_face = _aligned_at(boxes[-1], models.aligner) if several else nullcontext()
     try:
         with torch.no_grad(), same_face:
             id_cond, id_vit_hidden, face, kps = process_face_embeddings_infer(
@@ -262,47 +165,52 @@ def find_identity(
     except (IndexError, RuntimeError) as error:
         # Finding no face, the upstream code stumbles over an empty list or gives up aligning.
         if isinstance(error, IndexError) or "align face fail" in str(error):
-            raise ImageError("--image: no face was found in it") from error
+            raise ImageError(
+                f"{name}: no face was found in it: take one that shows a face from the front, large"
+            ) from error
         raise
     return Identity(id_cond, id_vit_hidden, face, kps)
 
 
-def _find_boxes(image: Image.Image, models: FaceModels) -> np.ndarray:
-    """insightface's boxes, [faces, 4] in pixels: left, top, right, bottom; the largest face last.
+def _find_boxes(image: Image.Image, models: FaceModels, name: str) -> np.ndarray:
+    """insightface's boxes, [faces, 4]: left, top, right, bottom; the largest face last.
 
-    Warns where there are several to choose from, or the one chosen is very small.
+    In pixels of the picture as upstream looks at it, its longer side 1024. Warns where there are
+    several to choose from, or the one chosen is very small.
     """
     import cv2
     import numpy as np
+    from diffusers.pipelines.consisid.consisid_utils import resize_numpy_image_long
 
-    found = models.analyser.get(cv2.cvtColor(np.array(image), cv2.COLOR_RGB2BGR))
+    picture = resize_numpy_image_long(np.array(image), UPSTREAM_PIXELS)
+    found = models.analyser.get(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
     boxes = np.array([face["bbox"] for face in found]).reshape(-1, 4)
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
-    if len(boxes) > 1:
-        logger.warning("--image: %d faces were found in it, the largest is taken", len(boxes))
     order = np.argsort(width * height, kind="stable")
-    if len(boxes) and (side := min(width[order[-1]], height[order[-1]])) < SMALL_FACE_PIXELS:
-        logger.warning(
-            "--image: the face in it is %d pixels wide or high; of less than %d little is known",
-            *(side, SMALL_FACE_PIXELS),
-        )
+    if len(boxes) > 1:
+        logger.warning("%s: %d faces were found in it, the largest is taken", name, len(boxes))
+    if len(boxes):
+        side = min(width[order[-1]], height[order[-1]]) * image.width / picture.shape[1]
+        if side < SMALL_FACE_PIXELS:
+            logger.warning(
+                "%s: the face in it is %d pixels wide or high: below %d it is hardly recognised",
+                *(name, side, SMALL_FACE_PIXELS),
+            )
     return boxes[order]
 
 
 @contextlib.contextmanager
-def _aligned_at(box: np.ndarray, image: Image.Image, aligner: FaceRestoreHelper) -> Iterator[None]:
+def _aligned_at(box: np.ndarray, aligner: FaceRestoreHelper) -> Iterator[None]:
     """Have facexlib align the face at the box; upstream asks it for the one in the middle."""
     import numpy as np
 
-    find_all, size = aligner.get_face_landmarks_5, np.array(image.size)
-    wanted = (box[:2] + box[2:]) / 2 / size
+    find_all = aligner.get_face_landmarks_5
 
     def find_one(**given: bool) -> None:
         find_all()
-        height, width = aligner.input_img.shape[:2]  # not the image's own: it is made smaller
-        faces = np.array(aligner.det_faces).reshape(-1, 5)
-        centres = (faces[:, :2] + faces[:, 2:4]) / 2 / (width, height)
-        nearest = np.linalg.norm(centres - wanted, axis=1).argsort()[:1]
+        found = np.array(aligner.det_faces).reshape(-1, 5)  # boxes, and how sure it is
+        distances = np.linalg.norm(found[:, :2] + found[:, 2:4] - box[:2] - box[2:], axis=1)
+        nearest = distances.argsort()[:1]
         aligner.det_faces = [aligner.det_faces[n] for n in nearest]
         aligner.all_landmarks_5 = [aligner.all_landmarks_5[n] for n in nearest]
 

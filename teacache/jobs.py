@@ -65,6 +65,8 @@ def _read_jobs(path: Path) -> list[dict[str, object]]:
         raise ArgumentError(f"--jobs {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ArgumentError(f"--jobs {path} is not UTF-8 text") from error
+    except ValueError as error:  # a path that no file can have
+        raise ArgumentError(f"--jobs {path} cannot be read: {error}") from error
     rows = _csv_rows(text) if path.suffix.lower() == ".csv" else _json_rows(text)
     jobs = []
     try:
@@ -87,7 +89,7 @@ def _json_rows(text: str) -> Iterator[tuple[int, dict[str, str]]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _BadLine(f"line {number}: no JSON: {error}") from error
         if not isinstance(row, dict):
             raise _BadLine(f"line {number}: not an object")

@@ -12,9 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from teacache import acceleration, attention, checkpoint, random_weights, sampler
+from teacache import acceleration, attention, checkpoint, pictures, random_weights, sampler
 from teacache import device as devices
-from teacache import identity as faces
 from teacache.arguments import DEFAULT_PROMPT
 from teacache.conditioning import Conditioning
 from teacache.errors import CheckpointError
@@ -88,7 +87,7 @@ def of_checkpoint(
     conditioning = Conditioning(folder, device, dtype, "none", cache=None)
     seconds = {}
     with _timed(seconds, "identity", device):
-        identity = conditioning.find_identities({"": faces.load_image("astronaut")})[""]
+        identity = conditioning.find_identities({"": pictures.load_image("astronaut")})[""]
     with _timed(seconds, "text", device):
         embedded = conditioning.embed_texts([DEFAULT_PROMPT, ""])
     with _timed(seconds, "loading", device):

@@ -30,6 +30,8 @@ def prepare_folder(folder: Path) -> None:
         raise OutputError(f"--output_path {folder} is a file, not a folder") from None
     except OSError as error:
         raise OutputError(f"--output_path {folder} cannot be made: {error.strerror}") from error
+    except ValueError as error:  # a name that no folder can have
+        raise OutputError(f"--output_path {folder} cannot be made: {error}") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"--output_path {folder} cannot be written to")
 

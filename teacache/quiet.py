@@ -48,6 +48,19 @@ def no_progress_bars() -> Iterator[None]:
             log.enable_progress_bar()
 
 
+@contextlib.contextmanager
+def silent_programs() -> Iterator[None]:
+    """Hide what programs that are started in the block say on standard error."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def import_eva_clip():
     """Import `consisid_eva_clip`, which prints advice about optional packages as it comes in."""
     with contextlib.redirect_stdout(io.StringIO()):

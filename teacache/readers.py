@@ -59,9 +59,13 @@ def image(text: str) -> str:
     """An image's source: http or https; of a path, that there is such a file."""
     path = Path(text)
     if "://" in text:
-        if urlsplit(text).scheme.lower() not in ("http", "https"):
+        try:
+            scheme, host = urlsplit(text).scheme.lower(), urlsplit(text).hostname
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{without_password(text)}: {error}") from error
+        if scheme not in ("http", "https"):
             raise argparse.ArgumentTypeError(f"{without_password(text)} is neither http nor https")
-        if not urlsplit(text).hostname:
+        if not host:
             raise argparse.ArgumentTypeError(f"{without_password(text)} names no host")
     elif text != "astronaut":
         if path.is_dir():
@@ -108,5 +112,5 @@ def coefficients(text: str) -> Coefficients:
         return Coefficients.from_json(json.loads(Path(text).read_text(encoding="utf-8")))
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{text} cannot be read: {error.strerror}") from error
-    except (ArgumentError, ValueError) as error:
+    except (ArgumentError, ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"{text}: {error}") from error

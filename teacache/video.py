@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from teacache.quiet import silent_programs
+
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
@@ -32,7 +34,8 @@ def write_video(frames: list[Image.Image], path: Path, fps: int) -> None:
     from diffusers.utils import export_to_video
     from imageio_ffmpeg import count_frames_and_secs
 
-    export_to_video(frames, str(path), fps=fps)
+    with silent_programs():  # what went wrong is told below
+        export_to_video(frames, str(path), fps=fps)
     try:
         written, _ = count_frames_and_secs(path)
     except RuntimeError as error:

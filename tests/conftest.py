@@ -16,6 +16,7 @@ import torch
 
 import teacache_sample_video
 from teacache import identity as faces
+from teacache import pictures
 from teacache.checkpoint import VideoSize, local_checkpoint
 from teacache.quiet import silence_libraries
 from teacache.sampler import load_pipeline
@@ -59,7 +60,7 @@ def tiny(cache_of_this_session) -> Path:
 def identity(tiny) -> faces.Identity:
     """The astronaut's identity, by the real face stack."""
     models = faces.load_face_models(tiny, CPU, torch.float32)
-    return faces.find_identity(faces.load_image("astronaut"), models, CPU, torch.float32)
+    return faces.find_identity(pictures.load_image("astronaut"), models, CPU, torch.float32)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import pytest
 from conftest import PROMPT, ROOT, main
 from PIL import Image
 
-from teacache import identity as faces
+from teacache import pictures
 from teacache.arguments import build_parser, parse_arguments
 from teacache.video import read_video, write_video
 
@@ -46,7 +46,7 @@ def read_all(descriptor: int, into: list[bytes]) -> None:
 @pytest.fixture(scope="module")
 def photograph(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("image") / "photograph.png"
-    faces.load_image("astronaut").save(path)
+    pictures.load_image("astronaut").save(path)
     return path
 
 

@@ -12,7 +12,7 @@ from conftest import CPU, main
 
 from teacache import conditioning as module
 from teacache import identity as faces
-from teacache import sampler
+from teacache import pictures, sampler
 from teacache.cache import EmbeddingCache, fingerprint
 from teacache.conditioning import Conditioning
 
@@ -39,7 +39,7 @@ def make(tiny, cache, dtype=torch.float32):
 
 
 def test_what_is_kept_equals_what_was_computed(tiny, cache, loads):
-    images = {"astronaut": faces.load_image("astronaut")}
+    images = {"astronaut": pictures.load_image("astronaut")}
     texts = ["she laughs", "rain " * 300, ""]
     for dtype in (torch.float32, torch.bfloat16):
         loads.clear()
@@ -76,7 +76,7 @@ def test_only_what_is_missing_is_computed(tiny, cache, loads):
 
 
 def test_whatever_the_embeddings_depend_on_is_in_their_name(tiny, cache, monkeypatch, tmp_path):
-    image = faces.load_image("astronaut")
+    image = pictures.load_image("astronaut")
     face, text = make(tiny, cache)._face_key(image), make(tiny, cache)._text_key("one")
     assert make(tiny, cache)._text_key("two") != text
     assert make(tiny, cache)._face_key(image.rotate(1)) != face

@@ -25,7 +25,8 @@ REPOSITORY = "Own/Repo"
 
 class Hub(http.server.ThreadingHTTPServer):
     """One repository, a folder; `error` answers everything with (status, X-Error-Code), and
-    `breaks_in` names a file whose first transfer ends in the middle."""
+    `breaks_in` names a file whose first transfer ends in the middle, `short` one that is sent
+    shorter than it is listed."""
 
     daemon_threads = True
 
@@ -34,6 +35,7 @@ class Hub(http.server.ThreadingHTTPServer):
         self.folder = folder
         self.error: tuple[int, str] | None = None
         self.breaks_in: str | None = None
+        self.short: str | None = None
         self.transfers: Counter[str] = Counter()
 
     def files(self) -> list[Path]:
@@ -77,6 +79,8 @@ class Answer(http.server.BaseHTTPRequestHandler):
 
     def send_file(self, name: str) -> None:
         content = (self.server.folder / name).read_bytes()
+        if self.command == "GET" and self.server.short == name:
+            content = content[:-100]
         headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
         if self.command == "GET":
             self.server.transfers[name] += 1
@@ -162,6 +166,7 @@ def test_broken_off_then_resumed_then_sampled(hub, command, tmp_path):
     assert code == 2
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+    assert "Without a connection, put model_index.json, scheduler/, text_encoder/" in error
     assert not folder.exists()
 
     hub.error = None
@@ -195,7 +200,11 @@ def test_broken_off_then_resumed_then_sampled(hub, command, tmp_path):
 
 @pytest.mark.parametrize(
     ("error", "told"),
-    [((404, "RepoNotFound"), "404"), ((401, "GatedRepo"), "401")],
+    [
+        ((404, "RepoNotFound"), "404"),
+        ((401, "GatedRepo"), "Ask for access on its page, then log in with `hf auth login`"),
+        ((403, "GatedRepo"), "Ask for access on its page, then log in with `hf auth login`"),
+    ],
 )
 def test_refusals_are_one_line(hub, command, tmp_path, error, told):
     hub.error = error
@@ -219,3 +228,16 @@ def test_a_name_that_the_hub_would_not_take(command):
     assert code == 2
     assert error.startswith("error: --ckpts_path own/a--b")
     assert error.count("\n") == 1
+
+
+def test_a_file_of_another_size_than_announced_is_refused(hub, command, tmp_path):
+    """As from a proxy that has kept a part of it."""
+    hub.short = "vae/diffusion_pytorch_model.safetensors"
+    code, _, error = command(*SAMPLE)
+    assert code == 2
+    assert error.startswith("error: --ckpts_path Own/Repo")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "here" / "Own" / "Repo").exists()
+    hub.short = None
+    code, _, error = command(*SAMPLE)
+    assert code == 0, error

@@ -187,7 +187,7 @@ def test_out_of_memory(capsys, tmp_path, monkeypatch, function, stage):
 
 def test_out_of_memory_while_decoding_keeps_the_latents(capsys, tmp_path, monkeypatch):
     expected = tmp_path / "expected"
-    assert main(capsys, *TINY, "--output_path", expected)[0] == 0
+    assert main(capsys, *TINY, "--vae_tiling", "--output_path", expected)[0] == 0
     with monkeypatch.context() as patch:
         patch.setattr(sampler, "decode", no_memory)
         code, _, error = main(capsys, *TINY, "--vae_tiling", "--output_path", tmp_path)
@@ -201,7 +201,9 @@ def test_out_of_memory_while_decoding_keeps_the_latents(capsys, tmp_path, monkey
     assert [path for path in tmp_path.iterdir() if path.is_file()] == [kept]
 
     code, output, error = main(
-        capsys, "--ckpts_path", "tiny", "--latents", kept, "--output_path", tmp_path / "later"
+        capsys,
+        *("--ckpts_path", "tiny", "--vae_tiling", "--latents", kept),
+        *("--output_path", tmp_path / "later"),
     )
     assert (code, error) == (0, "")
     assert "denoising" not in output

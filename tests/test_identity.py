@@ -8,11 +8,11 @@ import consisid_eva_clip
 import numpy as np
 import pytest
 import torch
-from conftest import CPU
+from conftest import CPU, main
 from PIL import Image
 
 from teacache import identity as faces
-from teacache.errors import ImageError
+from teacache import pictures
 from teacache.tiny_faces import FACE_BOX, FACE_KPS
 
 
@@ -37,7 +37,7 @@ def test_key_points_are_hers(identity):
 
 def test_key_points_follow_the_face(models):
     """The detector finds the face where it is, not where it was when the checkpoint was built."""
-    astronaut = np.array(faces.load_image("astronaut"))
+    astronaut = np.array(pictures.load_image("astronaut"))
     moved = np.roll(astronaut, (40, -30), axis=(0, 1))
     identity = faces.find_identity(Image.fromarray(moved), models, CPU, torch.float32)
     expected = np.array(FACE_KPS) + np.array([-30, 40])
@@ -52,7 +52,7 @@ def test_the_aligned_face_is_her_face(identity):
     """
     from skimage.transform import SimilarityTransform
 
-    photograph = np.array(faces.load_image("astronaut")).astype(float)
+    photograph = np.array(pictures.load_image("astronaut")).astype(float)
     aligned = np.array(identity.face).astype(float)
     template = np.array(
         [[192.98, 239.95], [318.90, 240.19], [256.63, 314.02], [201.26, 371.41], [313.09, 371.15]]
@@ -75,14 +75,14 @@ def test_arcface_and_eva_clip_make_the_identity(identity):
 
 
 def test_another_face_is_another_identity(models, identity):
-    mirrored = Image.fromarray(np.array(faces.load_image("astronaut"))[:, ::-1])
+    mirrored = Image.fromarray(np.array(pictures.load_image("astronaut"))[:, ::-1])
     other = faces.find_identity(mirrored, models, CPU, torch.float32)
     assert not torch.allclose(other.id_cond, identity.id_cond, atol=1e-3)
 
 
 def test_in_bfloat16(tiny):
     models = faces.load_face_models(tiny, CPU, torch.bfloat16)
-    identity = faces.find_identity(faces.load_image("astronaut"), models, CPU, torch.bfloat16)
+    identity = faces.find_identity(pictures.load_image("astronaut"), models, CPU, torch.bfloat16)
     assert {t.dtype for t in (identity.id_cond, *identity.id_vit_hidden)} == {torch.bfloat16}
 
 
@@ -106,24 +106,90 @@ def test_images_come_upright_and_in_rgb(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned a quarter: the first row is the right edge
     picture.save(tmp_path / "turned.png", exif=exif)
-    upright = faces.load_image(str(tmp_path / "turned.png"))
+    upright = pictures.load_image(str(tmp_path / "turned.png"))
     assert upright.size == (20, 40)
     assert upright.getpixel((19, 0)) == (0, 0, 255)
     Image.new("LA", (8, 8)).save(tmp_path / "grey.png")
-    assert faces.load_image(str(tmp_path / "grey.png")).mode == "RGB"
+    assert pictures.load_image(str(tmp_path / "grey.png")).mode == "RGB"
 
 
-def test_no_face(models, monkeypatch):
-    """Neither detector finds one: SCRFD knows her alone, and RetinaFace is told to see nothing."""
-    face = models.aligner.face_det.ClassHead[2].conv1x1.bias
-    before = face.detach().clone()
-    with torch.no_grad():
-        face.copy_(torch.tensor([5.0, -5.0, 5.0, -5.0]))
-    try:
-        with pytest.raises(ImageError, match="no face"):
-            faces.find_identity(Image.new("RGB", (300, 300)), models, CPU, torch.float32)
-        with pytest.raises(ImageError, match="no face"):  # SCRFD finds her, facexlib does not
-            faces.find_identity(faces.load_image("astronaut"), models, CPU, torch.float32)
-    finally:
-        with torch.no_grad():
-            face.copy_(before)
+@pytest.fixture(scope="module")
+def blind(tiny, tmp_path_factory):
+    """The checkpoint with a RetinaFace that is sure of seeing nothing."""
+    folder = tmp_path_factory.mktemp("blind") / "checkpoint"
+    shutil.copytree(tiny, folder)
+    path = folder / "face_encoder" / "detection_Resnet50_Final.pth"
+    weights = torch.load(path, weights_only=True)
+    for name in weights:
+        if "ClassHead" in name and name.endswith("bias"):
+            weights[name] = torch.tensor([5.0, -5.0, 5.0, -5.0])
+    torch.save(weights, path)
+    return folder
+
+
+def command(capsys, checkpoint, image, tmp_path):
+    return main(
+        capsys,
+        *("--ckpts_path", checkpoint, "--image", image, "--num_infer_steps", 1, "--num_frames", 1),
+        *("--no_reuse_conditioning", "--output_path", tmp_path / "out"),
+    )
+
+
+def test_no_face(capsys, tmp_path, blind):
+    """By neither detector; and by SCRFD, which knows her, without RetinaFace to align her."""
+    Image.new("RGB", (300, 300)).save(tmp_path / "grey.png")
+    for image in (tmp_path / "grey.png", "astronaut"):
+        code, output, error = command(capsys, blind, image, tmp_path)
+        assert code == 2
+        assert error.splitlines()[-1].startswith(f"error: --image {image}: no face was found in it")
+        assert "loading" not in output, "before the big weights"
+
+
+def test_a_face_that_one_detector_finds_alone(capsys, tmp_path, tiny):
+    """RetinaFace, which sees a face everywhere in this checkpoint; SCRFD knows the astronaut."""
+    Image.new("RGB", (300, 300), "grey").save(tmp_path / "grey.png")
+    code, *_ = command(capsys, tiny, tmp_path / "grey.png", tmp_path)
+    assert code == 0
+
+
+def test_ten_pixels(capsys, tmp_path, blind):
+    Image.new("RGB", (10, 10)).save(tmp_path / "dot.png")
+    code, _, error = command(capsys, blind, tmp_path / "dot.png", tmp_path)
+    assert code == 2
+    assert "no face was found" in error
+
+
+def test_several_faces(capsys, tmp_path, tiny, models, caplog):
+    """Her face twice: that is told, and both detectors go on with one and the same of them."""
+    astronaut = pictures.load_image("astronaut")
+    left, top, right, bottom = (int(edge) for edge in FACE_BOX)
+    margin, shift = 40, 256
+    around = (left - margin, top - margin, right + margin, bottom + margin)
+    twice = astronaut.copy()
+    twice.paste(astronaut.crop(around), (around[0], around[1] + shift))
+    twice.save(tmp_path / "twice.png")
+    code, _, error = command(capsys, tiny, tmp_path / "twice.png", tmp_path)
+    assert code == 0
+    assert f"--image {tmp_path / 'twice.png'}: 2 faces were found in it, the largest is" in error
+
+    identity = faces.find_identity(twice, models, CPU, torch.float32)
+    boxes = faces._find_boxes(twice, models, "")
+    left, top, right, bottom = boxes[-1]
+    x, y = np.array(identity.kps).mean(axis=0)
+    assert left < x < right
+    assert top < y < bottom
+    aligned = models.aligner.det_faces[0]
+    # This RetinaFace sees faces in steps of 32 pixels.
+    assert abs((aligned[0] + aligned[2]) - (left + right)) / 2 <= 32
+    assert abs((aligned[1] + aligned[3]) - (top + bottom)) / 2 <= 32
+
+
+def test_a_small_face(capsys, tmp_path, tiny):
+    astronaut = pictures.load_image("astronaut")
+    astronaut.resize((160, 160), Image.Resampling.LANCZOS).save(tmp_path / "small.png")
+    code, _, error = command(capsys, tiny, tmp_path / "small.png", tmp_path)
+    assert code == 0
+    assert "pixels wide or high: below 64 it is hardly recognised" in error
+    code, _, error = command(capsys, tiny, "astronaut", tmp_path)
+    assert code == 0
+    assert "pixels wide" not in error

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from teacache import identity as faces
+from teacache import pictures
 from teacache.errors import ImageError
-from teacache.identity import load_image
+from teacache.pictures import load_image
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
@@ -223,8 +223,8 @@ def test_from_a_server(server):
 def test_a_server_that_does_not_give_an_image(
     server, capsys, tmp_path, monkeypatch, path, complaint
 ):
-    monkeypatch.setattr(faces, "READ_SECONDS", 1)
-    monkeypatch.setattr(faces, "FETCH_SECONDS", 1)
+    monkeypatch.setattr(pictures, "READ_SECONDS", 1)
+    monkeypatch.setattr(pictures, "FETCH_SECONDS", 1)
     url = server.url.replace("://", "://name:secret@") + path
     before = time.monotonic()
     code, output, error = main(
@@ -246,4 +246,4 @@ def test_nobody_answers(capsys, tmp_path):
     assert code == 2
     assert "cannot be fetched: connection error (connection refused)" in error
     assert "secret" not in error
-    assert (faces.CONNECT_SECONDS, faces.READ_SECONDS) == (10, 30)
+    assert (pictures.CONNECT_SECONDS, pictures.READ_SECONDS) == (10, 30)

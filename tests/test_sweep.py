@@ -13,7 +13,7 @@ from conftest import CPU, main
 from PIL import Image
 
 from teacache import identity as faces
-from teacache import quality, sampler
+from teacache import pictures, quality, sampler
 from teacache.figure import draw_sweep
 from teacache.tables import sweep_markdown, sweep_rows, terminal_table
 from teacache.video import read_video, write_grid, write_video
@@ -36,7 +36,7 @@ def calls(monkeypatch):
         monkeypatch.setattr(module, name, counting)
 
     for module, name in (
-        *((faces, "load_image"), (faces, "load_face_models"), (faces, "find_identity")),
+        *((pictures, "load_image"), (faces, "load_face_models"), (faces, "find_identity")),
         *((sampler, n) for n in ("load_pipeline", "embed_text", "prepare", "denoise", "decode")),
     ):
         count(module, name)
@@ -199,7 +199,7 @@ def test_more_steps_than_the_scheduler_has(capsys, tmp_path, calls):
 
 
 def test_resume_redoes_what_differs(capsys, tmp_path, calls):
-    faces.load_image("astronaut").save(tmp_path / "face.png")
+    pictures.load_image("astronaut").save(tmp_path / "face.png")
     common = (*COMMON[:2], "--num_infer_steps", 2, "--num_frames", 1, "--output_path", tmp_path)
     first = (*common, "--image", tmp_path / "face.png", "--resume", "--quiet")
     main(capsys, *first)
@@ -217,7 +217,7 @@ def test_resume_redoes_what_differs(capsys, tmp_path, calls):
         main(capsys, *first, *changed)
         assert calls["denoise"] == before + 1, changed
     # The same name, another picture.
-    Image.fromarray(np.array(faces.load_image("astronaut"))[:, ::-1]).save(tmp_path / "face.png")
+    Image.fromarray(np.array(pictures.load_image("astronaut"))[:, ::-1]).save(tmp_path / "face.png")
     before = calls["denoise"]
     main(capsys, *first)
     assert calls["denoise"] == before + 1
@@ -239,7 +239,9 @@ def test_a_fault_at_the_third_keeps_the_first_two(capsys, tmp_path, monkeypatch,
 
 
 def test_jobs_share_faces_and_prompts(capsys, tmp_path, calls):
-    Image.fromarray(np.array(faces.load_image("astronaut"))[:, ::-1]).save(tmp_path / "other.png")
+    Image.fromarray(np.array(pictures.load_image("astronaut"))[:, ::-1]).save(
+        tmp_path / "other.png"
+    )
     lines = [
         {"prompt": "a man", "seed": 1},
         {"prompt": "a man", "seed": 2},
@@ -296,8 +298,8 @@ def test_baseline_from_an_earlier_video(capsys, tmp_path, monkeypatch):
     code, output, _ = main(capsys, *common, "--rel_l1_thresh", 0.1, 0.2, "--baseline", earlier)
     assert code == 0
     assert "decoded from an earlier mp4" in output
-    for threshold, pictures in zip((0.1, 0.2), frames, strict=True):
-        own = np.stack([np.array(picture) for picture in pictures])
+    for threshold, frames_of_one in zip((0.1, 0.2), frames, strict=True):
+        own = np.stack([np.array(picture) for picture in frames_of_one])
         expected = quality.compare(own, read_video(earlier).frames)
         found = read_record(tmp_path, f"42_{threshold}_0000.json")["quality"]
         assert {name: found[name] for name in expected} == expected
@@ -386,7 +388,7 @@ def test_lpips_where_it_is_there(monkeypatch, tmp_path, noise):
 
 def test_identity_by_the_real_recogniser(tiny, identity):
     models = faces.load_face_models(tiny, CPU, torch.float32)
-    astronaut = np.array(faces.load_image("astronaut"))
+    astronaut = np.array(pictures.load_image("astronaut"))
     frames = np.stack([astronaut, np.roll(astronaut, (0, 50), (0, 1)), np.zeros_like(astronaut)])
     reference = identity.id_cond[0, :512].numpy()
     found = quality.identity_similarity(frames, reference, models.analyser)

@@ -1,0 +1,150 @@
+"""Arguments, jobs and coefficients of every kind: what is wrong is one line, never a traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+
+import pytest
+from conftest import main
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from teacache import readers
+from teacache.arguments import build_parser, parse_arguments
+from teacache.errors import ArgumentError
+from teacache.jobs import Job, jobs_of
+from teacache.policy import Coefficients
+
+OPTIONS = sorted(
+    option
+    for action in build_parser()._actions
+    for option in action.option_strings
+    if option not in ("-h", "--help")
+)
+VALUES = st.one_of(
+    st.text(max_size=20),
+    st.integers().map(str),
+    st.floats().map(str),
+    st.sampled_from(["", " ", "-1", "1e400", "nan", "0x10", "1_000", "٣", "tiny", "astronaut",
+                     "cuda:99", "http://", "http://[", "://", "/", "\x00", "\udcff", "a\nb"]),
+)  # fmt: skip
+quick = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@quick
+@given(st.lists(st.tuples(st.sampled_from(OPTIONS), st.lists(VALUES, max_size=3)), max_size=4))
+@example([("--image", ["http://["])])
+@example([("--seed", ["9223372036854775808"])])
+@example([("--coefficients", ["\x00"])])
+def test_arguments(arguments):
+    argv = [word for option, values in arguments for word in (option, *values)]
+    error = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(error):
+            args = parse_arguments(argv)
+            jobs = jobs_of(args)
+    except SystemExit as end:
+        code, said = end.code, error.getvalue()
+        assert code == 2
+        assert said.startswith("error: ")
+        assert said.count("\n") == 1
+        return
+    except ArgumentError as end:
+        said = str(end)
+        assert "\n" not in said
+        return
+    assert all(isinstance(job, Job) and 0 <= job.seed < 2**63 for job in jobs)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=6)
+        | st.dictionaries(st.sampled_from(["values", "fitted_range", "source", "x"]), inner)
+    ),
+    max_leaves=12,
+)
+
+
+@quick
+@given(JSON | st.fixed_dictionaries({"values": st.lists(st.floats(), max_size=6)}))
+def test_coefficients(data):
+    path_text = json.dumps(data)
+    found = None
+    with contextlib.suppress(ArgumentError):
+        found = Coefficients.from_json(json.loads(path_text))
+    if found:
+        assert len(found.values) == 5
+        assert Coefficients.from_json(json.loads(json.dumps(found.as_json()))) == found
+
+
+@quick
+@given(st.binary(max_size=60), st.sampled_from([".json", ".csv", ".jsonl"]))
+@example(b"seed\n\x00", ".csv")
+@example(b'{"values": [1e999, 0, 0, 0, 0]}', ".json")
+@example(b"[" * 100_000, ".json")
+@example(b'{"seed": 1' + b"0" * 5000 + b"}", ".jsonl")
+def test_files(tmp_path, content, ending):
+    path = tmp_path / f"file{ending}"
+    path.write_bytes(content)
+    for option in ("--coefficients", "--jobs"):
+        error = io.StringIO()
+        with contextlib.suppress(ArgumentError), contextlib.redirect_stderr(error):
+            try:
+                jobs_of(parse_arguments([option, str(path)]))
+            except SystemExit as end:
+                assert (end.code, error.getvalue().count("\n")) == (2, 1)  # noqa: PT017
+
+
+@pytest.mark.parametrize(
+    ("prompt", "complaint"),
+    [
+        ("", "is empty: say what the video shows"),
+        (" \t\n ", "is empty: say what the video shows"),
+        ("a\x00b", "holds the control character U+0000"),
+        ("a\x1b[31mred", "holds the control character U+001B"),
+        ("caf\udce9", "holds bytes that are not UTF-8"),
+    ],
+)
+def test_prompts_that_are_refused(capsys, tmp_path, prompt, complaint):
+    code, output, error = main(capsys, "--ckpts_path", "tiny", "--prompt", prompt)
+    assert (code, output) == (2, "")
+    assert error == f"error: argument --prompt: {complaint} (see --help)\n"
+    (tmp_path / "jobs.jsonl").write_text(json.dumps({"prompt": prompt}))
+    code, _, error = main(capsys, "--ckpts_path", "tiny", "--jobs", tmp_path / "jobs.jsonl")
+    assert code == 2
+    assert error == f"error: --jobs {tmp_path}/jobs.jsonl, line 1: prompt: {complaint}\n"
+
+
+@pytest.mark.parametrize(
+    "prompt", ["שלום עולם, امرأة تبتسم", "she laughs 😀👩‍🚀", "two\nlines\tand a tab"]
+)
+def test_prompts_in_every_script_are_sampled_and_recorded(capsys, tmp_path, prompt):
+    code, *_ = main(
+        capsys,
+        *("--ckpts_path", "tiny", "--num_infer_steps", 1, "--num_frames", 1),
+        *("--prompt", prompt, "--output_path", tmp_path),
+    )
+    assert code == 0
+    record = json.loads((tmp_path / "42_0.1_0000.json").read_text(encoding="utf-8"))
+    assert record["prompt"] == prompt
+
+
+@pytest.mark.parametrize("seed", ["0", str(2**63 - 1)])
+def test_seeds_at_their_limits(capsys, tmp_path, seed):
+    code, *_ = main(
+        capsys,
+        *("--ckpts_path", "tiny", "--num_infer_steps", 1, "--num_frames", 1),
+        *("--seed", seed, "--output_path", tmp_path),
+    )
+    assert code == 0
+    assert (tmp_path / f"{seed}_0.1_0000.mp4").is_file()
+
+
+def test_passwords_are_left_out():
+    hide = readers.without_password
+    assert hide("https://me:secret@host/a@b.png") == "https://***@host/a@b.png"
+    assert hide("https://host/a.png?x=1") == "https://host/a.png?x=1"
+    assert hide("photo@home.png") == "photo@home.png"
