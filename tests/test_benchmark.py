@@ -122,7 +122,7 @@ def test_each_variant_adds_one_acceleration():
             )
         ),
     ]
-    assert found[-1].name == "TeaCache 0.2 + _native_cudnn + compile + fp8"
+    assert found[-1].name == "TeaCache 0.2 + cudnn + compile + fp8"
 
 
 def test_computed_steps_are_spread_evenly():

@@ -304,9 +304,10 @@ def test_baseline_from_an_earlier_video(capsys, tmp_path, monkeypatch):
         found = read_record(tmp_path, f"42_{threshold}_0000.json")["quality"]
         assert {name: found[name] for name in expected} == expected
         assert found["decoded"]
-    with pytest.raises(SystemExit):
-        main(capsys, *common, "--rel_l1_thresh", 0.1, 0.2, "--baseline", tmp_path / "none.mp4")
-    assert "none.mp4: there is no such file" in capsys.readouterr().err
+    missing = tmp_path / "none.mp4"
+    code, _, error = main(capsys, *common, "--rel_l1_thresh", 0.1, 0.2, "--baseline", missing)
+    assert code == 2
+    assert "none.mp4: there is no such file" in error
     record = tmp_path / "42_0.2_0000.json"
     code, _, error = main(capsys, *common, "--rel_l1_thresh", 0.1, 0.2, "--baseline", record)
     assert code == 2
