@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from teacache import checkpoint as checkpoints
 from teacache import pictures
 from teacache.arguments import parse_arguments
+from teacache.download import download_checkpoint
 from teacache.errors import CheckpointError, DeviceError, TeaCacheError
 from teacache.interruption import interruptible
 from teacache.jobs import Job, jobs_of
@@ -65,7 +66,7 @@ def sample(args: argparse.Namespace, jobs: list[Job], say: Callable[[str], None]
         images = {source: pictures.load_image(source) for source in {job.image for job in jobs}}
     if checkpoint is None:
         with stages.stage("download"):
-            checkpoint = checkpoints.download_checkpoint(args.ckpts_path)
+            checkpoint = download_checkpoint(args.ckpts_path)
     size = checkpoints.video_size(checkpoint, args.width, args.height, args.num_frames)
     for num_infer_steps in {job.num_infer_steps for job in jobs}:
         plan.scheduler_timesteps(checkpoint, num_infer_steps)  # refuses more than there are

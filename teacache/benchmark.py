@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from teacache import readers
 from teacache.errors import TeaCacheError
+from teacache.interruption import interruptible
 from teacache.output import claimed_stem, prepare_folder, written_whole
 from teacache.quiet import silence_libraries
 from teacache.report import write_record
@@ -41,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     args = _parse(argv)
     silence_libraries()
     try:
-        _benchmark(args)
+        with interruptible():
+            _benchmark(args)
     except TeaCacheError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import logging
 import math
 import statistics
 import time
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 from teacache import interruption
 
 if TYPE_CHECKING:
+    from teacache.handle import TeaCacheHandle
     from teacache.policy import Policy
 
 
@@ -57,6 +59,28 @@ class Stages:
         total = self._already + time.perf_counter() - self._start
         seconds = {**self.seconds, "total": total}
         return {name: round(value, 3) for name, value in seconds.items()}
+
+
+@contextlib.contextmanager
+def denoising_bar(
+    num_infer_steps: int, teacache: TeaCacheHandle, quiet: bool
+) -> Iterator[Callable[[], None]]:
+    """A progress bar that counts computed and reused steps; nothing where stderr is no terminal."""
+    from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    with (
+        tqdm(total=num_infer_steps, desc="denoising", leave=False, disable=quiet or None) as bar,
+        logging_redirect_tqdm([logging.getLogger("teacache")]),  # warnings above the bar
+    ):
+
+        def on_step() -> None:
+            policy = teacache.policy
+            counts = {"computed": len(policy.computed_steps), "reused": len(policy.reused_steps)}
+            bar.set_postfix(counts, refresh=False)
+            bar.update()
+
+        yield on_step
 
 
 def build_record(

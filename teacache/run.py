@@ -7,8 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +23,7 @@ from teacache.conditioning import Conditioning, condition
 from teacache.jobs import Job
 from teacache.output import written_whole
 from teacache.readers import without_password
-from teacache.report import Stages, build_record, summary, write_record
+from teacache.report import Stages, build_record, denoising_bar, summary, write_record
 from teacache.transformer import apply_teacache
 
 if TYPE_CHECKING:
@@ -296,25 +295,3 @@ class Run:
             else [f"attention {attention.short_name(self.backend)}"]
         )
         return [*found, *([f"quantize {self.args.quantize}"] if self.args.quantize else [])]
-
-
-@contextlib.contextmanager
-def denoising_bar(
-    num_infer_steps: int, teacache: TeaCacheHandle, quiet: bool
-) -> Iterator[Callable[[], None]]:
-    """A progress bar that counts computed and reused steps; nothing where stderr is no terminal."""
-    from tqdm import tqdm
-    from tqdm.contrib.logging import logging_redirect_tqdm
-
-    with (
-        tqdm(total=num_infer_steps, desc="denoising", leave=False, disable=quiet or None) as bar,
-        logging_redirect_tqdm([logging.getLogger("teacache")]),  # warnings above the bar
-    ):
-
-        def on_step() -> None:
-            policy = teacache.policy
-            counts = {"computed": len(policy.computed_steps), "reused": len(policy.reused_steps)}
-            bar.set_postfix(counts, refresh=False)
-            bar.update()
-
-        yield on_step

@@ -18,7 +18,7 @@ from diffusers.pipelines.consisid.pipeline_consisid import draw_kps
 from transformers import T5EncoderModel
 
 from teacache import device as devices
-from teacache.errors import SamplingError
+from teacache.finite import FiniteWatch
 from teacache.quiet import no_progress_bars
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def denoise(
     }
 
     latents, previous_value, previous_sample = start.noise, None, None
-    finite = _Finite(start.noise.dtype)
+    finite = FiniteWatch(start.noise.dtype)
     # The scheduler looks its coefficients up by the timestep. Given as a number of the host's it
     # need not be read from the device, for which all the work before it would have to be done.
     for t, value in zip(scheduler.timesteps, scheduler.timesteps.tolist(), strict=True):
@@ -216,44 +216,6 @@ def denoise(
         torch.cuda.synchronize(latents.device)
     finite.check()
     return latents
-
-
-class _Finite:
-    """Looks for latents that are not finite, without waiting for the device.
-
-    A GPU's answer on one step is read when it is there, while it is busy with the next.
-    """
-
-    def __init__(self, dtype: torch.dtype):
-        self._dtype = dtype
-        self._answers: list[tuple[torch.Tensor, torch.cuda.Event | None]] = []
-        self._step = 0
-
-    def watch(self, latents: torch.Tensor) -> None:
-        """Ask for one step, and raise SamplingError where an answer that is there says no."""
-        answer, arrived = torch.isfinite(latents).all(), None
-        if latents.is_cuda:
-            answer = answer.to("cpu", non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record(torch.cuda.current_stream(latents.device))
-        self._answers.append((answer, arrived))
-        while self._answers and (self._answers[0][1] is None or self._answers[0][1].query()):
-            self._read()
-
-    def check(self) -> None:
-        """Read the answers that are left, once the device is done."""
-        while self._answers:
-            self._read()
-
-    def _read(self) -> None:
-        answer, _ = self._answers.pop(0)
-        if not answer.numpy():
-            dtype = devices.dtype_name(self._dtype)
-            raise SamplingError(
-                f"the latents hold NaN or infinite numbers after step {self._step}, counted from "
-                f"0, in {dtype}: try another --dtype, a lower --guidance_scale or no --quantize"
-            )
-        self._step += 1
 
 
 def _predict(

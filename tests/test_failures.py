@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from teacache import rescue, sampler, video
 from teacache.errors import SamplingError
+from teacache.finite import FiniteWatch
 from teacache.output import check_space
 from teacache.video import read_video
 
@@ -327,7 +328,7 @@ def test_latents_that_are_not_finite_stop_the_run(capsys, tmp_path, monkeypatch,
 
 
 def test_the_last_step_is_looked_at_too(pipe, identity):
-    finite = sampler._Finite(torch.float32)
+    finite = FiniteWatch(torch.float32)
     finite.watch(torch.zeros(3))
     finite._answers.append((torch.tensor(False), None))  # of a GPU that was still busy
     with pytest.raises(SamplingError, match="after step 1"):
