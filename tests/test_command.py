@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pty
+import shutil
 import struct
 import subprocess
 import sys
@@ -269,10 +270,15 @@ def test_wrong_input_gets_one_line_and_2(capsys, tmp_path, tiny):
 
 def test_full_size_without_a_gpu_says_what_there_is_instead(capsys, tmp_path, monkeypatch, tiny):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "checkpoint" / "transformer").mkdir(parents=True)
+    shutil.copytree(tiny, tmp_path / "checkpoint")
+    # A whole file of 11 GB, as far as its header tells, which takes no room on the disk.
+    size = 11 * 2**30
+    entry = {"weight": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
+    header = json.dumps(entry).encode()
     weights = tmp_path / "checkpoint" / "transformer" / "diffusion_pytorch_model.safetensors"
     with weights.open("wb") as file:
-        file.truncate(11 * 2**30)
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
     for checkpoint in ("checkpoint", "BestWishYsh/ConsisID-preview"):
         code, _, error = main(capsys, "--ckpts_path", checkpoint)
         assert code == 2
