@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 
@@ -18,6 +20,8 @@ from teacache.jobs import Job, jobs_of
 from teacache.output import check_space, prepare_folder
 from teacache.quiet import silence_libraries
 from teacache.report import Stages, summary
+
+logger = logging.getLogger("teacache")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,7 +88,10 @@ def sample(args: argparse.Namespace, jobs: list[Job], say: Callable[[str], None]
         with explained_out_of_memory(args, stages):
             run.sample()
     finally:
-        run.report()  # also of a sweep that failed or was interrupted: what is done is done
+        try:
+            run.report()  # also of a sweep that failed or was interrupted: what is done is done
+        except OSError as error:
+            logger.warning("the sweep's report cannot be written: %s", error.strerror or error)
 
 
 def decode(args: argparse.Namespace, say: Callable[[str], None]) -> None:
@@ -157,8 +164,14 @@ def show_plan(args: argparse.Namespace, jobs: list[Job]) -> None:
 
 
 def print_now(line: str) -> None:
-    """Print at once, also into a pipe, where a run of minutes would otherwise stay silent."""
-    print(line, flush=True)
+    """Print at once, also into a pipe, where a run of minutes would otherwise stay silent.
+
+    Where nobody reads any more, as behind `| head`, the run goes on.
+    """
+    try:
+        print(line, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
 
 
 if __name__ == "__main__":

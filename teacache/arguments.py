@@ -48,7 +48,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         """One line: the usage, thirty lines of it, is what --help is for."""
-        self.exit(2, f"error: {one_line(message)} (see --help)\n")
+        self.exit(2, f"error: {one_line(readers.without_password(message))} (see --help)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -77,6 +77,7 @@ def _add_published(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--ckpts_path",
+        type=readers.text,
         default=DEFAULT_CHECKPOINT,
         metavar="PATH",
         help="checkpoint folder; or a Hugging Face repository, downloaded into a folder of its "
@@ -114,7 +115,7 @@ def _add_published(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--output_path",
-        type=Path,
+        type=readers.path,
         default=Path("./teacache_results"),
         metavar="DIR",
         help="folder of the results, {seed}_{rel_l1_thresh}_{index:04d}.mp4 and .json "

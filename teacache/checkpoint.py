@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import threading
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,8 +51,11 @@ def local_checkpoint(name: str) -> Path | None:
 
         return cached_tiny_checkpoint()
     folder = Path(name)
-    if folder.is_dir():
-        return folder
+    try:
+        if folder.is_dir():
+            return folder
+    except OSError as error:  # a name too long, a folder that may not be looked into
+        raise CheckpointError(f"--ckpts_path {name[:80]}: {error.strerror}") from error
     if folder.exists():
         single = (
             " with weights" if folder.suffix in (".safetensors", ".ckpt", ".pt", ".bin") else ""
@@ -85,6 +89,7 @@ def check_checkpoint(folder: Path) -> None:
         weights.extend(weight_files(folder / component))
     missing = [p for p in (*needed, *weights) if not p.is_file() or p.stat().st_size == 0]
     short = [p for p in weights if p not in missing and not is_whole_safetensors(p)]
+    short += [p for p in needed if p not in missing and not _is_whole_archive(p)]
     if missing or short:
         told = [
             f"{what}: {', '.join(str(path.relative_to(folder)) for path in paths)}"
@@ -107,6 +112,13 @@ def is_whole_safetensors(path: Path) -> bool:
         return bool(ends) and 8 + length + max(ends) == size
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         return False
+
+
+def _is_whole_archive(path: Path) -> bool:
+    """Whether a file that torch has saved as a zip archive still has the end of one."""
+    with path.open("rb") as file:
+        is_archive = path.suffix in (".pth", ".pt") and file.read(2) == b"PK"
+    return not is_archive or zipfile.is_zipfile(path)
 
 
 def _what_instead(folder: Path) -> str:

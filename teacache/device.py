@@ -102,8 +102,9 @@ def free_cached_memory(device: torch.device) -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch found no memory for what it was asked for, on a GPU or on the host."""
+    told = ("can't allocate memory", "CUDA error: out of memory", "ALLOC_FAILED")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        isinstance(error, RuntimeError) and any(words in str(error) for words in told)
     )
 
 
@@ -113,13 +114,13 @@ def out_of_memory(error: BaseException, stage: str, args: argparse.Namespace) ->
     Args:
         args: the command's, for what has been tried already.
     """
-    asked = re.search(
-        r"(?:allocate|allocate memory: you tried to allocate) ([\d.]+ \w+)", str(error)
-    )
+    asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
     found = f" (asked for {asked[1]})" if asked else ""
     steps = ("none", "model", "sequential")
     flags = [] if args.vae_tiling else ["--vae_tiling"]
     flags += [f"--offload {step}" for step in steps[steps.index(args.offload) + 1 :]]
+    if args.compile or args.quantize:  # which do not go with it
+        flags = [flag for flag in flags if flag != "--offload sequential"]
     if args.keep_loaded:
         flags.insert(0, "the same without --keep_loaded")
     advice = f"Try, in this order: {', '.join(flags)}" if flags else "Every flag that helps is set"

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# What Pillow raises for a broken file depends on the format and on where it is broken.
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, RuntimeError)
+_BROKEN += (TypeError, LookupError, OverflowError)
+
 CONNECT_SECONDS, READ_SECONDS, FETCH_SECONDS = 10, 30, 60
 MOST_BYTES = 50 * 10**6  # of an image that is fetched
 MOST_PIXELS = 100 * 10**6  # of any image; decoded, they take 300 MB
@@ -55,8 +59,7 @@ def load_image(source: str) -> Image.Image:
         empty = isinstance(file, Path) and file.stat().st_size == 0
         what = "is empty" if empty else "is no image that can be read"
         raise ImageError(f"{name} {what}") from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
-        # Which of these Pillow raises for a broken file depends on the format.
+    except _BROKEN as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ImageError(f"{name} cannot be read as an image: {reason}") from error
 

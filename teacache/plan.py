@@ -235,6 +235,8 @@ def _time_embedding(
     prefix = "time_embedding."
     found = {}
     for path in weight_files(checkpoint / "transformer"):
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing: a plan reads the time embedding in it")
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no dict
                 if name.startswith(prefix):

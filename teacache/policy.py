@@ -89,7 +89,11 @@ class Coefficients:
 def _finite_numbers(value: object, key: str, count: int) -> tuple[float, ...]:
     numbers = value if isinstance(value, list) else []
     usable = [n for n in numbers if isinstance(n, (int, float)) and not isinstance(n, bool)]
-    if len(numbers) != count or len(usable) != count or not all(map(math.isfinite, usable)):
+    try:
+        finite = all(map(math.isfinite, usable))
+    except OverflowError:  # a whole number beyond all floats
+        finite = False
+    if len(numbers) != count or len(usable) != count or not finite:
         raise ArgumentError(f"{key} must be a list of {count} finite numbers, found {value!r}")
     return tuple(float(number) for number in usable)
 

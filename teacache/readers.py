@@ -7,10 +7,12 @@ no value of its kind.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import re
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -40,14 +42,29 @@ def prompt(given: str) -> str:
     return text(given)
 
 
+def path(given: str) -> Path:
+    """A path that can be written down again."""
+    return Path(text(given))
+
+
+@contextlib.contextmanager
+def _refused_by_the_system(name: str) -> Iterator[None]:
+    """Say what the system says of a name that it cannot look for, such as one too long."""
+    try:
+        yield
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{name[:80]}: {error.strerror}") from error
+
+
 def without_password(url: str) -> str:
     """The URL, or any text, with what stands before an @ in a host's place left out."""
     return re.sub(r"(?<=://)[^/?#]*@", "***@", url)
 
 
 def file(text: str) -> Path:
-    if not Path(text).is_file():
-        raise argparse.ArgumentTypeError(f"{text}: there is no such file")
+    with _refused_by_the_system(text):
+        if not Path(text).is_file():
+            raise argparse.ArgumentTypeError(f"{text}: there is no such file")
     return Path(text)
 
 
@@ -55,24 +72,28 @@ def speedup(text: str) -> float:
     return _number(text, float, lambda x: math.isfinite(x) and x >= 1, "a number, 1 or more")
 
 
-def image(text: str) -> str:
+def image(given: str) -> str:
     """An image's source: http or https; of a path, that there is such a file."""
-    path = Path(text)
-    if "://" in text:
+    source = text(given)
+    path = Path(source)
+    if "://" in source:
         try:
-            scheme, host = urlsplit(text).scheme.lower(), urlsplit(text).hostname
+            scheme, host = urlsplit(source).scheme.lower(), urlsplit(source).hostname
         except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{without_password(text)}: {error}") from error
+            raise argparse.ArgumentTypeError(f"{without_password(source)}: {error}") from error
         if scheme not in ("http", "https"):
-            raise argparse.ArgumentTypeError(f"{without_password(text)} is neither http nor https")
+            raise argparse.ArgumentTypeError(
+                f"{without_password(source)} is neither http nor https"
+            )
         if not host:
-            raise argparse.ArgumentTypeError(f"{without_password(text)} names no host")
-    elif text != "astronaut":
-        if path.is_dir():
-            raise argparse.ArgumentTypeError(f"{text} is a folder, not an image")
-        if not path.exists():
-            raise argparse.ArgumentTypeError(f"{text}: there is no such file")
-    return text
+            raise argparse.ArgumentTypeError(f"{without_password(source)} names no host")
+    elif source != "astronaut":
+        with _refused_by_the_system(source):
+            if path.is_dir():
+                raise argparse.ArgumentTypeError(f"{source} is a folder, not an image")
+            if not path.exists():
+                raise argparse.ArgumentTypeError(f"{source}: there is no such file")
+    return source
 
 
 def not_negative(text: str) -> float:
@@ -102,7 +123,7 @@ def _number(text, convert, allowed, wanted):
 
 
 def device(text: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not auto, cpu, cuda or cuda:N")
     return text
 

@@ -75,6 +75,7 @@ def denoising_bar(
     ):
 
         def on_step() -> None:
+            interruption.check()
             policy = teacache.policy
             counts = {"computed": len(policy.computed_steps), "reused": len(policy.reused_steps)}
             bar.set_postfix(counts, refresh=False)

@@ -88,11 +88,12 @@ def write_with_record(
     before = record()
     prefix = f"{before['seed']}_{before['rel_l1_thresh']}"
     with claimed_stem(args.output_path, prefix) as stem:
-        with stages.stage("writing"), written_whole(stem, ".mp4") as path:
-            write_video(pictures, path, args.fps)
-        written = record()
-        with written_whole(stem, ".json") as path:
-            write_record(written, path)
+        with written_whole(stem, ".mp4") as path:
+            with stages.stage("writing"):
+                write_video(pictures, path, args.fps)
+            written = record()
+            with written_whole(stem, ".json") as beside:  # before the video has its name
+                write_record(written, beside)
         return stem.with_name(f"{stem.name}.mp4"), written
 
 
@@ -115,7 +116,11 @@ def decode_latents(
 
     with stages.stage("decoding"):
         pictures = sampler.decode(pipe, latents.to(device))
-    return write_with_record(pictures, record, stages, args)
+    try:
+        return write_with_record(pictures, record, stages, args)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(f"the video cannot be written: {reason}. {args.latents} stays") from error
 
 
 def _keep(latents: torch.Tensor, record: dict[str, object], folder: Path) -> Path | None:

@@ -348,3 +348,12 @@ def test_code_in_weights_does_not_run(capsys, tmp_path, tiny, name):
     assert "holds more than weights, and is not read" in error
     assert error.count("\n") == 1
     assert not trace.exists()
+
+
+def test_a_face_file_that_is_cut_off_is_named(light):
+    name = "face_encoder/detection_Resnet50_Final.pth"
+    content = (light / name).read_bytes()
+    (light / name).unlink()  # it is a link
+    (light / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match=f"cut short or damaged: {name}$"):
+        check_checkpoint(light)

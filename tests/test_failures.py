@@ -355,3 +355,27 @@ def test_nothing_made_names_this_machine(capsys, tmp_path, monkeypatch):
     for path in (tmp_path / "made").iterdir():
         content = path.read_bytes()
         assert not [name for name in own if name.encode() in content], path.name
+
+
+def test_a_video_whose_record_cannot_be_written_has_no_name_yet(capsys, tmp_path, monkeypatch):
+    def no_space(record, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(rescue, "write_record", no_space)
+    code, _, error = main(capsys, *TINY, "--num_frames", 1, "--output_path", tmp_path)
+    assert code == 2
+    assert "the video cannot be written: No space left on device. The latents are kept" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["42_0.0_0000.latents.safetensors"]
+
+
+def test_a_report_that_cannot_be_written_hides_nothing(capsys, tmp_path, monkeypatch):
+    from teacache import sweep
+
+    def no_space(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sweep, "write_sweep", no_space)
+    code, _, error = main(capsys, *SWEEP, "--output_path", tmp_path)
+    assert code == 0
+    assert "the sweep's report cannot be written: No space left on device" in error
+    assert len(list(tmp_path.glob("*.mp4"))) == 2

@@ -148,3 +148,30 @@ def test_passwords_are_left_out():
     assert hide("https://me:secret@host/a@b.png") == "https://***@host/a@b.png"
     assert hide("https://host/a.png?x=1") == "https://host/a.png?x=1"
     assert hide("photo@home.png") == "photo@home.png"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("--image", "a" * 300), "File name too long"),
+        (("--baseline", "a" * 300), "File name too long"),
+        (("--ckpts_path", "a" * 300), "File name too long"),
+        (("--output_path", "caf\udce9"), "holds bytes that are not UTF-8"),
+        (("--ckpts_path", "caf\udce9"), "holds bytes that are not UTF-8"),
+        (("--device", "cuda:٣"), "is not auto, cpu, cuda or cuda:N"),
+        (("--imag", "http://me:secret@host/a.png"), "unrecognized arguments"),
+    ],
+)
+def test_what_no_system_takes(capsys, tmp_path, arguments, complaint):
+    code, _, error = main(capsys, "--output_path", tmp_path, "--image", "astronaut", *arguments)
+    assert code == 2
+    assert complaint in error
+    assert "secret" not in error
+    assert error.count("\n") == 1
+
+
+def test_a_number_beyond_all_floats(capsys, tmp_path):
+    (tmp_path / "huge.json").write_text(f'{{"values": [{10**400}, 0, 0, 0, 0]}}')
+    code, _, error = main(capsys, "--coefficients", tmp_path / "huge.json")
+    assert code == 2
+    assert "must be a list of 5 finite numbers" in error
