@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator
 
@@ -14,39 +13,31 @@ from teacache import checkpoint as checkpoints
 from teacache import pictures
 from teacache.arguments import parse_arguments
 from teacache.download import download_checkpoint
-from teacache.errors import CheckpointError, DeviceError, TeaCacheError
-from teacache.interruption import interruptible
+from teacache.errors import CheckpointError, DeviceError
+from teacache.interruption import exit_code
 from teacache.jobs import Job, jobs_of
 from teacache.output import check_space, prepare_folder
 from teacache.quiet import silence_libraries
-from teacache.report import Stages, summary
+from teacache.report import Stages, print_now, summary
 
 logger = logging.getLogger("teacache")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command. Returns its exit code: 0 done, 2 wrong input, 130 interrupted.
-
-    What is neither keeps its traceback, with which Python exits with 1.
-    """
+    """Run the command. Returns its exit code, see `teacache.interruption.exit_code`."""
     args = parse_arguments(argv)
     silence_libraries()
     say = (lambda line: None) if args.quiet else print_now
-    try:
-        with interruptible():
-            if args.latents:
-                decode(args, say)
-            elif args.plan:
-                show_plan(args, jobs_of(args))
-            else:
-                sample(args, jobs_of(args), say)
-    except TeaCacheError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+
+    def work() -> None:
+        if args.latents:
+            decode(args, say)
+        elif args.plan:
+            show_plan(args, jobs_of(args))
+        else:
+            sample(args, jobs_of(args), say)
+
+    return exit_code(work)
 
 
 def sample(args: argparse.Namespace, jobs: list[Job], say: Callable[[str], None]) -> None:
@@ -161,17 +152,6 @@ def show_plan(args: argparse.Namespace, jobs: list[Job]) -> None:
         plan.plan(distances(steps), threshold, args.coefficients) for steps, threshold in runs
     ]
     print(plan.describe(policies, plan.known_costs(args.output_path, settings)))
-
-
-def print_now(line: str) -> None:
-    """Print at once, also into a pipe, where a run of minutes would otherwise stay silent.
-
-    Where nobody reads any more, as behind `| head`, the run goes on.
-    """
-    try:
-        print(line, flush=True)
-    except OSError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
 
 
 if __name__ == "__main__":

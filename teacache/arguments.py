@@ -45,7 +45,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are a line each."""
+
     def error(self, message: str) -> None:
         """One line: the usage, thirty lines of it, is what --help is for."""
         self.exit(2, f"error: {one_line(readers.without_password(message))} (see --help)\n")
@@ -53,14 +55,16 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser, published arguments first."""
-    parser = _Parser(
+    parser = OneLineParser(
         prog="teacache_sample_video.py",
         description="Sample an identity-preserving video with ConsisID and TeaCache.",
         allow_abbrev=False,
     )
     _add_published(parser.add_argument_group("as published"))
     _add_video(parser.add_argument_group("the video"))
-    _add_machine(parser.add_argument_group("the machine"))
+    machine = parser.add_argument_group("the machine")
+    _add_machine(machine)
+    _add_acceleration(machine)
     _add_sweep(parser.add_argument_group("several videos, and what to expect of one"))
     return parser
 
@@ -113,14 +117,7 @@ def _add_published(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="denoising steps (default: %(default)s)",
     )
-    add(
-        "--output_path",
-        type=readers.path,
-        default=Path("./teacache_results"),
-        metavar="DIR",
-        help="folder of the results, {seed}_{rel_l1_thresh}_{index:04d}.mp4 and .json "
-        "(default: %(default)s)",
-    )
+    add_output_path(group, "the results, {seed}_{rel_l1_thresh}_{index:04d}.mp4 and .json")
 
 
 def _add_video(group: argparse._ArgumentGroup) -> None:
@@ -160,7 +157,8 @@ def _add_video(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_machine(group: argparse._ArgumentGroup) -> None:
+def add_device(group: argparse._ActionsContainer) -> None:
+    """`--device` and `--dtype`, of every command that computes."""
     add = group.add_argument
     add(
         "--device",
@@ -176,6 +174,26 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
         default="auto",
         help="auto, the default, is bfloat16 on CUDA and float32 on a CPU",
     )
+
+
+def add_output_path(group: argparse._ActionsContainer, what: str) -> None:
+    """`--output_path`.
+
+    Args:
+        what: the files that come there.
+    """
+    group.add_argument(
+        "--output_path",
+        type=readers.path,
+        default=Path("./teacache_results"),
+        metavar="DIR",
+        help=f"folder of {what} (default: %(default)s)",
+    )
+
+
+def _add_machine(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add_device(group)
     add(
         "--offload",
         choices=("none", "model", "sequential"),
@@ -188,6 +206,23 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="run the VAE in tiles: less memory, not bit for bit",
     )
+    add(
+        "--coefficients",
+        type=readers.coefficients,
+        default=COGVIDEOX_5B,
+        metavar="FILE",
+        help="JSON with other coefficients of the rescaling polynomial: values, highest power "
+        f"first, and fitted_range (default: {COGVIDEOX_5B.source})",
+    )
+    add(
+        "--quiet",
+        action="store_true",
+        help="print nothing on standard output but the videos' paths",
+    )
+
+
+def _add_acceleration(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add(
         "--attention",
         default="auto",
@@ -218,19 +253,6 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
         action="store_false",
         help="compute the embeddings of face and prompt anew, instead of keeping them in the "
         "cache folder from run to run",
-    )
-    add(
-        "--coefficients",
-        type=readers.coefficients,
-        default=COGVIDEOX_5B,
-        metavar="FILE",
-        help="JSON with other coefficients of the rescaling polynomial: values, highest power "
-        f"first, and fitted_range (default: {COGVIDEOX_5B.source})",
-    )
-    add(
-        "--quiet",
-        action="store_true",
-        help="print nothing on standard output but the videos' paths",
     )
 
 

@@ -6,18 +6,16 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import statistics
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from teacache import readers
-from teacache.errors import TeaCacheError
-from teacache.interruption import interruptible
+from teacache.arguments import OneLineParser, add_device, add_output_path
+from teacache.interruption import exit_code
 from teacache.output import claimed_stem, prepare_folder, written_whole
 from teacache.quiet import silence_libraries
-from teacache.report import write_record
+from teacache.report import versions, write_record
 from teacache.tables import markdown_table
 
 if TYPE_CHECKING:
@@ -41,20 +39,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run the benchmark. Returns its exit code, as the sampler's command does."""
     args = _parse(argv)
     silence_libraries()
-    try:
-        with interruptible():
-            _benchmark(args)
-    except TeaCacheError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: _benchmark(args))
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python3 -m teacache.benchmark",
         description="Measure the plain pipeline, TeaCache and its accelerations side by side, "
         "alternating, in one run.",
@@ -96,20 +85,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--compile", action="store_true", help="measure compiled layers too")
     add("--quantize", choices=("fp8",), help="measure float8 layers too")
     add("--rounds", type=readers.positive, default=3, metavar="N", help="(default: %(default)s)")
-    add("--device", default="auto", metavar="DEVICE", help="auto, cuda, cuda:N or cpu")
-    add(
-        "--dtype",
-        choices=("auto", "bfloat16", "float16", "float32"),
-        default="auto",
-        help="auto, the default, is bfloat16 on CUDA and float32 on a CPU",
-    )
-    add(
-        "--output_path",
-        type=Path,
-        default=Path("./teacache_results"),
-        metavar="DIR",
-        help="folder of benchmark_{index:04d}.md and .json (default: %(default)s)",
-    )
+    add_device(parser)
+    add_output_path(parser, "benchmark_{index:04d}.md and .json")
     args = parser.parse_args(argv)
     if not args.ckpts_path and not args.random_weights:
         args.random_weights = "small"
@@ -157,13 +134,14 @@ def _benchmark(args: argparse.Namespace) -> None:
     for row in rows:
         for name in ("computed step", "whole video"):
             row["ratios"][name] = rows[0][name]["median"] / row[name]["median"]
-    report = _markdown(_about(args, bench), rows)
+    about = _about(args, bench)
+    report = _markdown(about, rows)
     print(report)
     with claimed_stem(args.output_path, "benchmark") as stem:
         with written_whole(stem, ".md") as path:
             path.write_text(report + "\n", encoding="utf-8")
         with written_whole(stem, ".json") as path:
-            write_record({"about": _about(args, bench), "rows": rows}, path)
+            write_record({"about": about, "rows": rows}, path)
     print(f"{stem}.md\n{stem}.json", file=sys.stderr)
 
 
@@ -242,10 +220,7 @@ def _about(args: argparse.Namespace, bench: Bench) -> dict[str, object]:
         "video": f"{size.num_frames} frames of {size.width}x{size.height}",
         "denoising steps": f"{args.num_infer_steps}{given}",
         "rounds": args.rounds,
-        "versions": ", ".join(
-            f"{package} {importlib.metadata.version(package)}"
-            for package in ("torch", "diffusers", "transformers")
-        ),
+        "versions": ", ".join(f"{package} {version}" for package, version in versions().items()),
         **bench.before_the_loop,
     }
 

@@ -169,10 +169,11 @@ def condition(
         used |= {job.negative_prompt for job in jobs}
     folder = conditioning.checkpoint
     pipeline = [folder / "transformer", folder / "vae"]
-    read_ahead([folder / "text_encoder"] if conditioning.lacks(used) else pipeline)
+    text_encoder_first = conditioning.lacks(used)
+    read_ahead([folder / "text_encoder"] if text_encoder_first else pipeline)
     with stages.stage("identity"):
         identities = conditioning.find_identities({job.image: images[job.image] for job in jobs})
-    if conditioning.lacks(used):
+    if text_encoder_first:
         read_ahead(pipeline)
     with stages.stage("text"):
         embedded = conditioning.embed_texts(used)

@@ -48,7 +48,7 @@ class TeaCacheHandle:
         self.given_steps: frozenset[int] | None = None
         self.forward: Callable | None = None
         self.policy: Policy | None = None
-        self.step_started: list[float] = []
+        self.step_started: list[float | torch.cuda.Event] = []
         self._pipe = pipe
         self._num_inference_steps = num_inference_steps
         self._told_of_extrapolation = False

@@ -1,11 +1,13 @@
-"""Ctrl-C and SIGTERM: both end a run, wherever it is, with all that is cleaned up on the way."""
+"""How a command ends: Ctrl-C and SIGTERM, with all that is cleaned up on the way; exit codes."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+from teacache.errors import TeaCacheError
 
 _asked = False
 
@@ -46,3 +48,20 @@ def _ask(number: int, frame: object) -> None:
     global _asked
     _asked = True
     raise KeyboardInterrupt
+
+
+def exit_code(work: Callable[[], None]) -> int:
+    """Do a command's work: 0 where it is done, 2 for wrong input, 130 where it was interrupted.
+
+    What is none of these keeps its traceback, with which Python exits with 1.
+    """
+    try:
+        with interruptible():
+            work()
+    except TeaCacheError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0

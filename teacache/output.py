@@ -15,7 +15,8 @@ from teacache.errors import OutputError
 if TYPE_CHECKING:
     from teacache.checkpoint import VideoSize
 
-ENDINGS = (".mp4", ".json", ".md", ".png", ".latents.safetensors")
+LATENTS_ENDING = ".latents.safetensors"
+ENDINGS = (".mp4", ".json", ".md", ".png", LATENTS_ENDING)
 
 
 def prepare_folder(folder: Path) -> None:

@@ -7,7 +7,9 @@ import importlib.metadata
 import json
 import logging
 import math
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +20,17 @@ from teacache import interruption
 if TYPE_CHECKING:
     from teacache.handle import TeaCacheHandle
     from teacache.policy import Policy
+
+
+def print_now(line: str) -> None:
+    """Print at once, also into a pipe, where a run of minutes would otherwise stay silent.
+
+    Where nobody reads any more, as behind `| head`, the run goes on.
+    """
+    try:
+        print(line, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
 
 
 class Stages:
@@ -113,11 +126,14 @@ def build_record(
         "seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes,
         "device_name": device_name,
-        "versions": {
-            package: importlib.metadata.version(package)
-            for package in ("torch", "diffusers", "transformers")
-        },
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """The versions that figures and bits depend on most."""
+    packages = ("torch", "diffusers", "transformers")
+    return {package: importlib.metadata.version(package) for package in packages}
 
 
 def write_record(record: dict[str, object], path: Path) -> None:

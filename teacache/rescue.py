@@ -13,7 +13,7 @@ import torch
 
 from teacache.device import is_out_of_memory, out_of_memory
 from teacache.errors import ArgumentError, DeviceError, OutputError, TeaCacheError
-from teacache.output import claimed_stem, written_whole
+from teacache.output import LATENTS_ENDING, claimed_stem, written_whole
 from teacache.report import write_record
 from teacache.video import write_video
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from teacache.report import Stages
-
-ENDING = ".latents.safetensors"
 
 
 @contextlib.contextmanager
@@ -76,6 +74,7 @@ def read_latents(path: Path) -> tuple[torch.Tensor, dict[str, object]]:
 
 def write_with_record(
     pictures: list[Image.Image],
+    prefix: str,
     record: Callable[[], dict[str, object]],
     stages: Stages,
     args: argparse.Namespace,
@@ -83,10 +82,9 @@ def write_with_record(
     """Write a video, and then its record beside it.
 
     Args:
+        prefix: of their names, see `teacache.output.claimed_stem`.
         record: called once the video is written, so that it holds the seconds of that too.
     """
-    before = record()
-    prefix = f"{before['seed']}_{before['rel_l1_thresh']}"
     with claimed_stem(args.output_path, prefix) as stem:
         with written_whole(stem, ".mp4") as path:
             with stages.stage("writing"):
@@ -117,7 +115,8 @@ def decode_latents(
     with stages.stage("decoding"):
         pictures = sampler.decode(pipe, latents.to(device))
     try:
-        return write_with_record(pictures, record, stages, args)
+        prefix = f"{sampled['seed']}_{sampled['rel_l1_thresh']}"
+        return write_with_record(pictures, prefix, record, stages, args)
     except OSError as error:
         reason = error.strerror or str(error)
         raise OutputError(f"the video cannot be written: {reason}. {args.latents} stays") from error
@@ -135,7 +134,7 @@ def _keep(latents: torch.Tensor, record: dict[str, object], folder: Path) -> Pat
     prefix = f"{record['seed']}_{record['rel_l1_thresh']}"
     for place in (folder, Path(tempfile.gettempdir())):
         with contextlib.suppress(OSError), claimed_stem(place, prefix) as stem:
-            with written_whole(stem, ENDING) as path:
+            with written_whole(stem, LATENTS_ENDING) as path:
                 path.write_bytes(content)
-            return stem.with_name(stem.name + ENDING)
+            return stem.with_name(stem.name + LATENTS_ENDING)
     return None

@@ -23,7 +23,7 @@ from teacache.conditioning import Conditioning, condition
 from teacache.jobs import Job
 from teacache.output import written_whole
 from teacache.readers import without_password
-from teacache.report import Stages, build_record, denoising_bar, summary, write_record
+from teacache.report import Stages, build_record, denoising_bar, print_now, summary, write_record
 from teacache.transformer import apply_teacache
 
 if TYPE_CHECKING:
@@ -177,7 +177,8 @@ class Run:
         with rescue.latents_survive(latents, record, self.args):
             with self._room_to_decode(pipe, last), stages.stage("decoding"):
                 pictures = sampler.decode(pipe, latents)
-            video, written = rescue.write_with_record(pictures, record, stages, self.args)
+            prefix = f"{job.seed}_{job.rel_l1_thresh}"
+            video, written = rescue.write_with_record(pictures, prefix, record, stages, self.args)
         frames = np.stack([np.array(picture) for picture in pictures])
         self.results[job] = sweep.Result(job, video, written, frames)
         if len(self.jobs) > 1 or self.baseline is not None:
@@ -190,7 +191,7 @@ class Run:
             with written_whole(video.with_suffix(""), ".json") as path:
                 write_record(written, path)
         if self.args.quiet:
-            print(video, flush=True)
+            print_now(str(video))
         elif len(self.jobs) == 1:
             self.say(summary(video, written))
 
@@ -227,7 +228,7 @@ class Run:
                 self.results[job] = found
                 self.say(f"done before {found.path}")
                 if self.args.quiet:
-                    print(found.path, flush=True)
+                    print_now(str(found.path))
 
     def _drop_frames_before(self, job: Job) -> None:
         """In a long list of jobs, keep in memory only the frames of the group under way."""
@@ -289,9 +290,9 @@ class Run:
 
     def _approximations(self) -> list[str]:
         """What makes the video differ from the original sampler's by more than rounding."""
-        found = (
-            []
-            if attention.is_exact(self.backend)
-            else [f"attention {attention.short_name(self.backend)}"]
-        )
-        return [*found, *([f"quantize {self.args.quantize}"] if self.args.quantize else [])]
+        found = []
+        if not attention.is_exact(self.backend):
+            found.append(f"attention {attention.short_name(self.backend)}")
+        if self.args.quantize:
+            found.append(f"quantize {self.args.quantize}")
+        return found

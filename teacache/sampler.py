@@ -176,20 +176,7 @@ def denoise(
     generator = torch.Generator(device)
     generator.set_state(start.generator_state)
     extra = pipe.prepare_extra_step_kwargs(generator, eta=0.0)
-    rotary = None
-    if pipe.transformer.config.use_rotary_positional_embeddings:
-        rotary = pipe._prepare_rotary_positional_embeddings(
-            size.height, size.width, start.noise.shape[1], device
-        )
-    conditions = {
-        "encoder_hidden_states": text.prompt_embeds
-        if text.negative_prompt_embeds is None
-        else torch.cat([text.negative_prompt_embeds, text.prompt_embeds]),
-        "image_rotary_emb": rotary,
-        "id_cond": start.identity.id_cond,
-        "id_vit_hidden": start.identity.id_vit_hidden,
-    }
-
+    conditions = _conditions(pipe, start, text, size)
     latents, previous_value, previous_sample = start.noise, None, None
     finite = FiniteWatch(start.noise.dtype)
     # The scheduler looks its coefficients up by the timestep. Given as a number of the host's it
@@ -216,6 +203,25 @@ def denoise(
         torch.cuda.synchronize(latents.device)
     finite.check()
     return latents
+
+
+def _conditions(
+    pipe: ConsisIDPipeline, start: Start, text: Text, size: VideoSize
+) -> dict[str, object]:
+    """What the transformer is given at every step alike."""
+    rotary = None
+    if pipe.transformer.config.use_rotary_positional_embeddings:
+        rotary = pipe._prepare_rotary_positional_embeddings(
+            size.height, size.width, start.noise.shape[1], start.noise.device
+        )
+    return {
+        "encoder_hidden_states": text.prompt_embeds
+        if text.negative_prompt_embeds is None
+        else torch.cat([text.negative_prompt_embeds, text.prompt_embeds]),
+        "image_rotary_emb": rotary,
+        "id_cond": start.identity.id_cond,
+        "id_vit_hidden": start.identity.id_vit_hidden,
+    }
 
 
 def _predict(

@@ -75,10 +75,14 @@ def test_wrong_input_is_one_line(capsys, tmp_path):
     for arguments in (
         ("--ckpts_path", "tiny", "--computed_steps", "3"),
         ("--computed_steps", "99"),
+        ("--device", "gpu"),
     ):
         with pytest.raises(SystemExit) as stopped:
             main(list(arguments))
         assert stopped.value.code == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
 
 
 def test_help_is_quick_to_come():

@@ -294,17 +294,8 @@ def test_a_run_writes_nothing_into_the_checkpoint(capsys, tmp_path, tiny):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     code, *_ = main(
         capsys,
-        *(
-            "--ckpts_path",
-            folder,
-            "--image",
-            "astronaut",
-            "--num_infer_steps",
-            2,
-            "--num_frames",
-            1,
-        ),
-        *("--no_reuse_conditioning", "--output_path", tmp_path / "out"),
+        *("--ckpts_path", folder, "--image", "astronaut", "--num_frames", 1),
+        *("--num_infer_steps", 2, "--no_reuse_conditioning", "--output_path", tmp_path / "out"),
     )
     assert code == 0
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
@@ -333,16 +324,8 @@ def test_code_in_weights_does_not_run(capsys, tmp_path, tiny, name):
     trace.unlink()
     code, _, error = main(
         capsys,
-        *(
-            "--ckpts_path",
-            folder,
-            "--image",
-            "astronaut",
-            "--num_infer_steps",
-            2,
-            "--output_path",
-            tmp_path / "out",
-        ),
+        *("--ckpts_path", folder, "--image", "astronaut"),
+        *("--num_infer_steps", 2, "--output_path", tmp_path / "out"),
     )
     assert code == 2
     assert "holds more than weights, and is not read" in error

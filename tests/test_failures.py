@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -32,18 +33,18 @@ TINY = ("--ckpts_path", "tiny", "--rel_l1_thresh", 0, "--num_infer_steps", 4)
 
 
 def children(pid: int) -> list[str]:
-    """The command lines of a process's descendants."""
-    done = subprocess.run(
-        ["ps", "-e", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True
-    )
-    rows = [line.split(None, 2) for line in done.stdout.splitlines()]
-    found, parents = [], {str(pid)}
-    while True:
-        more = [row for row in rows if row[1] in parents and row[0] not in parents]
-        if not more:
-            return found
-        parents |= {row[0] for row in more}
-        found += [row[2] for row in more]
+    """The command lines of a process's descendants, as Linux lists them."""
+    parents, commands = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            status = (folder / "stat").read_text().rpartition(")")[2].split()
+            parents[int(folder.name)] = int(status[1])
+            commands[int(folder.name)] = (folder / "cmdline").read_bytes().decode()
+    found, family = [], {pid}
+    while more := {child for child, parent in parents.items() if parent in family} - family:
+        family |= more
+        found += [commands[child] for child in more]
+    return found
 
 
 @pytest.mark.parametrize(
