@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import logging
 import sys
 from collections.abc import Callable, Iterator
 
 from teacache import checkpoint as checkpoints
-from teacache import pictures
+from teacache import interruption, pictures
 from teacache.arguments import parse_arguments
 from teacache.download import download_checkpoint
 from teacache.errors import CheckpointError, DeviceError
-from teacache.interruption import exit_code
 from teacache.jobs import Job, jobs_of
 from teacache.output import check_space, prepare_folder
 from teacache.quiet import silence_libraries
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             sample(args, jobs_of(args), say)
 
-    return exit_code(work)
+    return interruption.exit_code(work)
 
 
 def sample(args: argparse.Namespace, jobs: list[Job], say: Callable[[str], None]) -> None:
@@ -80,7 +80,8 @@ def sample(args: argparse.Namespace, jobs: list[Job], say: Callable[[str], None]
             run.sample()
     finally:
         try:
-            run.report()  # also of a sweep that failed or was interrupted: what is done is done
+            # Also of a sweep that failed or was interrupted: what is done is done.
+            run.report(in_full=not interruption.asked())
         except OSError as error:
             logger.warning("the sweep's report cannot be written: %s", error.strerror or error)
 
@@ -155,4 +156,6 @@ def show_plan(args: argparse.Namespace, jobs: list[Job]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    gc.freeze()  # else Python's end looks through all that torch and diffusers made: a second more
+    sys.exit(code)

@@ -274,7 +274,8 @@ def _add_sweep(group: argparse._ArgumentGroup) -> None:
         "--latents",
         type=readers.file,
         metavar="FILE",
-        help="make the video of latents that a run has kept when it could not write them as one",
+        help="make the video of latents that a run has kept when it failed or was ended before "
+        "there was one",
     )
     add(
         "--baseline",

@@ -80,23 +80,48 @@ def check_checkpoint(folder: Path) -> None:
     found = index.get("_class_name")
     if found != "ConsisIDPipeline":
         raise CheckpointError(f"{folder} holds a {found}, not a ConsisIDPipeline")
-    needed = [folder / "face_encoder" / name for name in FACE_FILES]
-    needed.append(folder / "tokenizer" / "spiece.model")
-    needed.append(folder / "scheduler" / "scheduler_config.json")
-    weights = []
-    for component in ("text_encoder", "transformer", "vae"):
-        needed.append(folder / component / "config.json")
-        weights.extend(weight_files(folder / component))
-    missing = [p for p in (*needed, *weights) if not p.is_file() or p.stat().st_size == 0]
-    short = [p for p in weights if p not in missing and not is_whole_safetensors(p)]
-    short += [p for p in needed if p not in missing and not _is_whole_archive(p)]
+    missing = lacking(folder)
+    short = [
+        name for name in _needed(folder) if name not in missing and not _is_whole(folder / name)
+    ]
     if missing or short:
         told = [
-            f"{what}: {', '.join(str(path.relative_to(folder)) for path in paths)}"
-            for what, paths in (("missing or empty", missing), ("cut short or damaged", short))
-            if paths
+            f"{what}: {', '.join(names)}"
+            for what, names in (("missing or empty", missing), ("cut short or damaged", short))
+            if names
         ]
         raise CheckpointError(f"{folder} is not whole, {'; '.join(told)}")
+
+
+def lacking(folder: Path) -> list[str]:
+    """The files that sampling reads and the folder does not have, or has empty.
+
+    Of weights in shards, their names are known once their index is there.
+    """
+    return [
+        name
+        for name in _needed(folder)
+        if not (folder / name).is_file() or (folder / name).stat().st_size == 0
+    ]
+
+
+def _needed(folder: Path) -> list[str]:
+    """All that sampling reads of a checkpoint, as paths below it."""
+    models = [folder / name for name in ("text_encoder", "transformer", "vae")]
+    weights = [str(path.relative_to(folder)) for model in models for path in weight_files(model)]
+    return [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "tokenizer/spiece.model",
+        *(f"face_encoder/{name}" for name in FACE_FILES),
+        *(f"{model.name}/config.json" for model in models),
+        *weights,
+    ]
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file that is there has all of its content, as far as its kind lets that be seen."""
+    return is_whole_safetensors(path) if path.suffix == ".safetensors" else _is_whole_archive(path)
 
 
 def is_whole_safetensors(path: Path) -> bool:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 from teacache.errors import TeaCacheError
 
-_asked = False
+# For so long after a signal another one changes nothing: what is cleaned up is not cut short.
+CLEANING_SECONDS = 2.0
+_asked: float | None = None  # when, by the monotonic clock
 
 
 @contextlib.contextmanager
@@ -20,7 +23,7 @@ def interruptible() -> Iterator[None]:
     theirs; `check` raises it again.
     """
     global _asked
-    _asked = False
+    _asked = None
     try:
         before = {n: signal.signal(n, _ask) for n in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not in the main thread, which alone is told of signals
@@ -40,14 +43,21 @@ def interruptible() -> Iterator[None]:
 
 def check() -> None:
     """Raise KeyboardInterrupt where a signal has come, and its exception was lost."""
-    if _asked:
+    if asked():
         raise KeyboardInterrupt
+
+
+def asked() -> bool:
+    """Whether the run is to end, so that nobody waits for what takes long and need not be."""
+    return _asked is not None
 
 
 def _ask(number: int, frame: object) -> None:
     global _asked
-    _asked = True
-    raise KeyboardInterrupt
+    now = time.monotonic()
+    if _asked is None or now - _asked > CLEANING_SECONDS:
+        _asked = now
+        raise KeyboardInterrupt
 
 
 def exit_code(work: Callable[[], None]) -> int:
@@ -61,7 +71,8 @@ def exit_code(work: Callable[[], None]) -> int:
     except TeaCacheError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        told = ("interrupted", *getattr(interrupt, "__notes__", ()))
+        print(". ".join(told), file=sys.stderr)
         return 130
     return 0

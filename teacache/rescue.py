@@ -32,7 +32,7 @@ def latents_survive(
 ) -> Iterator[None]:
     """Keep a video's latents in a file where the block, which makes a video of them, fails.
 
-    An interruption is none: whoever interrupts a run has no use for it.
+    So they are where it is interrupted, by whoever would not wait or by the end of a job's time.
 
     Args:
         record: gives the video's record, as far as it is known.
@@ -42,7 +42,7 @@ def latents_survive(
     """
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
         kept = _keep(latents.cpu(), record(), args.output_path)
         told = (
             f"The latents are kept, try again with --latents {kept}" if kept else "Nothing is kept"

@@ -209,12 +209,17 @@ class Run:
     def _analyser(self) -> object:
         return faces.load_analyser(self.checkpoint)
 
-    def report(self) -> None:
-        """Write the report of a sweep, as far as it got, and show its table."""
+    def report(self, in_full: bool) -> None:
+        """Write the report of a sweep, as far as it got, and show its table.
+
+        Args:
+            in_full: with what takes seconds: decoding videos to compare them, drawing, encoding.
+        """
         results = [self.results[job] for job in self.jobs if job in self.results]
         if len(self.jobs) > 1 and results:
-            self._compare_taken_over()
-            table, files = sweep.write_sweep(self.args.output_path, results, self.args.fps)
+            if in_full:
+                self._compare_taken_over()
+            table, files = sweep.write_sweep(self.args.output_path, results, self.args.fps, in_full)
             self.say(f"\n{table}\n")
             for file in files:
                 self.say(f"sweep       {file}")

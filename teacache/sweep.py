@@ -137,17 +137,18 @@ def judge(
     return figures
 
 
-def write_sweep(folder: Path, results: list[Result], fps: int) -> tuple[str, list[Path]]:
+def write_sweep(
+    folder: Path, results: list[Result], fps: int, in_full: bool
+) -> tuple[str, list[Path]]:
     """Write the sweep's .md and .json, and the .png and .mp4 of one that is not too long for them.
 
     Args:
         results: one or more, in the order in which they were asked for.
+        in_full: whether there is time for the .png and .mp4.
 
     Returns:
         the table for the terminal, and the files.
     """
-    from teacache.figure import draw_sweep
-
     records = [result.record for result in results]
     rows = tables.sweep_rows([(result.path.stem, result.record) for result in results])
     files = []
@@ -163,7 +164,9 @@ def write_sweep(folder: Path, results: list[Result], fps: int) -> tuple[str, lis
             write_record({"rows": rows, "videos": records}, path)
         with written(".md") as path:
             path.write_text(tables.sweep_markdown(rows, records[0]), encoding="utf-8")
-        if len(results) <= MOST_SIDE_BY_SIDE:
+        if in_full and len(results) <= MOST_SIDE_BY_SIDE:
+            from teacache.figure import draw_sweep
+
             with written(".png") as path:
                 draw_sweep(rows, records, path)
             with written(".mp4") as path:

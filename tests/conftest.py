@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -34,6 +35,17 @@ def main(capsys, *arguments: object) -> tuple[int, str, str]:
     except SystemExit as end:
         code = end.code
     return code, *capsys.readouterr()
+
+
+def processes_of_session(session: int) -> list[str]:
+    """The command lines of the processes of a session that still run, as Linux lists them."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            state, _, _, its_session, *_ = (folder / "stat").read_text().rpartition(")")[2].split()
+            if int(its_session) == session and state != "Z":
+                found.append((folder / "cmdline").read_bytes().decode())
+    return [command for command in found if command]  # one that is about to end has none
 
 
 @pytest.fixture(scope="session", autouse=True)

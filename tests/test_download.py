@@ -7,15 +7,17 @@ import http.server
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, processes_of_session
 
 from teacache.checkpoint import check_checkpoint
 
@@ -26,7 +28,8 @@ REPOSITORY = "Own/Repo"
 class Hub(http.server.ThreadingHTTPServer):
     """One repository, a folder; `error` answers everything with (status, X-Error-Code), and
     `breaks_in` names a file whose first transfer ends in the middle, `short` one that is sent
-    shorter than it is listed."""
+    shorter than it is listed; the first transfer of `stalls_in` waits in the middle for
+    `released`."""
 
     daemon_threads = True
 
@@ -36,6 +39,8 @@ class Hub(http.server.ThreadingHTTPServer):
         self.error: tuple[int, str] | None = None
         self.breaks_in: str | None = None
         self.short: str | None = None
+        self.stalls_in: str | None = None
+        self.stalled, self.released = threading.Event(), threading.Event()
         self.transfers: Counter[str] = Counter()
 
     def files(self) -> list[Path]:
@@ -84,7 +89,14 @@ class Answer(http.server.BaseHTTPRequestHandler):
         headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
         if self.command == "GET":
             self.server.transfers[name] += 1
-        if self.command == "GET" and self.server.breaks_in == name:
+        if self.command == "GET" and self.server.stalls_in == name:
+            self.server.stalls_in = None
+            self.reply(content, 200, headers, sent=len(content) // 2)
+            self.wfile.flush()
+            self.server.stalled.set()
+            self.server.released.wait(60)
+            self.close_connection = True
+        elif self.command == "GET" and self.server.breaks_in == name:
             self.reply(content, 200, headers, sent=len(content) // 2)
             self.close_connection = True
             self.server.breaks_in = None
@@ -113,19 +125,20 @@ def hub(tiny, tmp_path):
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
+    server.released.set()
     server.shutdown()
     thread.join()
     server.server_close()
 
 
 @pytest.fixture
-def command(hub, tmp_path):
-    """Runs the command in an empty folder, with the hub at the server: (code, output, error)."""
+def start(hub, tmp_path):
+    """Starts the command in an empty folder, with the hub at the server."""
     here = tmp_path / "here"
     here.mkdir()
 
-    def run(*arguments: object, **environment: str) -> tuple[int, str, str]:
-        done = subprocess.run(
+    def popen(*arguments: object, **environment: str) -> subprocess.Popen:
+        return subprocess.Popen(
             [sys.executable, ROOT / "teacache_sample_video.py", *map(str, arguments)],
             cwd=here,
             env={
@@ -134,12 +147,23 @@ def command(hub, tmp_path):
                 "HF_HOME": str(tmp_path / "hf_home"),
                 **environment,
             },
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            check=False,
-            timeout=300,
+            start_new_session=True,
         )
-        return done.returncode, done.stdout, done.stderr
+
+    return popen
+
+
+@pytest.fixture
+def command(start):
+    """Runs it to its end: (code, output, error)."""
+
+    def run(*arguments: object, **environment: str) -> tuple[int, str, str]:
+        process = start(*arguments, **environment)
+        output, error = process.communicate(timeout=300)
+        return process.returncode, output, error
 
     return run
 
@@ -161,16 +185,20 @@ def test_broken_off_then_resumed_then_sampled(hub, command, tmp_path):
     assert not folder.exists()
     assert incomplete.is_dir()
 
+    had = {str(path.relative_to(incomplete)) for path in incomplete.rglob("*") if path.is_file()}
     # Without a connection the half is not taken for the whole.
     code, _, error = command(*SAMPLE, HF_HUB_OFFLINE="1")
     assert code == 2
     assert error.startswith("error: ")
     assert error.count("\n") == 1
-    assert "Without a connection, put model_index.json, scheduler/, text_encoder/" in error
+    assert "Without a connection, these are to be put there: " in error
+    told = error.split("are to be put there: ")[1].split(". --ckpts_path")[0].split(", ")
+    assert broken in told
+    assert not set(told) & had, "what has come already"
+    assert len(told) + len(had) >= 15
     assert not folder.exists()
 
     hub.error = None
-    had = {str(path.relative_to(incomplete)) for path in incomplete.rglob("*") if path.is_file()}
     before = Counter(hub.transfers)
     code, output, error = command(*SAMPLE)
     assert code == 0, error
@@ -196,6 +224,34 @@ def test_broken_off_then_resumed_then_sampled(hub, command, tmp_path):
     code, output, error = command(*SAMPLE)
     assert code == 0, "what is here needs no server any more"
     assert "download" not in output
+
+
+@pytest.mark.parametrize("by_terminal", [True, False], ids=["Ctrl-C", "SIGTERM"])
+def test_interrupted_while_the_server_stalls(hub, start, tmp_path, by_terminal):
+    """A terminal sends Ctrl-C to all of its processes, `kill` sends SIGTERM to one."""
+    incomplete = tmp_path / "here/Own/Repo.incomplete"
+    hub.stalls_in = "transformer/diffusion_pytorch_model.safetensors"
+    process = start(*SAMPLE)
+    assert hub.stalled.wait(60)
+    time.sleep(0.5)  # for what else is under way
+    sent = time.monotonic()
+    if by_terminal:
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.terminate()
+    _, error = process.communicate(timeout=60)
+    assert time.monotonic() - sent < 2
+    assert (process.returncode, error) == (130, "interrupted\n")
+    assert not processes_of_session(process.pid)
+    assert not list(incomplete.rglob("*.incomplete")), "of a file of which half has come"
+
+    had = {str(path.relative_to(incomplete)) for path in incomplete.rglob("*") if path.is_file()}
+    assert "model_index.json" in had
+    before = Counter(hub.transfers)
+    process = start(*SAMPLE)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    assert not {name for name in hub.transfers if hub.transfers[name] > before[name]} & had
 
 
 @pytest.mark.parametrize(
