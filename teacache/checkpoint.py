@@ -174,13 +174,16 @@ def video_size(
     Raises:
         ArgumentError: where the model cannot make that size, naming the nearest that it can.
     """
-    config = read_json(folder / "transformer" / "config.json", "not a checkpoint")
-    vae = read_json(folder / "vae" / "config.json", "not a checkpoint")
-    spatial = 2 ** (len(vae.get("block_out_channels", (128, 256, 256, 512))) - 1)
+    path, vae_path = folder / "transformer" / "config.json", folder / "vae" / "config.json"
+    config, vae = (read_json(each, "not a checkpoint") for each in (path, vae_path))
+    blocks = vae.get("block_out_channels", [128, 256, 256, 512])
+    if not isinstance(blocks, list) or not blocks:
+        raise CheckpointError(f"{vae_path}: block_out_channels is {blocks!r}, no list of numbers")
+    spatial = 2 ** (len(blocks) - 1)
     trained = VideoSize(
-        config.get("sample_width", 90) * spatial,
-        config.get("sample_height", 60) * spatial,
-        config.get("sample_frames", 49),
+        whole_number(path, config, "sample_width", 90) * spatial,
+        whole_number(path, config, "sample_height", 60) * spatial,
+        whole_number(path, config, "sample_frames", 49),
     )
     size = VideoSize(width or trained.width, height or trained.height, num_frames or trained[2])
 
@@ -190,7 +193,7 @@ def video_size(
             f"--width {size.width} --height {size.height}: this checkpoint has learned "
             f"positional embeddings and makes {trained.width}x{trained.height} only"
         )
-    multiple = spatial * config.get("patch_size", 2)
+    multiple = spatial * whole_number(path, config, "patch_size", 2)
     for name, pixels in (("--width", size.width), ("--height", size.height)):
         if pixels % multiple:
             below = max(pixels // multiple, 1) * multiple
@@ -198,7 +201,8 @@ def video_size(
                 f"{name} {pixels} must be a multiple of {multiple}: "
                 f"the nearest are {below} and {below + multiple}"
             )
-    _check_num_frames(size.num_frames, int(vae.get("temporal_compression_ratio", 4)))
+    ratio = whole_number(vae_path, vae, "temporal_compression_ratio", 4)
+    _check_num_frames(size.num_frames, ratio)
     if learned and size.num_frames != trained.num_frames:
         logger.warning(
             "--num_frames %d: the checkpoint has learned positional embeddings for %d frames, "
@@ -259,6 +263,23 @@ def _read_through(files: list[Path]) -> None:
                     pass
 
 
+def whole_number(path: Path, config: dict, name: str, default: int) -> int:
+    """An entry of a configuration, 1 or more; JSON may write 4 as 4.0.
+
+    Args:
+        path: where the configuration comes from, for the error.
+
+    Raises:
+        CheckpointError: where it is anything else.
+    """
+    value = config.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value < 2**31:
+        value = None
+    if value is None or value != int(value):
+        raise CheckpointError(f"{path}: {name} is {config[name]!r}, no whole number from 1 on")
+    return int(value)
+
+
 def read_json(path: Path, otherwise: str) -> dict:
     """What a JSON file of the checkpoint holds.
 
@@ -272,7 +293,9 @@ def read_json(path: Path, otherwise: str) -> dict:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: {path.parent} is {otherwise}") from None
-    except ValueError as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no JSON: {error}") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds no JSON object")

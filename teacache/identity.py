@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from teacache.errors import CheckpointError, ImageError
+from teacache.loading import reading
 from teacache.quiet import import_eva_clip
 
 logger = logging.getLogger(__name__)
@@ -84,14 +85,19 @@ def load_analyser(checkpoint: Path) -> object:
     """insightface's detector and recogniser alone, as `load_face_models` loads them too."""
     from insightface.app import FaceAnalysis
 
-    root = str(checkpoint / "face_encoder")
-    analyser = FaceAnalysis("antelopev2", root=root, providers=["CUDAExecutionProvider"])
-    analyser.prepare(ctx_id=0, det_size=(640, 640))
+    folder = checkpoint / "face_encoder"
+    with reading(folder):
+        analyser = FaceAnalysis("antelopev2", root=str(folder), providers=["CUDAExecutionProvider"])
+        analyser.prepare(ctx_id=0, det_size=(640, 640))
     return analyser
 
 
 def load_face_models(checkpoint: Path, device: torch.device, dtype: torch.dtype) -> FaceModels:
-    """Load detectors, recogniser, parser and EVA-CLIP from `face_encoder/` of the checkpoint."""
+    """Load detectors, recogniser, parser and EVA-CLIP from `face_encoder/` of the checkpoint.
+
+    Raises:
+        CheckpointError: where a file is damaged, or a .pth or .pt holds more than weights.
+    """
     consisid_eva_clip = import_eva_clip()
     from diffusers.pipelines.consisid.consisid_utils import prepare_face_models
 
@@ -100,14 +106,15 @@ def load_face_models(checkpoint: Path, device: torch.device, dtype: torch.dtype)
     # The registry is one for the process: without the second, a small EVA-CLIP registered for
     # another checkpoint would still be there for one that describes none.
     consisid_eva_clip.add_model_config(own if own.is_file() else packaged)
-    try:
-        with _no_code_in_weights():
-            return FaceModels(*prepare_face_models(str(checkpoint), str(device), dtype))
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{checkpoint / 'face_encoder'}: a .pth or .pt file is damaged, or holds more than "
-            "weights, and is not read, since that might run what it holds"
-        ) from error
+    with reading(checkpoint / "face_encoder"):
+        try:
+            with _no_code_in_weights():
+                return FaceModels(*prepare_face_models(str(checkpoint), str(device), dtype))
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{checkpoint / 'face_encoder'}: a .pth or .pt file is damaged, or holds more than "
+                "weights, and is not read, since that might run what it holds"
+            ) from error
 
 
 @contextlib.contextmanager

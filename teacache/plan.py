@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from teacache.checkpoint import read_json, weight_files
+from teacache.checkpoint import is_whole_safetensors, read_json, weight_files, whole_number
 from teacache.errors import ArgumentError, CheckpointError
 from teacache.jobs import Job
 from teacache.policy import Coefficients, Policy, relative_l1
@@ -28,6 +28,7 @@ from teacache.tables import aligned
 
 # A planned threshold is a multiple of this: fine enough, and short in a file name.
 RESOLUTION = 0.0001
+HIGHEST = 1e9  # Coefficients may be of any size. No planned threshold is higher.
 
 
 def scheduler_timesteps(checkpoint: Path, num_infer_steps: int) -> list[int]:
@@ -36,8 +37,9 @@ def scheduler_timesteps(checkpoint: Path, num_infer_steps: int) -> list[int]:
     Raises:
         ArgumentError: where there are more steps than the scheduler was trained with.
     """
-    config = read_json(checkpoint / "scheduler" / "scheduler_config.json", "not a scheduler")
-    trained = config.get("num_train_timesteps", 1000)
+    path = checkpoint / "scheduler" / "scheduler_config.json"
+    config = read_json(path, "not a scheduler")
+    trained = whole_number(path, config, "num_train_timesteps", 1000)
     spacing = config.get("timestep_spacing", "leading")
     if num_infer_steps > trained:
         raise ArgumentError(
@@ -75,17 +77,24 @@ def step_distances(
         guidance_scale: above 1 the embedding is computed for a batch of two, which may round
             differently from one.
     """
-    config = read_json(checkpoint / "transformer" / "config.json", "not a transformer")
+    path = checkpoint / "transformer" / "config.json"
+    config = read_json(path, "not a transformer")
+    inner_dim = whole_number(path, config, "num_attention_heads", 30) * whole_number(
+        path, config, "attention_head_dim", 64
+    )
     activation = config.get("timestep_activation_fn", "silu")
     if activation != "silu":
         raise CheckpointError(
             f"{checkpoint}: a plan needs a time embedding with silu: {activation}"
         )
     weights = _time_embedding(checkpoint, device, dtype)
+    if weights["linear_1.weight"].shape[-1] != inner_dim:
+        raise CheckpointError(f"{path} does not describe the weights beside it")
     batch = 2 if guidance_scale > 1 else 1
     embeddings = []
     for timestep in scheduler_timesteps(checkpoint, num_infer_steps):
-        sinusoids = _sinusoids(torch.tensor([timestep] * batch, device=device), config).to(dtype)
+        timesteps = torch.tensor([timestep] * batch, device=device)
+        sinusoids = _sinusoids(timesteps, inner_dim, config).to(dtype)
         hidden = functional.linear(sinusoids, weights["linear_1.weight"], weights["linear_1.bias"])
         embeddings.append(
             functional.linear(
@@ -132,7 +141,8 @@ def smallest_threshold(
         return speedup(plan(distances, threshold, coefficients))
 
     covered = [x for x in distances if x is not None and coefficients.covers(x)]
-    everything = math.ceil(sum(map(coefficients.rescale, covered)) / RESOLUTION) + 1
+    total = min(sum(map(coefficients.rescale, covered)), HIGHEST)
+    everything = math.ceil(total / RESOLUTION) + 1
     best = reached(everything)
     low, high = 0, everything
     while low < high:
@@ -237,6 +247,8 @@ def _time_embedding(
     for path in weight_files(checkpoint / "transformer"):
         if not path.is_file():
             raise CheckpointError(f"{path} is missing: a plan reads the time embedding in it")
+        if not is_whole_safetensors(path):
+            raise CheckpointError(f"{path} is cut short or damaged")
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no dict
                 if name.startswith(prefix):
@@ -249,13 +261,13 @@ def _time_embedding(
     return found
 
 
-def _sinusoids(timesteps: torch.Tensor, config: dict) -> torch.Tensor:
+def _sinusoids(timesteps: torch.Tensor, inner_dim: int, config: dict) -> torch.Tensor:
     """[batch, inner dim] in float32: sines and cosines, from fast to slow.
 
     The operations and their order are those of `diffusers.models.embeddings`, since the plan has
     to equal the run to the bit.
     """
-    half = config["num_attention_heads"] * config["attention_head_dim"] // 2
+    half = inner_dim // 2
     exponent = -math.log(10000) * torch.arange(
         0, half, dtype=torch.float32, device=timesteps.device
     )

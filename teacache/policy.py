@@ -47,9 +47,9 @@ class Coefficients:
         return result
 
     def covers(self, distance: float) -> bool:
-        """Whether the fit speaks for `distance`: inside its range, and no less than nothing."""
+        """Whether the fit speaks for `distance`: inside its range, and a number from 0 on."""
         low, high = self.fitted_range
-        return low <= distance <= high and self.rescale(distance) >= 0.0
+        return low <= distance <= high and 0.0 <= self.rescale(distance) < math.inf
 
     def as_json(self) -> dict[str, object]:
         """What `from_json` reads back."""

@@ -128,10 +128,15 @@ def device(text: str) -> str:
     return text
 
 
-def coefficients(text: str) -> Coefficients:
+def coefficients(name: str) -> Coefficients:
+    """What a coefficients file holds."""
     try:
-        return Coefficients.from_json(json.loads(Path(text).read_text(encoding="utf-8")))
+        found = Coefficients.from_json(json.loads(Path(name).read_text(encoding="utf-8")))
+        text(found.source)
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text} cannot be read: {error.strerror}") from error
+        raise argparse.ArgumentTypeError(f"{name} cannot be read: {error.strerror}") from error
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{name}: source {error}") from error
     except (ArgumentError, ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
+        raise argparse.ArgumentTypeError(f"{name}: {error}") from error
+    return found

@@ -19,6 +19,7 @@ from transformers import T5EncoderModel
 
 from teacache import device as devices
 from teacache.finite import FiniteWatch
+from teacache.loading import check_whole, reading
 from teacache.quiet import no_progress_bars
 
 if TYPE_CHECKING:
@@ -79,27 +80,24 @@ def load_pipeline(
         vae_tiling: encode the face and decode the video in overlapping tiles, with less memory
             and not bit for bit.
         parts: those of `PARTS` to load; the pipeline has None for the others.
+
+    Raises:
+        CheckpointError: where files are damaged, or hold other weights than the models have.
     """
     classes = {
         "text_encoder": T5EncoderModel,
         "transformer": ConsisIDTransformer3DModel,
         "vae": AutoencoderKLCogVideoX,
     }
+    place = device if offload == "none" else torch.device("cpu")
+    models = dict.fromkeys(PARTS)
     with no_progress_bars():
-        models = {
-            name: classes[name].from_pretrained(
-                checkpoint / name,
-                dtype=dtype,
-                local_files_only=True,
-                device_map={"": device if offload == "none" else torch.device("cpu")},
-            )
-            if name in parts
-            else None
-            for name in PARTS
-        }
+        for name in parts:
+            models[name] = _load_model(classes[name], checkpoint / name, place, dtype)
         if "text_encoder" not in parts:
             models["tokenizer"] = None
-        pipe = ConsisIDPipeline.from_pretrained(checkpoint, local_files_only=True, **models)
+        with reading(checkpoint):
+            pipe = ConsisIDPipeline.from_pretrained(checkpoint, local_files_only=True, **models)
     pipe.set_progress_bar_config(disable=True)
     if vae_tiling and "vae" in parts:
         pipe.vae.enable_tiling()
@@ -108,6 +106,20 @@ def load_pipeline(
     elif offload == "sequential":
         pipe.enable_sequential_cpu_offload(device=device)
     return pipe
+
+
+def _load_model(kind: type, folder: Path, device: torch.device, dtype: torch.dtype):
+    """One model with all of its weights."""
+    with reading(folder):
+        model, found = kind.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            device_map={"": device},
+            output_loading_info=True,
+        )
+    check_whole(folder, found["missing_keys"])
+    return model
 
 
 @torch.no_grad()

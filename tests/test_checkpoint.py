@@ -14,6 +14,7 @@ import torch
 from conftest import main
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from teacache import tiny as tiny_module
 from teacache.checkpoint import (
@@ -331,6 +332,99 @@ def test_code_in_weights_does_not_run(capsys, tmp_path, tiny, name):
     assert "holds more than weights, and is not read" in error
     assert error.count("\n") == 1
     assert not trace.exists()
+
+
+def without_a_tensor(path):
+    tensors = load_file(path)
+    tensors.pop(min(tensors))
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def with_a_larger_tensor(path):
+    tensors = load_file(path)
+    name = min(tensors)
+    tensors[name] = torch.cat([tensors[name], tensors[name]])
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def noise(path):
+    path.write_bytes(b"\x80\x02junkjunk" * 100)  # begins as a pickle does
+
+
+def configured(**changed):
+    return lambda path: path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "told"),
+    [
+        ("face_encoder/models/antelopev2/glintr100.onnx", half, "face_encoder cannot be read"),
+        ("face_encoder/models/antelopev2/scrfd_10g_bnkps.onnx", noise, "face_encoder cannot be"),
+        ("face_encoder/parsing_bisenet.pth", noise, "face_encoder cannot be read"),
+        ("face_encoder/EVA02_CLIP_L_336_psz14_s6B.pt", noise, "face_encoder cannot be read"),
+        ("text_encoder/model.safetensors", without_a_tensor, "text_encoder lacks 1 of the"),
+        ("text_encoder/model.safetensors", with_a_larger_tensor, "text_encoder cannot be read"),
+        ("tokenizer/spiece.model", noise, "cannot be read: "),
+        ("transformer/diffusion_pytorch_model.safetensors", without_a_tensor, "transformer"),
+        ("transformer/diffusion_pytorch_model.safetensors", with_a_larger_tensor, "transformer"),
+        ("vae/diffusion_pytorch_model.safetensors", without_a_tensor, "vae cannot be read"),
+        ("vae/config.json", configured(block_out_channels=None), "block_out_channels is None"),
+        ("transformer/config.json", configured(sample_width=None), "sample_width is None, no"),
+        ("transformer/config.json", configured(num_layers="two"), "transformer cannot be read"),
+        ("transformer/config.json", configured(num_attention_heads=1), "transformer cannot be"),
+        ("scheduler/scheduler_config.json", configured(num_train_timesteps=1.5), "is 1.5, no"),
+        ("model_index.json", configured(scheduler=["diffusers", "Foo"]), "cannot be read"),
+    ],
+)
+def test_files_that_are_there_and_wrong_are_one_line(capsys, tmp_path, tiny, name, damage, told):
+    """Also those that the libraries would fill up with random numbers, and go on."""
+    folder = tmp_path / "mine"
+    shutil.copytree(tiny, folder)
+    damage(folder / name)
+    code, _, error = main(
+        capsys,
+        *("--ckpts_path", folder, "--image", "astronaut", "--num_infer_steps", 2),
+        *("--rel_l1_thresh", 0, "--no_reuse_conditioning", "--output_path", tmp_path / "out"),
+    )
+    assert code == 2, error
+    assert error.startswith(f"error: {folder}")
+    assert told in error
+    assert error.count("\n") == 1
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("arguments", [(), ("--plan",)])
+def test_a_folder_in_a_files_place(capsys, light, tmp_path, arguments):
+    """As any other that the system does not let be read."""
+    (light / "transformer" / "config.json").unlink()
+    (light / "transformer" / "config.json").mkdir()
+    code, _, error = main(
+        capsys,
+        *("--ckpts_path", light, "--image", "astronaut", "--output_path", tmp_path, *arguments),
+    )
+    assert code == 2
+    assert "transformer/config.json" in error
+    assert error.count("\n") == 1
+
+
+def test_a_plan_of_weights_that_are_cut_short(capsys, light):
+    path = light / "transformer" / "diffusion_pytorch_model.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[:-1])
+    code, _, error = main(capsys, "--ckpts_path", light, "--plan")
+    assert (code, error) == (2, f"error: {path} is cut short or damaged\n")
+    path.write_bytes(content)
+    edit(light / "transformer" / "config.json", num_attention_heads=1)
+    code, _, error = main(capsys, "--ckpts_path", light, "--plan")
+    assert code == 2
+    assert error == (
+        f"error: {light}/transformer/config.json does not describe the weights beside it\n"
+    )
 
 
 def test_a_face_file_that_is_cut_off_is_named(light):

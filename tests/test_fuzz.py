@@ -170,6 +170,24 @@ def test_what_no_system_takes(capsys, tmp_path, arguments, complaint):
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("size", [1e308, -1e308, 1e-308])
+def test_coefficients_of_any_size_can_be_planned_with(capsys, tmp_path, tiny, size):
+    (tmp_path / "huge.json").write_text(json.dumps({"values": [size] * 5}))
+    for arguments in (("--plan",), ("--plan", "--target_speedup", 3)):
+        code, output, error = main(
+            capsys, "--ckpts_path", "tiny", "--coefficients", tmp_path / "huge.json", *arguments
+        )
+        assert (code in (0, 2), error.count("\n") <= 1) == (True, True)
+        assert output or error.startswith("error: --target_speedup 3 cannot be reached")
+
+
+def test_a_source_that_cannot_be_written_down_again(capsys, tmp_path):
+    (tmp_path / "own.json").write_text('{"values": [1, 0, 0, 0, 0], "source": "\\ud800"}')
+    code, _, error = main(capsys, "--coefficients", tmp_path / "own.json")
+    assert code == 2
+    assert f"{tmp_path}/own.json: source holds bytes that are not UTF-8" in error
+
+
 def test_a_number_beyond_all_floats(capsys, tmp_path):
     (tmp_path / "huge.json").write_text(f'{{"values": [{10**400}, 0, 0, 0, 0]}}')
     code, _, error = main(capsys, "--coefficients", tmp_path / "huge.json")
