@@ -17,6 +17,13 @@ from teacache.errors import DeviceError
 if TYPE_CHECKING:
     import argparse
 
+# The stages of a run in which a flag takes less memory: only there it is worth a word.
+WITH_VAE = ("encoding", "decoding")
+OFFLOADED = {
+    # In the text's stage there is one model alone, which model by model would be there as well.
+    "model": ("loading", "compiling", "encoding", "denoising", "decoding"),
+    "sequential": ("text", "loading", "compiling", "encoding", "denoising", "decoding"),
+}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -112,19 +119,29 @@ def out_of_memory(error: BaseException, stage: str, args: argparse.Namespace) ->
     """What to do about it, in one line: the flags that take less, those first that cost little.
 
     Args:
+        stage: as `teacache.report.Stages` names it.
         args: the command's, for what has been tried already.
     """
     asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
     found = f" (asked for {asked[1]})" if asked else ""
-    steps = ("none", "model", "sequential")
-    flags = [] if args.vae_tiling else ["--vae_tiling"]
-    flags += [f"--offload {step}" for step in steps[steps.index(args.offload) + 1 :]]
+    flags = []
+    if stage in WITH_VAE and not args.vae_tiling:
+        flags.append("--vae_tiling")
+    if _is_the_gpus(error):
+        steps = ("none", "model", "sequential")
+        untried = steps[steps.index(args.offload) + 1 :]
+        flags += [f"--offload {step}" for step in untried if stage in OFFLOADED[step]]
+        if args.keep_loaded:
+            flags.insert(0, "the same without --keep_loaded")
     if args.compile or args.quantize:  # which do not go with it
         flags = [flag for flag in flags if flag != "--offload sequential"]
-    if args.keep_loaded:
-        flags.insert(0, "the same without --keep_loaded")
-    advice = f"Try, in this order: {', '.join(flags)}" if flags else "Every flag that helps is set"
+    advice = f"Try, in this order: {', '.join(flags)}" if flags else "No further flag takes less"
     return f"out of memory while {stage}{found}. {advice}"
+
+
+def _is_the_gpus(error: BaseException) -> bool:
+    """Whether the memory that ran out is a GPU's: the host's own has errors of other kinds."""
+    return isinstance(error, torch.OutOfMemoryError) or "CUDA" in str(error)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

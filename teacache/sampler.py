@@ -18,6 +18,7 @@ from diffusers.pipelines.consisid.pipeline_consisid import draw_kps
 from transformers import T5EncoderModel
 
 from teacache import device as devices
+from teacache.errors import CheckpointError
 from teacache.finite import FiniteWatch
 from teacache.loading import check_whole, reading
 from teacache.quiet import no_progress_bars
@@ -111,13 +112,16 @@ def load_pipeline(
 def _load_model(kind: type, folder: Path, device: torch.device, dtype: torch.dtype):
     """One model with all of its weights."""
     with reading(folder):
-        model, found = kind.from_pretrained(
-            folder,
-            dtype=dtype,
-            local_files_only=True,
-            device_map={"": device},
-            output_loading_info=True,
-        )
+        try:
+            model, found = kind.from_pretrained(
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                device_map={"": device},
+                output_loading_info=True,
+            )
+        except NotImplementedError as error:  # a weight without numbers was to go to the device
+            raise CheckpointError(f"{folder} lacks some of the model's weights") from error
     check_whole(folder, found["missing_keys"])
     return model
 

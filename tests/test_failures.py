@@ -19,7 +19,8 @@ import torch
 from conftest import PROMPT, ROOT, SIZE, main, processes_of_session
 from safetensors import safe_open
 
-from teacache import interruption, rescue, sampler, video
+from teacache import identity as faces
+from teacache import interruption, rescue, run, sampler, video
 from teacache.errors import SamplingError
 from teacache.finite import FiniteWatch
 from teacache.output import check_space
@@ -205,18 +206,53 @@ def no_memory(*args, **kwargs):
 
 
 @pytest.mark.parametrize(
-    ("function", "stage"),
-    [("load_pipeline", "text"), ("prepare", "encoding"), ("denoise", "denoising")],
+    ("where", "stage", "advice"),
+    [
+        ((faces, "load_face_models"), "identity", "No further flag takes less"),
+        ((sampler, "embed_text"), "text", "--offload sequential"),
+        ((run.Run, "_load_pipeline"), "loading", "--offload model, --offload sequential"),
+        (
+            (sampler, "prepare"),
+            "encoding",
+            "--vae_tiling, --offload model, --offload sequential",
+        ),
+        ((sampler, "denoise"), "denoising", "--offload model, --offload sequential"),
+    ],
 )
-def test_out_of_memory(capsys, tmp_path, monkeypatch, function, stage):
-    monkeypatch.setattr(sampler, function, no_memory)
+def test_out_of_memory(capsys, tmp_path, monkeypatch, where, stage, advice):
+    monkeypatch.setattr(*where, no_memory)
     code, _, error = main(capsys, *TINY, "--output_path", tmp_path, "--no_reuse_conditioning")
     assert code == 2
-    assert error == (
-        f"error: out of memory while {stage} (asked for 2.50 GiB). Try, in this order: "
-        "--vae_tiling, --offload model, --offload sequential\n"
-    )
+    order = "Try, in this order: " if "--" in advice else ""
+    assert error == f"error: out of memory while {stage} (asked for 2.50 GiB). {order}{advice}\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_out_of_the_hosts_memory(capsys, tmp_path, monkeypatch, error):
+    """Where nothing can be offloaded to."""
+
+    def no_host_memory(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(sampler, "denoise", no_host_memory)
+    code, _, told = main(capsys, *TINY, "--output_path", tmp_path)
+    assert (code, told) == (
+        2,
+        "error: out of memory while denoising. No further flag takes less\n",
+    )
+    monkeypatch.setattr(sampler, "prepare", no_host_memory)
+    code, _, told = main(capsys, *TINY, "--output_path", tmp_path)
+    assert (code, told) == (
+        2,
+        "error: out of memory while encoding. Try, in this order: --vae_tiling\n",
+    )
 
 
 def test_out_of_memory_while_decoding_keeps_the_latents(capsys, tmp_path, monkeypatch):
