@@ -50,7 +50,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         """One line: the usage, thirty lines of it, is what --help is for."""
-        self.exit(2, f"error: {one_line(readers.without_password(message))} (see --help)\n")
+        self.exit(2, f"error: {one_line(readers.without_credentials(message))} (see --help)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:

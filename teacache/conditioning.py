@@ -20,7 +20,7 @@ from teacache import identity as faces
 from teacache import sampler
 from teacache.cache import fingerprint
 from teacache.checkpoint import read_ahead
-from teacache.readers import without_password
+from teacache.readers import without_credentials
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -79,7 +79,7 @@ class Conditioning:
         if missing:
             models = faces.load_face_models(self.checkpoint, self.device, self.dtype)
             for source in missing:
-                name = f"--image {without_password(source)}"
+                name = f"--image {without_credentials(source)}"
                 found[source] = faces.find_identity(
                     images[source], models, self.device, self.dtype, name
                 )

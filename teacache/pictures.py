@@ -6,13 +6,14 @@ import io
 import logging
 import re
 import struct
-import time
+import threading
 import zlib
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from teacache.errors import ImageError
-from teacache.readers import without_password
+from teacache.readers import without_credentials
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -42,7 +43,7 @@ def load_image(source: str) -> Image.Image:
         import skimage.data
 
         return Image.fromarray(skimage.data.astronaut())
-    name = f"--image {without_password(source)}"
+    name = f"--image {without_credentials(source)}"
     file = io.BytesIO(_fetch(source, name)) if "://" in source else Path(source)
     try:
         with Image.open(file) as image:
@@ -51,6 +52,8 @@ def load_image(source: str) -> Image.Image:
             if getattr(image, "n_frames", 1) > 1:
                 logger.warning("%s has %d frames: the first is taken", name, image.n_frames)
             return _upright_rgb(image)
+    except MemoryError as error:
+        raise ImageError(f"{name} takes more memory than there is: make it smaller") from error
     except Image.DecompressionBombError:
         raise ImageError(
             f"{name} has more than {MOST_PIXELS // 10**6} million pixels: make it smaller"
@@ -80,15 +83,33 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _fetch(url: str, name: str) -> bytes:
-    """The body at a URL.
+    """What is at a URL, whole within FETCH_SECONDS.
+
+    A server can drag out every part of its answer, its name's look-up and redirections included:
+    so it is read in a thread, for which nobody waits longer, nor at the end of the process.
 
     Args:
         name: of the image, in an error.
     """
+    answer: Future[bytes] = Future()
+
+    def read() -> None:
+        try:
+            answer.set_result(_body(url, name))
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        return answer.result(timeout=FETCH_SECONDS)
+    except TimeoutError as error:
+        raise ImageError(f"{name} does not arrive within {FETCH_SECONDS} s") from error
+
+
+def _body(url: str, name: str) -> bytes:
     import requests
     import urllib3
 
-    ends = time.monotonic() + FETCH_SECONDS
     body = bytearray()
     try:
         with requests.get(url, timeout=(CONNECT_SECONDS, READ_SECONDS), stream=True) as answer:
@@ -101,8 +122,6 @@ def _fetch(url: str, name: str) -> bytes:
                 body += piece
                 if len(body) > MOST_BYTES:
                     raise ImageError(f"{name} is larger than {MOST_BYTES // 10**6} MB")
-                if time.monotonic() > ends:
-                    raise ImageError(f"{name} does not arrive within {FETCH_SECONDS} s")
     except (requests.Timeout, urllib3.exceptions.TimeoutError) as error:
         raise ImageError(
             f"{name}: no answer from the server within {CONNECT_SECONDS} s to connect "

@@ -19,6 +19,9 @@ from urllib.parse import urlsplit
 from teacache.errors import ArgumentError
 from teacache.policy import Coefficients
 
+# In the names of a query's fields, of which each service has its own.
+SECRETS = ("token", "sig", "secret", "key", "pass", "pwd", "auth", "cred", "session")
+
 
 def text(given: str) -> str:
     """Any text that can be written down again: UTF-8, without control characters but white space.
@@ -56,9 +59,19 @@ def _refused_by_the_system(name: str) -> Iterator[None]:
         raise argparse.ArgumentTypeError(f"{name[:80]}: {error.strerror}") from error
 
 
-def without_password(url: str) -> str:
-    """The URL, or any text, with what stands before an @ in a host's place left out."""
-    return re.sub(r"(?<=://)[^/?#]*@", "***@", url)
+def without_credentials(url: str) -> str:
+    """The URL, or any text with URLs in it, as it may be shown and recorded.
+
+    Left out are what stands before an @ in a host's place, and in a query the values by which
+    signed URLs let their reader in.
+    """
+    without_user = re.sub(r"(?<=://)[^/?#\s]*@", "***@", url)
+    return re.sub(
+        rf"([?&;][^=&;?#\s]*(?:{'|'.join(SECRETS)})[^=&;?#\s]*=)[^&;#\s]+",
+        r"\1***",
+        without_user,
+        flags=re.IGNORECASE,
+    )
 
 
 def file(text: str) -> Path:
@@ -80,13 +93,13 @@ def image(given: str) -> str:
         try:
             scheme, host = urlsplit(source).scheme.lower(), urlsplit(source).hostname
         except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{without_password(source)}: {error}") from error
+            raise argparse.ArgumentTypeError(f"{without_credentials(source)}: {error}") from error
         if scheme not in ("http", "https"):
             raise argparse.ArgumentTypeError(
-                f"{without_password(source)} is neither http nor https"
+                f"{without_credentials(source)} is neither http nor https"
             )
         if not host:
-            raise argparse.ArgumentTypeError(f"{without_password(source)} names no host")
+            raise argparse.ArgumentTypeError(f"{without_credentials(source)} names no host")
     elif source != "astronaut":
         with _refused_by_the_system(source):
             if path.is_dir():

@@ -22,7 +22,7 @@ from teacache.cache import EmbeddingCache, cache_folder
 from teacache.conditioning import Conditioning, condition
 from teacache.jobs import Job
 from teacache.output import written_whole
-from teacache.readers import without_password
+from teacache.readers import without_credentials
 from teacache.report import Stages, build_record, denoising_bar, print_now, summary, write_record
 from teacache.transformer import apply_teacache
 
@@ -273,7 +273,7 @@ class Run:
         args = self.args
         return {
             **dataclasses.asdict(job),
-            "image": without_password(job.image),
+            "image": without_credentials(job.image),
             "image_sha256": self._digests[job.image],
             "ckpts_path": args.ckpts_path,
             "output_path": str(args.output_path),

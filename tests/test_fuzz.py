@@ -144,10 +144,36 @@ def test_seeds_at_their_limits(capsys, tmp_path, seed):
 
 
 def test_passwords_are_left_out():
-    hide = readers.without_password
+    hide = readers.without_credentials
     assert hide("https://me:secret@host/a@b.png") == "https://***@host/a@b.png"
     assert hide("https://host/a.png?x=1") == "https://host/a.png?x=1"
     assert hide("photo@home.png") == "photo@home.png"
+
+
+@pytest.mark.parametrize(
+    ("query", "shown"),
+    [
+        ("?raw=true", "?raw=true"),
+        ("?w=1&token=s3cr3t#top", "?w=1&token=***#top"),
+        ("?X-Amz-Signature=s3cr3t&X-Amz-Expires=60", "?X-Amz-Signature=***&X-Amz-Expires=60"),
+        ("?X-Amz-Credential=s3cr3t%2Fx&x-amz-security-token=s3cr3t",
+         "?X-Amz-Credential=***&x-amz-security-token=***"),
+        ("?sv=2024&se=tomorrow&sig=s3cr3t%3D", "?sv=2024&se=tomorrow&sig=***"),
+        ("?Expires=1&Key-Pair-Id=s3cr3t&Signature=s3cr3t",
+         "?Expires=1&Key-Pair-Id=***&Signature=***"),
+    ],
+)  # fmt: skip
+def test_what_lets_a_reader_in_is_left_out(capsys, tmp_path, query, shown):
+    url = f"http://127.0.0.1:9/a.png{query}"
+    assert readers.without_credentials(url) == f"http://127.0.0.1:9/a.png{shown}"
+    arguments = ("--ckpts_path", "tiny", "--output_path", tmp_path)
+    code, output, error = main(capsys, *arguments, "--image", url)
+    assert code == 2
+    assert f"--image http://127.0.0.1:9/a.png{shown} " in error
+    assert "s3cr3t" not in output + error
+    code, output, error = main(capsys, *arguments, "--image", url.replace("http", "ftp"))
+    assert code == 2
+    assert "s3cr3t" not in output + error
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import http.server
 import io
-import logging
+import json
+import socket
 import threading
 import time
 
@@ -64,26 +67,77 @@ def test_refused_as_an_argument(capsys, tmp_path, what):
     assert error.count("\n") == 1
 
 
-def test_a_picture_too_large_is_refused_by_its_header(tmp_path):
+@pytest.mark.parametrize("size", [(20_000, 20_000), (11_000, 10_000)])
+def test_a_picture_too_large_is_refused_by_its_header(capsys, tmp_path, monkeypatch, size):
     """20,000 x 20,000 of one colour is a small file; decoded, it would take 1.2 GB."""
     path = tmp_path / "large.png"
-    Image.new("1", (20_000, 20_000)).save(path)
-    before = time.monotonic()
-    with pytest.raises(ImageError, match="more than 100 million pixels"):
-        load_image(str(path))
-    assert time.monotonic() - before < 1
-    Image.new("1", (11_000, 10_000)).save(path)
-    with pytest.raises(ImageError, match="more than 100 million pixels"):
-        load_image(str(path))
+    Image.new("1", size).save(path)
+    monkeypatch.setattr(pictures, "_upright_rgb", lambda image: pytest.fail("it was decoded"))
+    code, output, error = main(
+        capsys, "--ckpts_path", "tiny", "--image", path, "--output_path", tmp_path / "o"
+    )
+    assert code == 2
+    assert error == (f"error: --image {path} has more than 100 million pixels: make it smaller\n")
+    assert "diffusers" not in output
 
 
-def test_animation(tmp_path, caplog):
-    frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "green", "blue")]
-    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
-    with caplog.at_level(logging.WARNING):
-        image = load_image(str(tmp_path / "moving.gif"))
-    assert image.getpixel((5, 5)) == (255, 0, 0)
-    assert "has 3 frames: the first is taken" in caplog.text
+def test_a_picture_that_finds_no_memory(capsys, tmp_path, photo, monkeypatch):
+    photo.save(tmp_path / "photo.png")
+
+    def no_memory(image):
+        raise MemoryError
+
+    monkeypatch.setattr(pictures, "_upright_rgb", no_memory)
+    code, _, error = main(
+        capsys, "--ckpts_path", "tiny", "--image", tmp_path / "photo.png",
+        "--output_path", tmp_path / "o",
+    )  # fmt: skip
+    assert code == 2
+    assert error.startswith(f"error: --image {tmp_path}/photo.png takes more memory than there is")
+
+
+def test_pictures_of_every_kind_become_videos(capsys, tmp_path, photo):
+    """One run over all of them; the record tells what pixels each was taken for."""
+    photo = photo.resize((200, 160))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    veiled = photo.convert("RGBA")
+    veiled.putalpha(0)
+    palette = Image.new("P", photo.size)
+    palette.putpalette([200, 0, 0, 0, 200, 0])
+    grey = photo.convert("L")
+    sixteen = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    white = Image.new("RGB", photo.size, "white")
+    made = {  # of each file: what is written, how, and the picture that it is
+        "turned.png": (photo, {"exif": exif}, photo.rotate(180)),
+        "veiled.png": (veiled, {}, white),
+        "palette.png": (palette, {"transparency": 0}, white),
+        "sixteen.png": (sixteen, {}, grey.convert("RGB")),
+        "moving.gif": (
+            white,
+            {"save_all": True, "append_images": [palette.convert("RGB"), photo]},
+            white,
+        ),
+        "print.tif": (photo.convert("CMYK"), {}, photo.convert("CMYK").convert("RGB")),
+    }
+    lines = []
+    for name, (picture, options, _) in made.items():
+        picture.save(tmp_path / name, **options)
+        lines.append(json.dumps({"image": str(tmp_path / name)}))
+    (tmp_path / "jobs.jsonl").write_text("\n".join(lines))
+    code, _, error = main(
+        capsys,
+        *("--ckpts_path", "tiny", "--jobs", tmp_path / "jobs.jsonl", "--rel_l1_thresh", 0),
+        *("--num_infer_steps", 1, "--num_frames", 1, "--output_path", tmp_path / "out"),
+    )
+    assert code == 0
+    assert "moving.gif has 3 frames: the first is taken" in error
+    records = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("42_*.json")]
+    found = {record["image"]: record["image_sha256"] for record in records}
+    assert found == {
+        str(tmp_path / name): hashlib.sha256(expected.tobytes()).hexdigest()
+        for name, (*_, expected) in made.items()
+    }
 
 
 def test_modes(tmp_path, photo):
@@ -154,7 +208,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         server = self.server
-        if self.path == "/face.png":
+        if self.path.startswith("/face.png"):
             self.answer(200, "image/png", server.picture)
         elif self.path == "/page":
             self.answer(200, "text/html; charset=utf-8", b"<html></html>")
@@ -170,6 +224,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_response(200)
             self.end_headers()
             self.pour(b"x", times=1000, pause=0.05)
+        elif self.path == "/slow-headers":
+            self.pour(b"HTTP/1.0 200 OK\r\nX-Slow: ", times=1)
+            self.pour(b"x", times=1000, pause=0.05)
+        elif self.path.startswith("/slow-loop"):
+            time.sleep(0.3)
+            self.send_response(302)
+            self.send_header("Location", "/slow-loop")
+            self.end_headers()
         elif self.path == "/silence":
             time.sleep(5)
         elif self.path == "/half":
@@ -188,6 +250,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             for _ in range(times):
                 self.wfile.write(piece)
+                self.wfile.flush()
                 time.sleep(pause)
         except ConnectionError:
             self.close_connection = True  # the reader has had enough, as it should
@@ -203,9 +266,20 @@ def server():
     server.server_close()
 
 
-def test_from_a_server(server):
-    image = load_image(f"{server.url}/face.png")
+def test_from_a_server(server, capsys, tmp_path):
+    url = server.url.replace("://", "://name:s3cr3t@") + "/face.png?token=s3cr3t"
+    image = load_image(url)
     assert (image.size, image.getpixel((0, 0))) == ((30, 20), (255, 0, 0))
+    code, output, error = main(
+        capsys,
+        *("--ckpts_path", "tiny", "--image", url, "--rel_l1_thresh", 0, "--num_infer_steps", 1),
+        *("--num_frames", 1, "--output_path", tmp_path),
+    )
+    assert code == 0
+    record = (tmp_path / "42_0.0_0000.json").read_text()
+    shown = server.url.replace("://", "://***@") + "/face.png?token=***"
+    assert json.loads(record)["image"] == shown
+    assert "s3cr3t" not in output + error + record
 
 
 @pytest.mark.parametrize(
@@ -216,14 +290,16 @@ def test_from_a_server(server):
         ("/loop", "redirects again and again"),
         ("/large", "is larger than 50 MB"),
         ("/drip", "does not arrive within 1 s"),
-        ("/silence", "no answer from the server within 10 s to connect and 1 s to read"),
+        ("/slow-headers", "does not arrive within 1 s"),
+        ("/slow-loop", "does not arrive within 1 s"),
+        ("/silence", "no answer from the server within 10 s to connect and 0.7 s to read"),
         ("/half", "cannot be fetched"),
     ],
 )
 def test_a_server_that_does_not_give_an_image(
     server, capsys, tmp_path, monkeypatch, path, complaint
 ):
-    monkeypatch.setattr(pictures, "READ_SECONDS", 1)
+    monkeypatch.setattr(pictures, "READ_SECONDS", 0.7)
     monkeypatch.setattr(pictures, "FETCH_SECONDS", 1)
     url = server.url.replace("://", "://name:secret@") + path
     before = time.monotonic()
@@ -236,6 +312,24 @@ def test_a_server_that_does_not_give_an_image(
     assert error.count("\n") == 1
     assert "secret" not in output + error
     assert time.monotonic() - before < 15, "with torch's import, and no wait of its own"
+
+
+def test_a_server_that_does_not_take_the_connection(capsys, tmp_path, monkeypatch):
+    """It listens, and its queue is full: the system leaves who comes then without an answer."""
+    monkeypatch.setattr(pictures, "CONNECT_SECONDS", 0.5)
+    with contextlib.ExitStack() as sockets:
+        listening = sockets.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(8):
+            waiting = sockets.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listening.getsockname())
+        code, _, error = main(
+            capsys,
+            *("--ckpts_path", "tiny", "--output_path", tmp_path),
+            *("--image", f"http://127.0.0.1:{listening.getsockname()[1]}/a.png"),
+        )
+    assert code == 2
+    assert "no answer from the server within 0.5 s to connect" in error
 
 
 def test_nobody_answers(capsys, tmp_path):
