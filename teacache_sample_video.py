@@ -90,18 +90,23 @@ def decode(args: argparse.Namespace, say: Callable[[str], None]) -> None:
     """Make the video of latents that an earlier run has kept."""
     stages = Stages(say)
     prepare_folder(args.output_path)
+    with stages.stage("latents"):
+        from teacache import rescue
+        from teacache.device import choose_device
+
+        latents, sampled = rescue.read_latents(args.latents)
+    args.ckpts_path = args.ckpts_path or sampled["ckpts_path"]
+    args.fps = args.fps or sampled["fps"]
+    size = checkpoints.VideoSize(*(sampled[name] for name in checkpoints.VideoSize._fields))
+    check_space(args.output_path, size, videos=1)
     with stages.stage("checkpoint"):
         checkpoint = checkpoints.local_checkpoint(args.ckpts_path)
         if checkpoint is None:
             raise CheckpointError(f"--latents needs a checkpoint: {args.ckpts_path} is not here")
         checkpoints.check_checkpoint(checkpoint)
-    with stages.stage("diffusers"):
-        from teacache import rescue
-        from teacache.device import choose_device
-
-        device = choose_device(args.device, checkpoints.is_full_size(checkpoint), args.offload)
+    device = choose_device(args.device, checkpoints.is_full_size(checkpoint), args.offload)
     with explained_out_of_memory(args, stages):
-        video, record = rescue.decode_latents(args, checkpoint, device, stages)
+        video, record = rescue.decode_latents(latents, sampled, checkpoint, device, stages, args)
     if args.quiet:
         print_now(str(video))
     else:

@@ -11,6 +11,7 @@ from teacache.policy import COGVIDEOX_5B
 
 DEFAULT_CHECKPOINT = "BestWishYsh/ConsisID-preview"
 DEFAULT_THRESHOLD = 0.1
+DEFAULT_FPS = 8
 PLANNED_THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 DEFAULT_IMAGE = (
     "https://github.com/PKU-YuanGroup/ConsisID/blob/main/asserts/example_images/2.png?raw=true"
@@ -32,7 +33,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; exit with 2 and one line where an argument is wrong.
 
     `args.coefficients` comes back as Coefficients; defaults that depend on other arguments
-    (`image`, `rel_l1_thresh`) are filled in.
+    (`image`, `rel_l1_thresh`) are filled in. With `--latents`, `ckpts_path` and `fps` that are not
+    given stay None: those of the latents' record are meant.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -40,6 +42,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("argument --target_speedup: not allowed with argument --rel_l1_thresh")
     if args.rel_l1_thresh is None:
         args.rel_l1_thresh = list(PLANNED_THRESHOLDS) if args.plan else [DEFAULT_THRESHOLD]
+    if args.ckpts_path is None and not args.latents:  # which bring the name of theirs along
+        args.ckpts_path = DEFAULT_CHECKPOINT
+    if args.fps is None and not args.latents:
+        args.fps = DEFAULT_FPS
     if args.image is None:
         args.image = "astronaut" if args.ckpts_path == "tiny" else DEFAULT_IMAGE
     return args
@@ -82,11 +88,10 @@ def _add_published(group: argparse._ArgumentGroup) -> None:
     add(
         "--ckpts_path",
         type=readers.text,
-        default=DEFAULT_CHECKPOINT,
         metavar="PATH",
         help="checkpoint folder; or a Hugging Face repository, downloaded into a folder of its "
         "name; or tiny, a small synthetic checkpoint for machines without a GPU "
-        "(default: %(default)s)",
+        f"(default: {DEFAULT_CHECKPOINT})",
     )
     add(
         "--image",
@@ -150,10 +155,9 @@ def _add_video(group: argparse._ArgumentGroup) -> None:
         )
     add(
         "--fps",
-        type=readers.positive,
-        default=8,
+        type=readers.fps,
         metavar="N",
-        help="frames a second (default: %(default)s)",
+        help=f"frames a second (default: {DEFAULT_FPS})",
     )
 
 
@@ -275,7 +279,7 @@ def _add_sweep(group: argparse._ArgumentGroup) -> None:
         type=readers.file,
         metavar="FILE",
         help="make the video of latents that a run has kept when it failed or was ended before "
-        "there was one",
+        "there was one; --ckpts_path and --fps default to that run's",
     )
     add(
         "--baseline",

@@ -6,8 +6,9 @@ import contextlib
 import io
 import logging
 import os
+import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 
 def silence_libraries() -> None:
@@ -49,16 +50,30 @@ def no_progress_bars() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def silent_programs() -> Iterator[None]:
-    """Hide what programs that are started in the block say on standard error."""
+def silent_programs() -> Iterator[Callable[[], str]]:
+    """Hide what programs that are started in the block say on standard error.
+
+    Yields:
+        a function that gives the last line of it.
+    """
     kept = os.dup(2)
     try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        said = tempfile.TemporaryFile()  # noqa: SIM115 - closed below
+    except OSError:  # no room anywhere: then it cannot be told
+        said = open(os.devnull, "w+b")  # noqa: SIM115
+
+    def last_line() -> str:
+        said.seek(0)
+        lines = said.read().decode(errors="replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+    with said:
+        try:
+            os.dup2(said.fileno(), 2)
+            yield last_line
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def import_eva_clip():

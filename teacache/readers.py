@@ -120,6 +120,11 @@ def positive(text: str) -> int:
     return _number(text, int, lambda n: n >= 1, "a whole number, 1 or more")
 
 
+def fps(text: str) -> int:
+    """Frames a second, no more than any video has: an mp4 ends at some ten thousand."""
+    return _number(text, int, lambda n: 1 <= n <= 1000, "a whole number from 1 to 1000")
+
+
 def seed(text: str) -> int:
     """A seed that torch takes: a whole number from 0 to 2^63 - 1."""
     return _number(text, int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 - 1")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from teacache.checkpoint import read_json, whole_number
 from teacache.device import is_out_of_memory, out_of_memory
 from teacache.errors import ArgumentError, DeviceError, OutputError, TeaCacheError
 from teacache.output import LATENTS_ENDING, claimed_stem, written_whole
@@ -24,6 +25,13 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from teacache.report import Stages
+
+# What is needed of a record, beside the latents, to make the video and its own record.
+RECORDED = {
+    *("seed", "rel_l1_thresh", "ckpts_path", "width", "height", "num_frames", "fps", "seconds"),
+    *("computed_steps", "reused_steps", "why_nothing_was_reused", "approximations"),
+    *("peak_memory_bytes", "device_name"),
+}
 
 
 @contextlib.contextmanager
@@ -69,6 +77,12 @@ def read_latents(path: Path) -> tuple[torch.Tensor, dict[str, object]]:
             latents, record = file.get_tensor("latents"), json.loads(file.metadata()["record"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ArgumentError(f"--latents {path} holds no latents of this command's") from error
+    lacks = RECORDED - set(record) if isinstance(record, dict) else RECORDED
+    if lacks or latents.ndim != 5 or len(latents) != 1:
+        raise ArgumentError(
+            f"--latents {path} holds no latents of this command's: "
+            + (f"its record lacks {min(lacks)}" if lacks else f"of shape {list(latents.shape)}")
+        )
     return latents, record
 
 
@@ -96,12 +110,30 @@ def write_with_record(
 
 
 def decode_latents(
-    args: argparse.Namespace, checkpoint: Path, device: torch.device, stages: Stages
+    latents: torch.Tensor,
+    sampled: dict[str, object],
+    checkpoint: Path,
+    device: torch.device,
+    stages: Stages,
+    args: argparse.Namespace,
 ) -> tuple[Path, dict[str, object]]:
-    """Make the video of `--latents`, with the record of its sampling. Needs the VAE alone."""
+    """Make the video of `--latents`. Needs the VAE alone.
+
+    Args:
+        latents, sampled: see `read_latents`.
+
+    Returns:
+        the video, and the record of its sampling and decoding.
+    """
     from teacache import sampler
 
-    latents, sampled = read_latents(args.latents)
+    path = checkpoint / "vae" / "config.json"
+    channels = whole_number(path, read_json(path, "no VAE"), "latent_channels", 16)
+    if latents.shape[2] != channels:
+        raise ArgumentError(
+            f"--latents {args.latents} have {latents.shape[2]} channels, and the VAE of "
+            f"{checkpoint} decodes {channels}"
+        )
     with stages.stage("loading"):
         pipe = sampler.load_pipeline(
             *(checkpoint, device, latents.dtype, args.offload, args.vae_tiling), parts=("vae",)
@@ -109,7 +141,11 @@ def decode_latents(
 
     def record() -> dict[str, object]:
         seconds = {**sampled["seconds"], **stages.with_total()}
-        changed = {"output_path": str(args.output_path), "fps": args.fps}
+        changed = {
+            "ckpts_path": args.ckpts_path,
+            "output_path": str(args.output_path),
+            "fps": args.fps,
+        }
         return {**sampled, **changed, "vae_tiling": args.vae_tiling, "seconds": seconds}
 
     with stages.stage("decoding"):

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
     from teacache.checkpoint import VideoSize
     from teacache.handle import TeaCacheHandle
+
+logger = logging.getLogger(__name__)
 
 
 class Run:
@@ -188,8 +191,14 @@ class Run:
                 written["quality"] = sweep.judge(
                     frames, baseline, decoded, start.identity, self._analyser
                 )
-            with written_whole(video.with_suffix(""), ".json") as path:
-                write_record(written, path)
+            try:
+                with written_whole(video.with_suffix(""), ".json") as path:
+                    write_record(written, path)
+            except OSError as error:
+                logger.warning(
+                    "%s: its record stays without the figures of quality: %s",
+                    *(video, error.strerror or error),
+                )
         if self.args.quiet:
             print_now(str(video))
         elif len(self.jobs) == 1:

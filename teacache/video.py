@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,20 +29,24 @@ def write_video(frames: list[Image.Image], path: Path, fps: int) -> None:
     """Encode frames as H.264 in yuv420p, with the encoder settings of the published sampler.
 
     Raises:
-        OSError: where the file does not hold every frame afterwards, as on a full disk, of which
-            the encoder itself may not tell.
+        OSError: where the file does not hold every frame afterwards, as on a full disk, with what
+            the encoder said last; it may end as if all were well.
     """
     from diffusers.utils import export_to_video
     from imageio_ffmpeg import count_frames_and_secs
 
-    with silent_programs():  # what went wrong is told below
-        export_to_video(frames, str(path), fps=fps)
-    try:
-        written, _ = count_frames_and_secs(path)
-    except RuntimeError as error:
-        raise OSError("the encoder has left no video: is the disk full?") from error
-    if written != len(frames):
-        raise OSError(f"the encoder wrote {written} of {len(frames)} frames: is the disk full?")
+    with silent_programs() as last_said:
+        try:
+            export_to_video(frames, str(path), fps=fps)
+            written, _ = count_frames_and_secs(path)
+        except (OSError, RuntimeError) as error:
+            written, cause = 0, error
+        else:
+            cause = None
+        if written != len(frames):
+            # ffmpeg names the part of it that speaks: [out#0/mp4 @ 0x55d0c8a1] ...
+            said = re.sub(r"^(\[[^]]*\] *)+", "", last_said()) or "it does not say why"
+            raise OSError(f"the encoder wrote {written} of {len(frames)} frames: {said}") from cause
 
 
 def read_video(path: Path) -> Video:

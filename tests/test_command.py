@@ -20,7 +20,7 @@ from conftest import PROMPT, ROOT, main
 from PIL import Image
 
 from teacache import pictures
-from teacache.arguments import build_parser, parse_arguments
+from teacache.arguments import parse_arguments
 from teacache.video import read_video, write_video
 
 COMMAND = [sys.executable, "teacache_sample_video.py"]
@@ -205,8 +205,8 @@ def test_help_imports_nothing_heavy():
 
 
 def test_published_arguments_keep_names_and_defaults():
-    defaults = vars(build_parser().parse_args([]))
-    assert parse_arguments([]).rel_l1_thresh == [0.1]
+    defaults = vars(parse_arguments([]))
+    assert defaults["rel_l1_thresh"] == [0.1]
     assert defaults["ckpts_path"] == "BestWishYsh/ConsisID-preview"
     assert defaults["seed"] == [42]
     assert defaults["num_infer_steps"] == 50
@@ -228,6 +228,7 @@ def test_published_arguments_keep_names_and_defaults():
         ("--num_infer_steps", "2.5"),
         ("--seed", "-1"),
         ("--fps", "0"),
+        ("--fps", "1001"),
         ("--height", "0"),
         ("--guidance_scale", "nan"),
         ("--device", "gpu"),

@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import PROMPT, ROOT, SIZE, main, processes_of_session
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from teacache import identity as faces
 from teacache import interruption, rescue, run, sampler, video
@@ -257,10 +258,11 @@ def test_out_of_the_hosts_memory(capsys, tmp_path, monkeypatch, error):
 
 def test_out_of_memory_while_decoding_keeps_the_latents(capsys, tmp_path, monkeypatch):
     expected = tmp_path / "expected"
-    assert main(capsys, *TINY, "--vae_tiling", "--output_path", expected)[0] == 0
+    tiled = (*TINY, "--vae_tiling", "--fps", 12)
+    assert main(capsys, *tiled, "--output_path", expected)[0] == 0
     with monkeypatch.context() as patch:
         patch.setattr(sampler, "decode", no_memory)
-        code, _, error = main(capsys, *TINY, "--vae_tiling", "--output_path", tmp_path)
+        code, _, error = main(capsys, *tiled, "--output_path", tmp_path)
     assert code == 2
     kept = tmp_path / "42_0.0_0000.latents.safetensors"
     assert error == (
@@ -271,9 +273,7 @@ def test_out_of_memory_while_decoding_keeps_the_latents(capsys, tmp_path, monkey
     assert [path for path in tmp_path.iterdir() if path.is_file()] == [kept]
 
     code, output, error = main(
-        capsys,
-        *("--ckpts_path", "tiny", "--vae_tiling", "--latents", kept),
-        *("--output_path", tmp_path / "later"),
+        capsys, "--vae_tiling", "--latents", kept, "--output_path", tmp_path / "later"
     )
     assert (code, error) == (0, "")
     assert "denoising" not in output
@@ -283,6 +283,7 @@ def test_out_of_memory_while_decoding_keeps_the_latents(capsys, tmp_path, monkey
     assert (later / f"{name}.mp4").read_bytes() == (expected / f"{name}.mp4").read_bytes()
     first, second = (json.loads((d / f"{name}.json").read_text()) for d in (expected, later))
     same = ("seed", "rel_l1_thresh", "prompt", "computed_steps", "distances", "image_sha256")
+    same += ("ckpts_path", "fps")
     assert {key: first[key] for key in same} == {key: second[key] for key in same}
     assert second["output_path"] == str(later)
     assert second["seconds"]["decoding"] > 0
@@ -290,12 +291,40 @@ def test_out_of_memory_while_decoding_keeps_the_latents(capsys, tmp_path, monkey
 
 def test_latents_of_something_else(capsys, tmp_path):
     other = tmp_path / "other.safetensors"
+
+    def complaint():
+        code, _, error = main(
+            capsys, "--ckpts_path", "tiny", "--latents", other, "--output_path", tmp_path
+        )
+        assert code == 2
+        assert error.startswith(f"error: --latents {other} ")
+        assert error.endswith("\n")
+        return error.removeprefix(f"error: --latents {other} ").strip()
+
+    none = "holds no latents of this command's"
     other.write_bytes(b"no")
-    code, _, error = main(
-        capsys, "--ckpts_path", "tiny", "--latents", other, "--output_path", tmp_path
-    )
+    assert complaint() == none
+    save_file({"latents": torch.zeros(1, 3, 16, 12, 18)}, other)
+    assert complaint() == none
+    save_file({"latents": torch.zeros(1, 3, 16, 12, 18)}, other, metadata={"record": "[]"})
+    assert complaint().startswith(f"{none}: its record lacks ")
+    whole = json.dumps(dict.fromkeys(rescue.RECORDED, 8))
+    save_file({"latents": torch.zeros(1, 3, 16)}, other, metadata={"record": whole})
+    assert complaint() == f"{none}: of shape [1, 3, 16]"
+    save_file({"latents": torch.zeros(1, 3, 4, 12, 18)}, other, metadata={"record": whole})
+    assert complaint().startswith("have 4 channels, and the VAE of ")
+
+
+def test_latents_need_room_for_their_video_too(capsys, tmp_path, monkeypatch):
+    kept = tmp_path / "kept.safetensors"
+    record = {**dict.fromkeys(rescue.RECORDED, 8), "ckpts_path": "tiny"}
+    save_file({"latents": torch.zeros(1, 3, 16, 12, 18)}, kept, {"record": json.dumps(record)})
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
+    code, output, error = main(capsys, "--latents", kept, "--output_path", tmp_path)
     assert code == 2
-    assert error == f"error: --latents {other} holds no latents of this command's\n"
+    assert error == f"error: --output_path {tmp_path} has 1 MiB free, and the run may write 2 MiB\n"
+    assert "decoding" not in output
 
 
 @pytest.fixture
@@ -331,7 +360,9 @@ def test_a_disk_that_fills_up(small_disk, tmp_path, tiny):
     (small_disk / "filler").write_bytes(b"x" * (free - 30_000))
     _, error = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert error.startswith("error: the video cannot be written: ")
+    assert error.startswith("error: the video cannot be written: the encoder wrote ")
+    assert "of 13 frames: " in error
+    assert "No space left on device. The latents are kept" in error
     assert error.count("\n") == 1
     kept = Path(re.search(r"--latents (\S+)$", error)[1])
     assert kept.parent == tmp_path, "there is no room beside the video"
@@ -435,6 +466,19 @@ def test_a_video_whose_record_cannot_be_written_has_no_name_yet(capsys, tmp_path
     assert code == 2
     assert "the video cannot be written: No space left on device. The latents are kept" in error
     assert [path.name for path in tmp_path.iterdir()] == ["42_0.0_0000.latents.safetensors"]
+
+
+def test_figures_of_quality_that_find_no_room_leave_the_record(capsys, tmp_path, monkeypatch):
+    def no_space(record, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run, "write_record", no_space)
+    code, _, error = main(capsys, *SWEEP, "--output_path", tmp_path)
+    assert code == 0
+    assert "42_0.2_0000.mp4: its record stays without the figures of quality: No space" in error
+    records = sorted(tmp_path.glob("42_*.json"))
+    assert len(records) == 2
+    assert not ["quality" for path in records if "quality" in json.loads(path.read_text())]
 
 
 def test_a_report_that_cannot_be_written_hides_nothing(capsys, tmp_path, monkeypatch):
