@@ -7,8 +7,8 @@ import logging
 import os
 import pickle
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, NamedTuple
 
 from teacache.errors import CheckpointError, ImageError
@@ -34,7 +34,8 @@ class Identity(NamedTuple):
     id_cond: [1, 1280], ArcFace's 512 numbers and EVA-CLIP's 768.
     id_vit_hidden: five hidden states of EVA-CLIP, each [1, 577, ViT width].
     face: the aligned face, 512x512, which becomes the first frame's condition.
-    kps: [5, 2], the face's key points in pixels of the image: eyes, nose, corners of the mouth.
+    kps: [5, 2], the face's key points, eyes, nose and corners of the mouth, in pixels of the image
+        as upstream looks at it, its longer side at most 1024.
     """
 
     id_cond: torch.Tensor
@@ -139,8 +140,9 @@ def find_identity(
 ) -> Identity:
     """The identity of the face in `image` (RGB, upright), the largest where there are several.
 
-    Two detectors look: insightface's for the recogniser, facexlib's to align the face. Where only
-    the second finds one, the recogniser gets the aligned face.
+    Two detectors look: insightface's for the recogniser, facexlib's to align the face. Upstream
+    takes the largest face of the first and the one in the middle of the second; here both go on
+    with the same one. Where the first does not find it, the recogniser gets the aligned face.
 
     Args:
         name: of the image, in what is said of it.
@@ -150,78 +152,92 @@ def find_identity(
     """
     import numpy as np
     import torch
-    from diffusers.pipelines.consisid.consisid_utils import process_face_embeddings_infer
+    from diffusers.pipelines.consisid import consisid_utils
 
-    boxes = _find_boxes(image, models, name)
-    several = len(boxes) > 1
-    same_face = _aligned_at(boxes[-1], models.aligner) if several else nullcontext()
-    try:
-        with torch.no_grad(), same_face:
-            id_cond, id_vit_hidden, face, kps = process_face_embeddings_infer(
-                models.aligner,
-                models.eva_clip,
-                models.recogniser,
-                models.clip_mean,
-                models.clip_std,
-                models.analyser,
-                str(device),
-                dtype,
-                np.array(image),
-                is_align_face=True,
-            )
-    except (IndexError, RuntimeError) as error:
-        # Finding no face, the upstream code stumbles over an empty list or gives up aligning.
-        if isinstance(error, IndexError) or "align face fail" in str(error):
-            raise ImageError(
-                f"{name}: no face was found in it: take one that shows a face from the front, large"
-            ) from error
-        raise
+    picture = consisid_utils.resize_numpy_image_long(np.array(image), UPSTREAM_PIXELS)
+    recognised, alignable = _choose_face(picture, models, name)
+    box = recognised[0]["bbox"] if recognised else alignable[0]
+    side = _sides(box).min() * image.width / picture.shape[1]
+    if side < SMALL_FACE_PIXELS:
+        logger.warning(
+            "%s: the face in it is %d pixels wide or high: below %d it is hardly recognised",
+            *(name, side, SMALL_FACE_PIXELS),
+        )
+    with torch.no_grad(), _aligning(alignable, models.aligner):
+        id_cond, id_vit_hidden, face, kps = consisid_utils.process_face_embeddings_infer(
+            models.aligner,
+            models.eva_clip,
+            models.recogniser,
+            models.clip_mean,
+            models.clip_std,
+            SimpleNamespace(get=lambda picture: recognised),
+            str(device),
+            dtype,
+            picture,
+            is_align_face=True,
+        )
     return Identity(id_cond, id_vit_hidden, face, kps)
 
 
-def _find_boxes(image: Image.Image, models: FaceModels, name: str) -> np.ndarray:
-    """insightface's boxes, [faces, 4]: left, top, right, bottom; the largest face last.
+def _choose_face(
+    picture: np.ndarray, models: FaceModels, name: str
+) -> tuple[list, tuple[np.ndarray, np.ndarray]]:
+    """The face to take, as each detector found it.
 
-    In pixels of the picture as upstream looks at it, its longer side 1024. Warns where there are
-    several to choose from, or the one chosen is very small.
+    Args:
+        picture: [height, width, 3], uint8 RGB.
+
+    Returns:
+        insightface's face, in a list that is empty where it does not find the one to take; and
+        facexlib's, its box (left, top, right, bottom, how sure it is) and its five landmarks.
     """
     import cv2
-    import numpy as np
-    from diffusers.pipelines.consisid.consisid_utils import resize_numpy_image_long
 
-    picture = resize_numpy_image_long(np.array(image), UPSTREAM_PIXELS)
-    found = models.analyser.get(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-    boxes = np.array([face["bbox"] for face in found]).reshape(-1, 4)
-    width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
-    order = np.argsort(width * height, kind="stable")
-    if len(boxes) > 1:
-        logger.warning("%s: %d faces were found in it, the largest is taken", name, len(boxes))
-    if len(boxes):
-        side = min(width[order[-1]], height[order[-1]]) * image.width / picture.shape[1]
-        if side < SMALL_FACE_PIXELS:
-            logger.warning(
-                "%s: the face in it is %d pixels wide or high: below %d it is hardly recognised",
-                *(name, side, SMALL_FACE_PIXELS),
-            )
-    return boxes[order]
+    bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
+    recognised = sorted(models.analyser.get(bgr), key=lambda face: _sides(face["bbox"]).prod())
+    aligner = models.aligner
+    aligner.clean_all()
+    aligner.read_image(bgr)
+    aligner.get_face_landmarks_5()
+    alignable = list(zip(aligner.det_faces, aligner.all_landmarks_5, strict=True))
+    if not alignable:
+        raise ImageError(
+            f"{name}: no face was found in it: take one that shows a face from the front, large"
+        )
+    several = len(recognised) or len(alignable)
+    if several > 1:
+        logger.warning("%s: %d faces were found in it, the largest is taken", name, several)
+    if recognised:
+        wanted = recognised[-1]["bbox"]
+
+        def distance(face: tuple[np.ndarray, np.ndarray]) -> float:  # 1: at the box's edge
+            return (abs(_middle(face[0]) - _middle(wanted)) / _sides(wanted)).max() * 2
+
+        nearest = min(alignable, key=distance)
+        if distance(nearest) < 1:
+            return recognised[-1:], nearest
+        logger.warning("%s: the detectors find different faces, the aligned one is taken", name)
+    return [], max(alignable, key=lambda face: _sides(face[0]).prod())
+
+
+def _sides(box: np.ndarray) -> np.ndarray:
+    """Width and height of a box: left, top, right, bottom."""
+    return box[2:4] - box[:2]
+
+
+def _middle(box: np.ndarray) -> np.ndarray:
+    return (box[:2] + box[2:4]) / 2
 
 
 @contextlib.contextmanager
-def _aligned_at(box: np.ndarray, aligner: FaceRestoreHelper) -> Iterator[None]:
-    """Have facexlib align the face at the box; upstream asks it for the one in the middle."""
-    import numpy as np
+def _aligning(face: tuple[np.ndarray, np.ndarray], aligner: FaceRestoreHelper) -> Iterator[None]:
+    """Have facexlib align this face, which it has found before, instead of looking anew."""
+    box, landmarks = face
 
-    find_all = aligner.get_face_landmarks_5
+    def find(**given: bool) -> None:
+        aligner.det_faces, aligner.all_landmarks_5 = [box], [landmarks]
 
-    def find_one(**given: bool) -> None:
-        find_all()
-        found = np.array(aligner.det_faces).reshape(-1, 5)  # boxes, and how sure it is
-        distances = np.linalg.norm(found[:, :2] + found[:, 2:4] - box[:2] - box[2:], axis=1)
-        nearest = distances.argsort()[:1]
-        aligner.det_faces = [aligner.det_faces[n] for n in nearest]
-        aligner.all_landmarks_5 = [aligner.all_landmarks_5[n] for n in nearest]
-
-    aligner.get_face_landmarks_5 = find_one
+    aligner.get_face_landmarks_5 = find
     try:
         yield
     finally:

@@ -117,15 +117,15 @@ def test_images_come_upright_and_in_rgb(tmp_path):
 @pytest.fixture(scope="module")
 def blind(tiny, tmp_path_factory):
     """The checkpoint with a RetinaFace that is sure of seeing nothing."""
-    folder = tmp_path_factory.mktemp("blind") / "checkpoint"
-    shutil.copytree(tiny, folder)
-    path = folder / "face_encoder" / "detection_Resnet50_Final.pth"
-    weights = torch.load(path, weights_only=True)
-    for name in weights:
-        if "ClassHead" in name and name.endswith("bias"):
-            weights[name] = torch.tensor([5.0, -5.0, 5.0, -5.0])
-    torch.save(weights, path)
-    return folder
+
+    def sure_of_nothing(weights):
+        for name in weights:
+            if "ClassHead" in name and name.endswith("bias"):
+                weights[name] = torch.tensor([5.0, -5.0, 5.0, -5.0])
+
+    return changed_retinaface(
+        tiny, tmp_path_factory.mktemp("blind") / "checkpoint", sure_of_nothing
+    )
 
 
 def command(capsys, checkpoint, image, tmp_path):
@@ -174,15 +174,92 @@ def test_several_faces(capsys, tmp_path, tiny, models, caplog):
     assert f"--image {tmp_path / 'twice.png'}: 2 faces were found in it, the largest is" in error
 
     identity = faces.find_identity(twice, models, CPU, torch.float32)
-    boxes = faces._find_boxes(twice, models, "")
-    left, top, right, bottom = boxes[-1]
-    x, y = np.array(identity.kps).mean(axis=0)
-    assert left < x < right
-    assert top < y < bottom
-    aligned = models.aligner.det_faces[0]
-    # This RetinaFace sees faces in steps of 32 pixels.
-    assert abs((aligned[0] + aligned[2]) - (left + right)) / 2 <= 32
-    assert abs((aligned[1] + aligned[3]) - (top + bottom)) / 2 <= 32
+    assert_the_same_face(identity, models)
+
+
+def assert_the_same_face(identity, models):
+    """That the recogniser's key points are those that the face was aligned by."""
+    aligned = models.aligner.all_landmarks_5[0]
+    # This RetinaFace sees faces in steps of 32 pixels, SCRFD in cells of 6.4.
+    assert np.abs(np.array(identity.kps) - aligned).max() <= 16 + 6.4
+
+
+def test_where_upstream_chooses_the_same_face_it_is_upstreams_identity(models):
+    """Hers, in the middle of the picture: bit for bit."""
+    from diffusers.pipelines.consisid.consisid_utils import process_face_embeddings_infer
+
+    moved = np.roll(np.array(pictures.load_image("astronaut")), (128, 32), axis=(0, 1))
+    identity = faces.find_identity(Image.fromarray(moved), models, CPU, torch.float32)
+    with torch.no_grad():
+        id_cond, id_vit_hidden, face, kps = process_face_embeddings_infer(
+            *(models.aligner, models.eva_clip, models.recogniser),
+            *(models.clip_mean, models.clip_std, models.analyser),
+            *("cpu", torch.float32, moved),
+        )
+    assert torch.equal(identity.id_cond, id_cond)
+    assert all(map(torch.equal, identity.id_vit_hidden, id_vit_hidden))
+    assert np.array_equal(identity.face, face)
+    assert np.array_equal(identity.kps, kps)
+
+
+@pytest.mark.parametrize("shift", [(64, -32), (32, 96), (-32, 160)])
+def test_the_face_of_one_detector_is_the_face_of_the_other(models, shift):
+    """Wherever she is in the picture, and whoever else facexlib sees nearer to its middle."""
+    moved = np.roll(np.array(pictures.load_image("astronaut")), shift, axis=(0, 1))
+    identity = faces.find_identity(Image.fromarray(moved), models, CPU, torch.float32)
+    assert np.abs(identity.kps - np.array(FACE_KPS) - shift[::-1]).max() <= 6.4
+    assert_the_same_face(identity, models)
+
+
+def changed_retinaface(tiny, folder, change):
+    """A checkpoint whose RetinaFace has other biases in its heads."""
+    shutil.copytree(tiny, folder)
+    path = folder / "face_encoder" / "detection_Resnet50_Final.pth"
+    weights = torch.load(path, weights_only=True)
+    change(weights)
+    torch.save(weights, path)
+    return folder
+
+
+def test_where_the_detectors_find_different_faces(capsys, tmp_path, tiny):
+    """SCRFD hers, RetinaFace some others: recogniser and alignment go on with one of those."""
+
+    def far_from_the_corner(weights):
+        for head, size in (("BboxHead", 2), ("LandmarkHead", 10)):
+            weights[f"{head}.2.conv1x1.bias"][:size] += 200 / 256 / 0.1
+
+    other = changed_retinaface(tiny, tmp_path / "checkpoint", far_from_the_corner)
+    code, _, error = command(capsys, other, "astronaut", tmp_path)
+    assert code == 0
+    assert "--image astronaut: the detectors find different faces, the aligned one is" in error
+
+    models = faces.load_face_models(other, CPU, torch.float32)
+    identity = faces.find_identity(pictures.load_image("astronaut"), models, CPU, torch.float32)
+    assert np.array_equal(identity.kps, models.aligner.all_landmarks_5[0])
+    recognised = models.recogniser.get_feat(models.aligner.cropped_faces[0])
+    assert np.array_equal(identity.id_cond[:, :512].numpy(), recognised)
+
+
+def test_the_largest_where_one_detector_finds_several(capsys, tmp_path, tiny):
+    """RetinaFace alone, with faces of two sizes; SCRFD knows nobody in a grey picture."""
+
+    def of_two_sizes(weights):
+        for head, size in (("BboxHead", 4), ("LandmarkHead", 10)):
+            of_anchors = weights[f"{head}.2.conv1x1.bias"]
+            of_anchors[size:] = of_anchors[:size]  # the second ones are of twice the size
+        weights["ClassHead.2.conv1x1.bias"][2:] = torch.tensor([-5.0, 5.0])
+
+    two = changed_retinaface(tiny, tmp_path / "checkpoint", of_two_sizes)
+    grey = Image.new("RGB", (300, 300), "grey")
+    grey.save(tmp_path / "grey.png")
+    code, _, error = command(capsys, two, tmp_path / "grey.png", tmp_path)
+    assert code == 0
+    assert "faces were found in it, the largest is taken" in error
+
+    models = faces.load_face_models(two, CPU, torch.float32)
+    faces.find_identity(grey, models, CPU, torch.float32)
+    left, _, right, _, _ = models.aligner.det_faces[0]
+    assert right - left == pytest.approx(140, abs=1)
 
 
 def test_a_small_face(capsys, tmp_path, tiny):
