@@ -11,7 +11,7 @@ from conftest import main
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from teacache import readers
+from teacache import readers, run
 from teacache.arguments import build_parser, parse_arguments
 from teacache.errors import ArgumentError
 from teacache.jobs import Job, jobs_of
@@ -25,8 +25,12 @@ OPTIONS = sorted(
 )
 VALUES = st.one_of(
     st.text(max_size=20),
+    st.text(min_size=250, max_size=300),
     st.integers().map(str),
+    st.integers(0, 100).map(str),
+    st.sampled_from(["8192", str(2**31), str(2**63), str(10**30), "1" * 5000, "1e308", "1e-308"]),
     st.floats().map(str),
+    st.floats(0, 10).map(str),
     st.sampled_from(["", " ", "-1", "1e400", "nan", "0x10", "1_000", "٣", "tiny", "astronaut",
                      "cuda:99", "http://", "http://[", "://", "/", "\x00", "\udcff", "a\nb"]),
 )  # fmt: skip
@@ -56,6 +60,61 @@ def test_arguments(arguments):
         assert "\n" not in said
         return
     assert all(isinstance(job, Job) and 0 <= job.seed < 2**63 for job in jobs)
+
+
+PLAUSIBLE = {
+    "--rel_l1_thresh": st.floats(0, 1) | st.floats(0, 1e308),
+    "--prompt": st.text(min_size=1),
+    "--negative_prompt": st.text(),
+    "--seed": st.integers(0, 2**63 - 1),
+    "--num_infer_steps": st.integers(1, 1200),
+    "--num_frames": st.integers(1, 60) | st.integers(1, 10**12),
+    "--width": st.integers(1, 20).map(lambda n: n * 16) | st.just(144),
+    "--height": st.integers(1, 20).map(lambda n: n * 16) | st.just(96),
+    "--guidance_scale": st.floats(0, 20) | st.floats(0, 1e308),
+    "--fps": st.integers(1, 1000),
+    "--device": st.sampled_from(["auto", "cpu", "cuda", "cuda:1"]),
+    "--dtype": st.sampled_from(["auto", "bfloat16", "float16", "float32"]),
+    "--offload": st.sampled_from(["none", "model", "sequential"]),
+    "--attention": st.sampled_from(["auto", "native", "cudnn", "flash", "sage", "flex", "xla"]),
+    "--quantize": st.just("fp8"),
+    "--target_speedup": st.floats(1, 30),
+    "--output_path": st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=30),
+    "--image": st.just("astronaut"),
+}
+
+
+def with_values(option):
+    """An option with values of any kind, or one of its own kind where it has such."""
+    anything = st.lists(VALUES, max_size=3)
+    own = PLAUSIBLE.get(option, VALUES).map(lambda value: [str(value)])
+    return st.tuples(st.just(option), st.one_of(own, own, anything))
+
+
+@pytest.mark.parametrize("mode", [(), ("--plan",)], ids=["to loading", "plan"])
+def test_a_whole_command(capsys, tmp_path, monkeypatch, tiny, mode):
+    """As far as the loading of models, in which no argument is looked at any more."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(run.Run, "sample", lambda self: None)
+
+    @settings(max_examples=300, deadline=None)
+    @given(st.lists(st.sampled_from(OPTIONS).flatmap(with_values), max_size=4))
+    @example([("--num_infer_steps", ["1000"])])
+    @example([("--num_frames", [str(10**30)])])
+    @example([("--width", [str(2**63)])])
+    @example([("--rel_l1_thresh", ["1e308"])])
+    @example([("--target_speedup", ["1e308"])])
+    @example([("--latents", ["astronaut.png"])])
+    def command(arguments):
+        argv = [word for option, values in arguments for word in (option, *values)]
+        code, _, error = main(capsys, "--ckpts_path", "tiny", *mode, *argv)
+        assert code in (0, 2)
+        said = [line for line in error.splitlines() if not line.startswith("warning: ")]
+        assert len(said) == (code == 2)
+        assert not said or said[0].startswith("error: ")
+
+    command()
 
 
 JSON = st.recursive(
