@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import os
 import shutil
-import signal
+import subprocess
 import sys
+import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from teacache.checkpoint import check_checkpoint, lacking
 from teacache.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
+from teacache.quiet import silence_libraries
 
 # All that sampling needs of the repository; it holds training data tools (data_process/) as well.
 DOWNLOADED = (
@@ -21,7 +19,7 @@ DOWNLOADED = (
     *(f"{name}/*" for name in ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")),
     "face_encoder/*",
 )
-# The hub begins a file anew that is broken off, and some have 5 GB: no more than these are lost.
+# The hub begins a file anew that was broken off, and some have 5 GB. So few are under way at once.
 FILES_AT_ONCE = 2
 
 
@@ -43,50 +41,55 @@ def download_checkpoint(repo_id: str) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):
             if not folder.is_dir():  # else another process has just finished it
-                _download(repo_id, incomplete)
-                # Without a connection the hub is content with whatever is there already.
+                failure = _download(repo_id, incomplete)
+                # What is whole needs no hub, and what the hub calls whole may not be.
+                if failure and (not incomplete.is_dir() or lacking(incomplete)):
+                    raise CheckpointError(failure)
                 check_checkpoint(incomplete)
                 shutil.rmtree(incomplete / ".cache", ignore_errors=True)
                 incomplete.rename(folder)
     except (OSError, CheckpointError) as error:
         raise CheckpointError(
             f"--ckpts_path {repo_id}: there is no such folder here, and the repository of that "
-            f"name could not be downloaded: {_reason(error)}"
+            f"name could not be downloaded: {error}"
         ) from error
     return folder
 
 
-def _download(repo_id: str, folder: Path) -> None:
-    """Have the hub's files brought by a process of their own.
+def _download(repo_id: str, folder: Path) -> str:
+    """Have the hub's files brought by a process of their own: this module, as a program.
 
-    That can be ended at any moment, where the hub's threads would each wait for their file.
+    That can be ended at any moment, where the hub's threads would each wait for their file. In a
+    session of its own it is not told of a Ctrl-C: that is for this process, which ends it. Where
+    this one is killed itself, the other sees its standard input end.
+
+    Returns:
+        why they could not be brought, and what to do; empty where they could.
     """
-    context = multiprocessing.get_context("spawn")
-    answer, told = context.Pipe(duplex=False)
-    process = context.Process(target=_fetch, args=(repo_id, folder, told), daemon=True)
-    # The process inherits what is blocked: a Ctrl-C of the terminal's is for this one alone.
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    process = None
     try:
-        process.start()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "teacache.download", repo_id, str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        told = process.stdout.read().strip()
+        if process.wait() and not told:
+            told = "the process that downloads has ended without a word"
+        return told
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    told.close()
-    try:
-        failure = answer.recv()
-    except EOFError:
-        failure = "the process that downloads was ended"
-    finally:
-        process.kill()
-        process.join()
+        if process:
+            process.kill()
+            process.wait()
         for part in folder.rglob("*.incomplete"):  # the hub begins such a file anew
-            part.unlink()
-    if failure:
-        raise CheckpointError(failure)
+            part.unlink(missing_ok=True)
 
 
-def _fetch(repo_id: str, folder: Path, told: Connection) -> None:
-    """Bring the files, and tell None, or why they could not be brought and what to do."""
+def _fetch(repo_id: str, folder: Path) -> None:
+    """Bring the files, or print in one line why they could not be brought, and what to do."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
@@ -100,13 +103,8 @@ def _fetch(repo_id: str, folder: Path, told: Connection) -> None:
             max_workers=FILES_AT_ONCE,
         )
     except Exception as error:  # the hub's, its HTTP client's, the system's: more with each release
-        told.send(f"{_reason(error)}. {_way_out(error, folder)}")
-    else:
-        told.send(None)
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        print(f"{reason}. {_way_out(error, folder)}")
 
 
 def _way_out(error: Exception, folder: Path) -> str:
@@ -122,7 +120,18 @@ def _way_out(error: Exception, folder: Path) -> str:
         return "Ask for access on its page, then log in with `hf auth login`, or set HF_TOKEN"
     if isinstance(error, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)):
         return (
-            f"Without a connection, these are to be put there: {', '.join(lacking(folder))}. "
-            "--ckpts_path tiny needs none"
+            f"Without a connection, put these into {folder}, weights as one file or as shards "
+            f"with their index: {', '.join(lacking(folder))}. --ckpts_path tiny needs none"
         )
     return "--ckpts_path tiny needs no download"
+
+
+def _end_with_standard_input() -> None:
+    sys.stdin.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=_end_with_standard_input, daemon=True).start()
+    silence_libraries()
+    _fetch(sys.argv[1], Path(sys.argv[2]))

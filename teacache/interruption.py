@@ -17,7 +17,7 @@ _asked: float | None = None  # when, by the monotonic clock
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Raise KeyboardInterrupt in the block when either signal comes.
+    """Raise KeyboardInterrupt in the block when either signal comes; then ignore both.
 
     Some libraries lose an exception that comes while they are imported, or in a callback of
     theirs; `check` raises it again.
@@ -38,7 +38,8 @@ def interruptible() -> Iterator[None]:
     finally:
         sys.unraisablehook = tell_of_lost
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # A process that is about to end as one that was interrupted is not to be killed yet.
+            signal.signal(number, signal.SIG_IGN if asked() else handler)
 
 
 def check() -> None:
@@ -68,11 +69,13 @@ def exit_code(work: Callable[[], None]) -> int:
     try:
         with interruptible():
             work()
-    except TeaCacheError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as interrupt:
-        told = ("interrupted", *getattr(interrupt, "__notes__", ()))
-        print(". ".join(told), file=sys.stderr)
-        return 130
+    except (Exception, KeyboardInterrupt) as error:
+        if asked() or isinstance(error, KeyboardInterrupt):
+            # Some libraries turn an interruption into an error of their own.
+            print(". ".join(["interrupted", *getattr(error, "__notes__", ())]), file=sys.stderr)
+            return 130
+        if isinstance(error, TeaCacheError):
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        raise
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from pathlib import Path
 
 # Before torch comes in, here and in every command that a test starts: the tests speak of a CPU,
@@ -30,10 +31,14 @@ PROMPT = "a smiling astronaut stands by the sea"
 
 def main(capsys, *arguments: object) -> tuple[int, str, str]:
     """The command within this process: (exit code, standard output, standard error)."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         code = teacache_sample_video.main([str(argument) for argument in arguments])
     except SystemExit as end:
         code = end.code
+    finally:
+        for number, handler in handlers.items():  # one that was interrupted ignores them
+            signal.signal(number, handler)
     return code, *capsys.readouterr()
 
 

@@ -50,11 +50,11 @@ def test_small_random_weights(capsys, tmp_path):
 
 def test_a_checkpoint_with_its_own_schedule(capsys, tmp_path):
     arguments = ("--ckpts_path", "tiny", "--rel_l1_thresh", 0.3, "--num_infer_steps", 9)
-    code, out, _ = run(capsys, tmp_path, *arguments, "--rounds", 1, "--attention", "flex")
+    code, out, _ = run(capsys, tmp_path, *arguments, "--rounds", 1, "--attention", "_native_math")
     assert code == 0
     rows = json.loads((tmp_path / "benchmark_0000.json").read_text())["rows"]
     names = [row["variant"] for row in rows]
-    assert names == ["plain pipeline", "TeaCache 0.3", "TeaCache 0.3 + flex"]
+    assert names == ["plain pipeline", "TeaCache 0.3", "TeaCache 0.3 + _native_math"]
     assert rows[1]["steps"] == rows[2]["steps"]
     assert rows[1]["steps"][1] > 0
     assert "- identity: " in out
@@ -141,7 +141,7 @@ def test_variants_leave_the_models_as_they_were(sample):
     transformer = bench.material.pipe.transformer
     processors = list(transformer.attn_processors.values())
     before = bench._plain_latents(3, {})[0]
-    bench.sample(measure.Variant("ours", 0.15, attention="flex"))
+    bench.sample(measure.Variant("ours", 0.15, attention="_native_math"))
     assert list(transformer.attn_processors.values()) == processors
     assert "forward" not in vars(transformer)
     assert torch.equal(bench._plain_latents(3, {})[0], before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.server
 import json
@@ -17,7 +18,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import pytest
-from conftest import ROOT, processes_of_session
+from conftest import ROOT
 
 from teacache.checkpoint import check_checkpoint
 
@@ -191,8 +192,8 @@ def test_broken_off_then_resumed_then_sampled(hub, command, tmp_path):
     assert code == 2
     assert error.startswith("error: ")
     assert error.count("\n") == 1
-    assert "Without a connection, these are to be put there: " in error
-    told = error.split("are to be put there: ")[1].split(". --ckpts_path")[0].split(", ")
+    assert "Without a connection, put these into Own/Repo.incomplete, weights" in error
+    told = error.split("with their index: ")[1].split(". --ckpts_path")[0].split(", ")
     assert broken in told
     assert not set(told) & had, "what has come already"
     assert len(told) + len(had) >= 15
@@ -226,6 +227,16 @@ def test_broken_off_then_resumed_then_sampled(hub, command, tmp_path):
     assert "download" not in output
 
 
+def downloading(here: Path) -> list[Path]:
+    """The processes that bring files to this folder."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if b"teacache.download" in (folder / "cmdline").read_bytes():
+                found += [folder] if (folder / "cwd").readlink() == here else []
+    return found
+
+
 @pytest.mark.parametrize("by_terminal", [True, False], ids=["Ctrl-C", "SIGTERM"])
 def test_interrupted_while_the_server_stalls(hub, start, tmp_path, by_terminal):
     """A terminal sends Ctrl-C to all of its processes, `kill` sends SIGTERM to one."""
@@ -234,6 +245,7 @@ def test_interrupted_while_the_server_stalls(hub, start, tmp_path, by_terminal):
     process = start(*SAMPLE)
     assert hub.stalled.wait(60)
     time.sleep(0.5)  # for what else is under way
+    assert len(downloading(tmp_path / "here")) == 1
     sent = time.monotonic()
     if by_terminal:
         os.killpg(process.pid, signal.SIGINT)
@@ -242,7 +254,7 @@ def test_interrupted_while_the_server_stalls(hub, start, tmp_path, by_terminal):
     _, error = process.communicate(timeout=60)
     assert time.monotonic() - sent < 2
     assert (process.returncode, error) == (130, "interrupted\n")
-    assert not processes_of_session(process.pid)
+    assert not downloading(tmp_path / "here")
     assert not list(incomplete.rglob("*.incomplete")), "of a file of which half has come"
 
     had = {str(path.relative_to(incomplete)) for path in incomplete.rglob("*") if path.is_file()}
@@ -252,6 +264,35 @@ def test_interrupted_while_the_server_stalls(hub, start, tmp_path, by_terminal):
     _, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
     assert not {name for name in hub.transfers if hub.transfers[name] > before[name]} & had
+
+
+def test_killed_while_the_server_stalls(hub, start, tmp_path):
+    """With no time to end anything: what downloads notices by itself."""
+    hub.stalls_in = "transformer/diffusion_pytorch_model.safetensors"
+    process = start(*SAMPLE)
+    assert hub.stalled.wait(60)
+    process.kill()
+    process.communicate()
+    ends = time.monotonic() + 5
+    while downloading(tmp_path / "here") and time.monotonic() < ends:
+        time.sleep(0.05)
+    assert not downloading(tmp_path / "here")
+
+
+def test_without_a_connection_the_last_file_may_be_brought_by_hand(hub, command, tmp_path):
+    broken = "face_encoder/detection_Resnet50_Final.pth"
+    hub.breaks_in = broken
+    code, *_ = command(*SAMPLE)
+    assert code == 2
+    incomplete = tmp_path / "here" / "Own" / "Repo.incomplete"
+    code, _, error = command(*SAMPLE, HF_HUB_OFFLINE="1")
+    assert code == 2
+    assert "put these into Own/Repo.incomplete" in error
+    for name in error.split("with their index: ")[1].split(". --ckpts_path")[0].split(", "):
+        (incomplete / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(hub.folder / name, incomplete / name)
+    code, _, error = command(*SAMPLE, HF_HUB_OFFLINE="1")
+    assert code == 0, error
 
 
 @pytest.mark.parametrize(

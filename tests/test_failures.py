@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from teacache import identity as faces
-from teacache import interruption, rescue, run, sampler, video
+from teacache import interruption, loading, rescue, run, sampler, video
 from teacache.errors import SamplingError
 from teacache.finite import FiniteWatch
 from teacache.output import check_space
@@ -120,10 +120,66 @@ def test_interrupted_while_the_encoder_runs(capsys, tmp_path, monkeypatch):
     assert seen["encoders"], "it was running"
     assert not encoders()
     assert list(tmp_path.iterdir()) == [kept]
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_another_signal_does_not_cut_cleaning_up_short():
+@pytest.fixture
+def given_back():
+    """The signals' handlers, which an interrupted command leaves as those of one that ends."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield handlers
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_without_a_signal_nothing_changes(given_back):
+    assert interruption.exit_code(lambda: None) == 0
+    assert {number: signal.getsignal(number) for number in given_back} == given_back
+
+
+def test_an_interruption_that_a_library_turns_into_its_own_error(given_back, capsys):
+    """As transformers does where one of its modules cannot be imported to the end."""
+
+    def work():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        except KeyboardInterrupt as error:
+            raise RuntimeError("failed to import") from error
+
+    with_loading = lambda: run_within(loading.reading(Path("checkpoint")), work)  # noqa: E731
+    for each in (work, with_loading):
+        assert interruption.exit_code(each) == 130
+        assert capsys.readouterr().err == "interrupted\n"
+
+
+def run_within(context, work):
+    with context:
+        work()
+
+
+def test_a_second_signal_on_the_way_out(tmp_path, tiny):
+    """0.1 s later, while Python ends."""
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "teacache_sample_video.py", *map(str, TINY)),
+            *("--output_path", str(tmp_path)),
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("diffusers"):
+            break
+    process.terminate()
+    assert process.stderr.readline() == "interrupted\n"
+    process.terminate()
+    assert process.wait(60) == 130
+    assert process.stderr.read() == ""
+
+
+def test_another_signal_does_not_cut_cleaning_up_short(given_back):
     """An impatient second Ctrl-C, or a SIGTERM for all after one for each."""
     cleaned = []
 
@@ -141,7 +197,7 @@ def test_another_signal_does_not_cut_cleaning_up_short():
     assert cleaned
 
 
-def test_a_later_signal_counts_again(monkeypatch):
+def test_a_later_signal_counts_again(given_back, monkeypatch):
     """Where a library has swallowed the first, and goes on."""
     monkeypatch.setattr(interruption, "CLEANING_SECONDS", 0.05)
     seen = []
