@@ -19,6 +19,8 @@ from teacache.jobs import Job, jobs_of
 from teacache.output import check_space, prepare_folder
 from teacache.quiet import silence_libraries
 from teacache.report import Stages, print_now, summary
+from teacache.size import VideoSize, video_size
+from teacache.video import check_encoder
 
 logger = logging.getLogger("teacache")
 
@@ -44,6 +46,7 @@ def sample(args: argparse.Namespace, jobs: list[Job], say: Callable[[str], None]
     """Every job, stage by stage: what is cheap to check comes before what is slow to load."""
     stages = Stages(say)
     prepare_folder(args.output_path)
+    check_encoder()
     with stages.stage("checkpoint"):
         checkpoint = checkpoints.local_checkpoint(args.ckpts_path)
         if checkpoint is not None:
@@ -62,7 +65,7 @@ def sample(args: argparse.Namespace, jobs: list[Job], say: Callable[[str], None]
     if checkpoint is None:
         with stages.stage("download"):
             checkpoint = download_checkpoint(args.ckpts_path)
-    size = checkpoints.video_size(checkpoint, args.width, args.height, args.num_frames)
+    size = video_size(checkpoint, args.width, args.height, args.num_frames)
     for num_infer_steps in {job.num_infer_steps for job in jobs}:
         plan.scheduler_timesteps(checkpoint, num_infer_steps)  # refuses more than there are
     check_space(args.output_path, size, len(jobs))
@@ -90,6 +93,7 @@ def decode(args: argparse.Namespace, say: Callable[[str], None]) -> None:
     """Make the video of latents that an earlier run has kept."""
     stages = Stages(say)
     prepare_folder(args.output_path)
+    check_encoder()
     with stages.stage("latents"):
         from teacache import rescue
         from teacache.device import choose_device
@@ -97,7 +101,7 @@ def decode(args: argparse.Namespace, say: Callable[[str], None]) -> None:
         latents, sampled = rescue.read_latents(args.latents)
     args.ckpts_path = args.ckpts_path or sampled["ckpts_path"]
     args.fps = args.fps or sampled["fps"]
-    size = checkpoints.VideoSize(*(sampled[name] for name in checkpoints.VideoSize._fields))
+    size = VideoSize(*(sampled[name] for name in VideoSize._fields))
     check_space(args.output_path, size, videos=1)
     with stages.stage("checkpoint"):
         checkpoint = checkpoints.local_checkpoint(args.ckpts_path)
@@ -140,7 +144,7 @@ def show_plan(args: argparse.Namespace, jobs: list[Job]) -> None:
     # A full-size checkpoint is planned for the GPU that it will be sampled on, wherever this is.
     for_gpu = args.dtype == "auto" and checkpoints.is_full_size(checkpoint)
     dtype = choose_dtype("bfloat16" if for_gpu else args.dtype, device)
-    size = checkpoints.video_size(checkpoint, args.width, args.height, args.num_frames)
+    size = video_size(checkpoint, args.width, args.height, args.num_frames)
     settings = {
         "ckpts_path": args.ckpts_path,
         **size._asdict(),

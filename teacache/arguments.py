@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from teacache import readers
-from teacache.errors import one_line
+from teacache.errors import one_line, without_credentials
 from teacache.policy import COGVIDEOX_5B
 
 DEFAULT_CHECKPOINT = "BestWishYsh/ConsisID-preview"
@@ -40,6 +40,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.target_speedup and args.rel_l1_thresh:
         parser.error("argument --target_speedup: not allowed with argument --rel_l1_thresh")
+    for other in ("plan", "jobs", "resume", "baseline", "rel_l1_thresh", "target_speedup"):
+        if args.latents and getattr(args, other):
+            parser.error(f"argument --{other}: not allowed with argument --latents")
     if args.rel_l1_thresh is None:
         args.rel_l1_thresh = list(PLANNED_THRESHOLDS) if args.plan else [DEFAULT_THRESHOLD]
     if args.ckpts_path is None and not args.latents:  # which bring the name of theirs along
@@ -56,7 +59,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         """One line: the usage, thirty lines of it, is what --help is for."""
-        self.exit(2, f"error: {one_line(readers.without_credentials(message))} (see --help)\n")
+        self.exit(2, f"error: {one_line(without_credentials(message))} (see --help)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:

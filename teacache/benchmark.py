@@ -138,9 +138,9 @@ def _benchmark(args: argparse.Namespace) -> None:
     report = _markdown(about, rows)
     print(report)
     with claimed_stem(args.output_path, "benchmark") as stem:
-        with written_whole(stem, ".md") as path:
+        with written_whole(stem, ".md") as (path,):
             path.write_text(report + "\n", encoding="utf-8")
-        with written_whole(stem, ".json") as path:
+        with written_whole(stem, ".json") as (path,):
             write_record({"about": about, "rows": rows}, path)
     print(f"{stem}.md\n{stem}.json", file=sys.stderr)
 

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import re
 import threading
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
 
-from teacache.errors import ArgumentError, CheckpointError
-
-logger = logging.getLogger(__name__)
+from teacache.errors import CheckpointError
 
 # What the face stack of diffusers reads below `face_encoder/`. What is missing of the first three
 # it would fetch from the network, unasked, in the middle of a run.
@@ -27,14 +23,7 @@ FACE_FILES = (
 )
 # Weights of more than this are not sampled with on a CPU by mistake. ConsisID-preview has 23 GB.
 FULL_SIZE_BYTES = 4 * 2**30
-
-
-class VideoSize(NamedTuple):
-    """Width and height in pixels, and the number of frames."""
-
-    width: int
-    height: int
-    num_frames: int
+MOST_HEADER_BYTES = 100 * 10**6  # of a safetensors file, by its library
 
 
 def local_checkpoint(name: str) -> Path | None:
@@ -74,16 +63,20 @@ def local_checkpoint(name: str) -> Path | None:
 
 def check_checkpoint(folder: Path) -> None:
     """Raise CheckpointError unless `folder` holds every file that sampling reads, each whole."""
-    if not (folder / "model_index.json").is_file():
-        raise CheckpointError(f"{folder} has no model_index.json: it holds {_what_instead(folder)}")
-    index = read_json(folder / "model_index.json", "not a checkpoint")
-    found = index.get("_class_name")
-    if found != "ConsisIDPipeline":
-        raise CheckpointError(f"{folder} holds a {found}, not a ConsisIDPipeline")
-    missing = lacking(folder)
-    short = [
-        name for name in _needed(folder) if name not in missing and not _is_whole(folder / name)
-    ]
+    try:
+        if not (folder / "model_index.json").is_file():
+            raise CheckpointError(
+                f"{folder} has no model_index.json: it holds {_what_instead(folder)}"
+            )
+        index = read_json(folder / "model_index.json", "not a checkpoint")
+        found = index.get("_class_name")
+        if found != "ConsisIDPipeline":
+            raise CheckpointError(f"{folder} holds a {found}, not a ConsisIDPipeline")
+        needed = _needed(folder)
+        missing = [name for name in needed if _is_missing(folder / name)]
+        short = [name for name in needed if name not in missing and not _is_whole(folder / name)]
+    except OSError as error:
+        raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from error
     if missing or short:
         told = [
             f"{what}: {', '.join(names)}"
@@ -98,11 +91,11 @@ def lacking(folder: Path) -> list[str]:
 
     Of weights in shards, their names are known once their index is there.
     """
-    return [
-        name
-        for name in _needed(folder)
-        if not (folder / name).is_file() or (folder / name).stat().st_size == 0
-    ]
+    return [name for name in _needed(folder) if _is_missing(folder / name)]
+
+
+def _is_missing(path: Path) -> bool:
+    return not path.is_file() or path.stat().st_size == 0
 
 
 def _needed(folder: Path) -> list[str]:
@@ -130,7 +123,7 @@ def is_whole_safetensors(path: Path) -> bool:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             size = path.stat().st_size
-            if not 0 < length <= size - 8:
+            if not 0 < length <= min(size - 8, MOST_HEADER_BYTES):
                 return False
             header = json.loads(file.read(length))
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name[:2] != "__"]
@@ -153,7 +146,8 @@ def _what_instead(folder: Path) -> str:
         return "a LoRA, which goes with a checkpoint"
     if "config.json" in names:
         found = read_json(folder / "config.json", "no model")
-        found = found.get("_class_name") or next(iter(found.get("architectures") or []), "unknown")
+        found = found.get("_class_name") or found.get("architectures") or "unknown"
+        found = found[0] if isinstance(found, list) else found
         return f"one model, {found}, where a checkpoint has several"
     files = sorted(name for name in names if name.endswith((".safetensors", ".ckpt", ".pt")))
     if files:
@@ -163,82 +157,17 @@ def _what_instead(folder: Path) -> str:
 
 def is_full_size(folder: Path) -> bool:
     """Whether the weights are of a size that nobody wants to sample with on a CPU by mistake."""
-    return sum(p.stat().st_size for p in folder.rglob("*.safetensors")) > FULL_SIZE_BYTES
-
-
-def video_size(
-    folder: Path, width: int | None, height: int | None, num_frames: int | None
-) -> VideoSize:
-    """The size to sample at: what is asked for, else what the transformer was trained at.
-
-    Raises:
-        ArgumentError: where the model cannot make that size, naming the nearest that it can.
-    """
-    path, vae_path = folder / "transformer" / "config.json", folder / "vae" / "config.json"
-    config, vae = (read_json(each, "not a checkpoint") for each in (path, vae_path))
-    blocks = vae.get("block_out_channels", [128, 256, 256, 512])
-    if not isinstance(blocks, list) or not blocks:
-        raise CheckpointError(f"{vae_path}: block_out_channels is {blocks!r}, no list of numbers")
-    spatial = 2 ** (len(blocks) - 1)
-    trained = VideoSize(
-        whole_number(path, config, "sample_width", 90) * spatial,
-        whole_number(path, config, "sample_height", 60) * spatial,
-        whole_number(path, config, "sample_frames", 49),
-    )
-    size = VideoSize(width or trained.width, height or trained.height, num_frames or trained[2])
-
-    learned = config.get("use_learned_positional_embeddings", False)
-    if learned and size[:2] != trained[:2]:
-        raise ArgumentError(
-            f"--width {size.width} --height {size.height}: this checkpoint has learned "
-            f"positional embeddings and makes {trained.width}x{trained.height} only"
-        )
-    multiple = spatial * whole_number(path, config, "patch_size", 2)
-    for name, pixels in (("--width", size.width), ("--height", size.height)):
-        if pixels % multiple:
-            below = max(pixels // multiple, 1) * multiple
-            raise ArgumentError(
-                f"{name} {pixels} must be a multiple of {multiple}: "
-                f"the nearest are {below} and {below + multiple}"
-            )
-    ratio = whole_number(vae_path, vae, "temporal_compression_ratio", 4)
-    _check_num_frames(size.num_frames, ratio)
-    if learned and size.num_frames != trained.num_frames:
-        logger.warning(
-            "--num_frames %d: the checkpoint has learned positional embeddings for %d frames, "
-            "for others the pipeline computes some that it was not trained with",
-            size.num_frames,
-            trained.num_frames,
-        )
-    return size
-
-
-def _check_num_frames(num_frames: int, ratio: int) -> None:
-    def made(asked: int) -> int:
-        # The VAE decodes latent frames in pairs, the odd one with the first pair. The first
-        # latent frame stands for a single frame in an odd group, for `ratio` of them in a pair.
-        latent_frames = (asked - 1) // ratio + 1
-        return latent_frames * ratio - (ratio - 1 if latent_frames % 2 else 0)
-
-    if made(num_frames) != num_frames:
-        below, above = num_frames - 1, num_frames + 1
-        while made(below) != below:
-            below -= 1
-        while made(above) != above:
-            above += 1
-        raise ArgumentError(
-            f"--num_frames {num_frames}: the VAE cannot make that many, "
-            f"the nearest are {below} and {above}"
-        )
+    files = [path for path in folder.rglob("*.safetensors") if path.is_file()]
+    return sum(path.stat().st_size for path in files) > FULL_SIZE_BYTES
 
 
 def weight_files(component: Path) -> list[Path]:
     """The safetensors files of one model: its shards where there is an index, else the one file."""
     for index in component.glob("*.safetensors.index.json"):
         weight_map = read_json(index, "not a shard index").get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{index} names no shards")
-        shards = {str(shard) for shard in weight_map.values()}
+        shards = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+        if not shards or any(Path(shard).name != shard for shard in shards):
+            raise CheckpointError(f"{index} does not name shards beside it")
         return [component / shard for shard in sorted(shards)]
     single = "model" if component.name == "text_encoder" else "diffusion_pytorch_model"
     return [component / f"{single}.safetensors"]
@@ -263,20 +192,19 @@ def _read_through(files: list[Path]) -> None:
                     pass
 
 
-def whole_number(path: Path, config: dict, name: str, default: int) -> int:
-    """An entry of a configuration, 1 or more; JSON may write 4 as 4.0.
+def whole_number(path: Path, config: dict, name: str, default: int, least: int = 1) -> int:
+    """An entry of a configuration; JSON may write 4 as 4.0.
 
     Args:
         path: where the configuration comes from, for the error.
 
     Raises:
-        CheckpointError: where it is anything else.
+        CheckpointError: where it is no whole number, or less than `least`.
     """
     value = config.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value < 2**31:
-        value = None
-    if value is None or value != int(value):
-        raise CheckpointError(f"{path}: {name} is {config[name]!r}, no whole number from 1 on")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (is_number and least <= value < 2**31 and value == int(value)):
+        raise CheckpointError(f"{path}: {name} is {value!r}, no whole number from {least} on")
     return int(value)
 
 

@@ -20,7 +20,7 @@ from teacache import identity as faces
 from teacache import sampler
 from teacache.cache import fingerprint
 from teacache.checkpoint import read_ahead
-from teacache.readers import without_credentials
+from teacache.errors import without_credentials
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

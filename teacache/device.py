@@ -17,10 +17,10 @@ from teacache.errors import DeviceError
 if TYPE_CHECKING:
     import argparse
 
-# The stages of a run in which a flag takes less memory: only there it is worth a word.
-WITH_VAE = ("encoding", "decoding")
+# The stages of a run in which a flag takes less memory: in others it is not worth a word.
+WITH_VAE = ("compiling", "encoding", "decoding")
 OFFLOADED = {
-    # In the text's stage there is one model alone, which model by model would be there as well.
+    # The text encoder is alone on the GPU: bringing it there model by model changes nothing.
     "model": ("loading", "compiling", "encoding", "denoising", "decoding"),
     "sequential": ("text", "loading", "compiling", "encoding", "denoising", "decoding"),
 }
@@ -109,9 +109,12 @@ def free_cached_memory(device: torch.device) -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch found no memory for what it was asked for, on a GPU or on the host."""
-    told = ("can't allocate memory", "CUDA error: out of memory", "ALLOC_FAILED")
+    told = (
+        *("can't allocate memory", "Cannot allocate memory", "not enough memory"),
+        *("CUDA error: out of memory", "ALLOC_FAILED"),
+    )
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in told)
+        isinstance(error, (RuntimeError, OSError)) and any(words in str(error) for words in told)
     )
 
 
@@ -128,20 +131,21 @@ def out_of_memory(error: BaseException, stage: str, args: argparse.Namespace) ->
     if stage in WITH_VAE and not args.vae_tiling:
         flags.append("--vae_tiling")
     if _is_the_gpus(error):
+        if args.keep_loaded and stage == "decoding":
+            flags.insert(0, "no --keep_loaded")
         steps = ("none", "model", "sequential")
         untried = steps[steps.index(args.offload) + 1 :]
+        if args.compile or args.quantize:
+            untried = [step for step in untried if step != "sequential"]  # refused with these
         flags += [f"--offload {step}" for step in untried if stage in OFFLOADED[step]]
-        if args.keep_loaded:
-            flags.insert(0, "the same without --keep_loaded")
-    if args.compile or args.quantize:  # which do not go with it
-        flags = [flag for flag in flags if flag != "--offload sequential"]
     advice = f"Try, in this order: {', '.join(flags)}" if flags else "No further flag takes less"
     return f"out of memory while {stage}{found}. {advice}"
 
 
 def _is_the_gpus(error: BaseException) -> bool:
     """Whether the memory that ran out is a GPU's: the host's own has errors of other kinds."""
-    return isinstance(error, torch.OutOfMemoryError) or "CUDA" in str(error)
+    told = ("CUDA", "CUDNN", "CUBLAS")
+    return isinstance(error, torch.OutOfMemoryError) or any(name in str(error) for name in told)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

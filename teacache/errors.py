@@ -1,16 +1,46 @@
 """The errors that a user can do something about; everything else keeps its traceback."""
 
+import re
+
+# Of a URL: what stands before the host's @, or where a password holds what has no place there, all
+# before the last @; the query; the fragment; a value of the query that is no credential.
+USER = re.compile(r"(?<=://)([^/?#\s]*@|[^/?#@\s]*:.*@)")
+VALUE = re.compile(r"(://[^\s?#]*\?)([^\s#]*)")
+FRAGMENT = re.compile(r"(://[^\s#]*#)\S+")
+HARMLESS = re.compile(r"(true|false|\d{1,4})")
+
 
 def one_line(message: str) -> str:
     """The message with its line breaks, and whatever else cannot be printed, written out."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
 
 
+def without_credentials(text: str) -> str:
+    """A text with URLs in it as it may be shown and recorded: without what lets a reader in.
+
+    That may be a password, or of a signed URL any value of the query, whose names differ from one
+    service to the next; only the shortest stay. What goes by a fragment is no server's business.
+    """
+
+    def masked(query: re.Match[str]) -> str:
+        fields = [field.partition("=") for field in query[2].split("&")]
+        shown = [
+            name + equals + (value if not value or HARMLESS.fullmatch(value) else "***")
+            if equals
+            else "***"
+            for name, equals, value in fields
+        ]
+        return query[1] + "&".join(shown)
+
+    text = USER.sub("***@", text)
+    return FRAGMENT.sub(r"\1***", VALUE.sub(masked, text))
+
+
 class TeaCacheError(Exception):
     """A wrong input or a missing piece of the environment, said in one line."""
 
     def __init__(self, message: str):
-        super().__init__(one_line(message))
+        super().__init__(one_line(without_credentials(message)))
 
 
 class ArgumentError(TeaCacheError):

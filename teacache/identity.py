@@ -157,11 +157,13 @@ def find_identity(
     picture = consisid_utils.resize_numpy_image_long(np.array(image), UPSTREAM_PIXELS)
     recognised, alignable = _choose_face(picture, models, name)
     box = recognised[0]["bbox"] if recognised else alignable[0]
-    side = _sides(box).min() * image.width / picture.shape[1]
+    side = _sides(box).min()
     if side < SMALL_FACE_PIXELS:
+        height, width, _ = picture.shape
         logger.warning(
-            "%s: the face in it is %d pixels wide or high: below %d it is hardly recognised",
-            *(name, side, SMALL_FACE_PIXELS),
+            "%s: the face in it is %d pixels wide or high, in a picture of %dx%d: below %d it is "
+            "hardly recognised. Cut the picture to the face",
+            *(name, side, width, height, SMALL_FACE_PIXELS),
         )
     with torch.no_grad(), _aligning(alignable, models.aligner):
         id_cond, id_vit_hidden, face, kps = consisid_utils.process_face_embeddings_infer(
@@ -170,7 +172,7 @@ def find_identity(
             models.recogniser,
             models.clip_mean,
             models.clip_std,
-            SimpleNamespace(get=lambda picture: recognised),
+            SimpleNamespace(get=lambda _: recognised),
             str(device),
             dtype,
             picture,
@@ -207,15 +209,11 @@ def _choose_face(
     several = len(recognised) or len(alignable)
     if several > 1:
         logger.warning("%s: %d faces were found in it, the largest is taken", name, several)
+    for face in reversed(recognised):
+        distances = [_distance(box, face["bbox"]) for box, _ in alignable]
+        if min(distances) < 1:
+            return [face], alignable[distances.index(min(distances))]
     if recognised:
-        wanted = recognised[-1]["bbox"]
-
-        def distance(face: tuple[np.ndarray, np.ndarray]) -> float:  # 1: at the box's edge
-            return (abs(_middle(face[0]) - _middle(wanted)) / _sides(wanted)).max() * 2
-
-        nearest = min(alignable, key=distance)
-        if distance(nearest) < 1:
-            return recognised[-1:], nearest
         logger.warning("%s: the detectors find different faces, the aligned one is taken", name)
     return [], max(alignable, key=lambda face: _sides(face[0]).prod())
 
@@ -225,8 +223,10 @@ def _sides(box: np.ndarray) -> np.ndarray:
     return box[2:4] - box[:2]
 
 
-def _middle(box: np.ndarray) -> np.ndarray:
-    return (box[:2] + box[2:4]) / 2
+def _distance(box: np.ndarray, other: np.ndarray) -> float:
+    """How far the middle of a box is from another's: 0 in its middle, 1 on its edge."""
+    away = (box[:2] + box[2:4] - other[:2] - other[2:4]) / 2
+    return 2 * (abs(away) / _sides(other)).max()
 
 
 @contextlib.contextmanager
@@ -234,10 +234,10 @@ def _aligning(face: tuple[np.ndarray, np.ndarray], aligner: FaceRestoreHelper) -
     """Have facexlib align this face, which it has found before, instead of looking anew."""
     box, landmarks = face
 
-    def find(**given: bool) -> None:
+    def look(only_center_face: bool) -> None:
         aligner.det_faces, aligner.all_landmarks_5 = [box], [landmarks]
 
-    aligner.get_face_landmarks_5 = find
+    aligner.get_face_landmarks_5 = look
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from teacache.errors import OutputError
 
 if TYPE_CHECKING:
-    from teacache.checkpoint import VideoSize
+    from teacache.size import VideoSize
 
 LATENTS_ENDING = ".latents.safetensors"
 ENDINGS = (".mp4", ".json", ".md", ".png", LATENTS_ENDING)
@@ -76,19 +76,30 @@ def claimed_stem(folder: Path, prefix: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def written_whole(stem: Path, ending: str) -> Iterator[Path]:
-    """A hidden path to write to, which becomes `stem` + `ending` once the block has succeeded.
+def written_whole(stem: Path, *endings: str) -> Iterator[list[Path]]:
+    """Hidden paths to write to, each of which becomes `stem` + its ending once the block succeeds.
 
-    Its content reaches the disk before the name does. Where the block fails it is removed.
+    All contents reach the disk before the first name does. Where anything fails, none is left.
     """
-    beside = stem.with_name(f".{stem.name}.part{ending}")
+    beside = [stem.with_name(f".{stem.name}.part{ending}") for ending in endings]
+    named = []
     try:
         yield beside
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        beside.rename(_with_ending(stem, ending))
+        for path in beside:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        for path, ending in zip(beside, endings, strict=True):
+            # Replaced files, as a record's with more in it, are not taken away again.
+            if not _with_ending(stem, ending).exists():
+                named.append(_with_ending(stem, ending))
+            path.rename(_with_ending(stem, ending))
+    except BaseException:
+        for path in named:
+            path.unlink(missing_ok=True)
+        raise
     finally:
-        beside.unlink(missing_ok=True)
+        for path in beside:
+            path.unlink(missing_ok=True)
 
 
 def _with_ending(stem: Path, ending: str) -> Path:

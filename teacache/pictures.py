@@ -12,8 +12,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from teacache.errors import ImageError
-from teacache.readers import without_credentials
+from teacache.errors import ImageError, without_credentials
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,6 +26,7 @@ _BROKEN += (TypeError, LookupError, OverflowError)
 CONNECT_SECONDS, READ_SECONDS, FETCH_SECONDS = 10, 30, 60
 MOST_BYTES = 50 * 10**6  # of an image that is fetched
 MOST_PIXELS = 100 * 10**6  # of any image; decoded, they take 300 MB
+MOST_ELONGATED = 20  # Panoramas are less. Detectors scale a picture down, and a strip to nothing.
 
 
 def load_image(source: str) -> Image.Image:
@@ -49,6 +49,10 @@ def load_image(source: str) -> Image.Image:
         with Image.open(file) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise Image.DecompressionBombError
+            if max(image.size) > MOST_ELONGATED * min(image.size):
+                raise ImageError(
+                    f"{name} is {image.width}x{image.height}, a strip: take a photograph"
+                )
             if getattr(image, "n_frames", 1) > 1:
                 logger.warning("%s has %d frames: the first is taken", name, image.n_frames)
             return _upright_rgb(image)

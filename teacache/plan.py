@@ -8,11 +8,12 @@ diffusers computes from them, without its seconds of imports; the tests hold the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +50,8 @@ def scheduler_timesteps(checkpoint: Path, num_infer_steps: int) -> list[int]:
         timesteps = np.linspace(0, trained - 1, num_infer_steps).round()[::-1]
     elif spacing == "leading":
         ratio = trained // num_infer_steps
-        timesteps = (np.arange(num_infer_steps) * ratio)[::-1] + config.get("steps_offset", 0)
+        offset = whole_number(path, config, "steps_offset", 0, least=0)
+        timesteps = (np.arange(num_infer_steps) * ratio)[::-1] + offset
     else:  # trailing
         timesteps = np.round(np.arange(trained, 0, -trained / num_infer_steps)) - 1
     return timesteps.astype(np.int64).tolist()
@@ -87,6 +89,8 @@ def step_distances(
         raise CheckpointError(
             f"{checkpoint}: a plan needs a time embedding with silu: {activation}"
         )
+    freq_shift = whole_number(path, config, "freq_shift", 0, least=0)
+    cosines_first = config.get("flip_sin_to_cos", True)
     weights = _time_embedding(checkpoint, device, dtype)
     if weights["linear_1.weight"].shape[-1] != inner_dim:
         raise CheckpointError(f"{path} does not describe the weights beside it")
@@ -94,7 +98,7 @@ def step_distances(
     embeddings = []
     for timestep in scheduler_timesteps(checkpoint, num_infer_steps):
         timesteps = torch.tensor([timestep] * batch, device=device)
-        sinusoids = _sinusoids(timesteps, inner_dim, config).to(dtype)
+        sinusoids = _sinusoids(timesteps, inner_dim, freq_shift, cosines_first).to(dtype)
         hidden = functional.linear(sinusoids, weights["linear_1.weight"], weights["linear_1.bias"])
         embeddings.append(
             functional.linear(
@@ -191,7 +195,7 @@ def known_costs(folder: Path, settings: dict[str, object]) -> Costs | None:
         settings: the record's entries that the seconds depend on, such as `width` and `dtype`.
     """
     found = []
-    for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True):
+    for path in newest_first(folder.glob("[!.]*.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             if all(record[name] == value for name, value in settings.items()):
@@ -204,10 +208,19 @@ def known_costs(folder: Path, settings: dict[str, object]) -> Costs | None:
                         record["device_name"],
                     )
                 )
-        except (ValueError, KeyError, TypeError):
-            continue  # a sweep's report, or no record at all
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # a sweep's report, no record at all, or one that is gone meanwhile
     with_reuse = [costs for costs in found if costs.reused_step]
     return next(iter(with_reuse or found), None)
+
+
+def newest_first(paths: Iterable[Path]) -> list[Path]:
+    """The files that are there, by the time of their last change."""
+    times = {}
+    for path in paths:
+        with contextlib.suppress(OSError):
+            times[path] = path.stat().st_mtime
+    return sorted(times, key=times.get, reverse=True)
 
 
 def describe(policies: list[Policy], costs: Costs | None) -> str:
@@ -247,7 +260,11 @@ def _time_embedding(
     for path in weight_files(checkpoint / "transformer"):
         if not path.is_file():
             raise CheckpointError(f"{path} is missing: a plan reads the time embedding in it")
-        if not is_whole_safetensors(path):
+        try:
+            whole = is_whole_safetensors(path)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        if not whole:
             raise CheckpointError(f"{path} is cut short or damaged")
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no dict
@@ -261,7 +278,9 @@ def _time_embedding(
     return found
 
 
-def _sinusoids(timesteps: torch.Tensor, inner_dim: int, config: dict) -> torch.Tensor:
+def _sinusoids(
+    timesteps: torch.Tensor, inner_dim: int, freq_shift: int, cosines_first: bool
+) -> torch.Tensor:
     """[batch, inner dim] in float32: sines and cosines, from fast to slow.
 
     The operations and their order are those of `diffusers.models.embeddings`, since the plan has
@@ -271,7 +290,7 @@ def _sinusoids(timesteps: torch.Tensor, inner_dim: int, config: dict) -> torch.T
     exponent = -math.log(10000) * torch.arange(
         0, half, dtype=torch.float32, device=timesteps.device
     )
-    frequencies = torch.exp(exponent / (half - config.get("freq_shift", 0)))
+    frequencies = torch.exp(exponent / (half - freq_shift))
     angles = timesteps[:, None].float() * frequencies[None, :]
     both = (torch.sin(angles), torch.cos(angles))
-    return torch.cat(both[::-1] if config.get("flip_sin_to_cos", True) else both, dim=-1)
+    return torch.cat(both[::-1] if cosines_first else both, dim=-1)

@@ -20,9 +20,9 @@ from diffusers import (
 from PIL import Image
 
 from teacache import tiny
-from teacache.checkpoint import VideoSize
 from teacache.identity import Identity
 from teacache.sampler import Text
+from teacache.size import VideoSize
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

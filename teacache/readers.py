@@ -16,11 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from teacache.errors import ArgumentError
+from teacache.errors import ArgumentError, without_credentials
 from teacache.policy import Coefficients
-
-# In the names of a query's fields, of which each service has its own.
-SECRETS = ("token", "sig", "secret", "key", "pass", "pwd", "auth", "cred", "session")
 
 
 def text(given: str) -> str:
@@ -57,21 +54,6 @@ def _refused_by_the_system(name: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{name[:80]}: {error.strerror}") from error
-
-
-def without_credentials(url: str) -> str:
-    """The URL, or any text with URLs in it, as it may be shown and recorded.
-
-    Left out are what stands before an @ in a host's place, and in a query the values by which
-    signed URLs let their reader in.
-    """
-    without_user = re.sub(r"(?<=://)[^/?#\s]*@", "***@", url)
-    return re.sub(
-        rf"([?&;][^=&;?#\s]*(?:{'|'.join(SECRETS)})[^=&;?#\s]*=)[^&;#\s]+",
-        r"\1***",
-        without_user,
-        flags=re.IGNORECASE,
-    )
 
 
 def file(text: str) -> Path:

@@ -36,11 +36,14 @@ RECORDED = {
 
 @contextlib.contextmanager
 def latents_survive(
-    latents: torch.Tensor, record: Callable[[], dict[str, object]], args: argparse.Namespace
+    latents: torch.Tensor,
+    record: Callable[[], dict[str, object]],
+    stages: Stages,
+    args: argparse.Namespace,
 ) -> Iterator[None]:
     """Keep a video's latents in a file where the block, which makes a video of them, fails.
 
-    So they are where it is interrupted, by whoever would not wait or by the end of a job's time.
+    Where it is interrupted as well: it may be the end of a job's time that does so.
 
     Args:
         record: gives the video's record, as far as it is known.
@@ -51,14 +54,15 @@ def latents_survive(
     try:
         yield
     except BaseException as error:
-        kept = _keep(latents.cpu(), record(), args.output_path)
+        kept = _keep(latents, record(), args.output_path)
         told = (
             f"The latents are kept, try again with --latents {kept}" if kept else "Nothing is kept"
         )
         if is_out_of_memory(error):
-            raise DeviceError(f"{out_of_memory(error, 'decoding', args)}. {told}") from error
+            stage = stages.under_way or "decoding"
+            raise DeviceError(f"{out_of_memory(error, stage, args)}. {told}") from error
         if isinstance(error, (OSError, TeaCacheError)):
-            reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise OutputError(f"the video cannot be written: {reason}. {told}") from error
         error.add_note(told)
         raise
@@ -93,19 +97,18 @@ def write_with_record(
     stages: Stages,
     args: argparse.Namespace,
 ) -> tuple[Path, dict[str, object]]:
-    """Write a video, and then its record beside it.
+    """Write a video and its record, both or neither.
 
     Args:
         prefix: of their names, see `teacache.output.claimed_stem`.
         record: called once the video is written, so that it holds the seconds of that too.
     """
     with claimed_stem(args.output_path, prefix) as stem:
-        with written_whole(stem, ".mp4") as path:
+        with written_whole(stem, ".mp4", ".json") as (path, beside):
             with stages.stage("writing"):
                 write_video(pictures, path, args.fps)
             written = record()
-            with written_whole(stem, ".json") as beside:  # before the video has its name
-                write_record(written, beside)
+            write_record(written, beside)
         return stem.with_name(f"{stem.name}.mp4"), written
 
 
@@ -140,7 +143,9 @@ def decode_latents(
         )
 
     def record() -> dict[str, object]:
-        seconds = {**sampled["seconds"], **stages.with_total()}
+        own = stages.with_total()
+        total = sampled["seconds"].get("total", 0.0) + own["total"]
+        seconds = {**sampled["seconds"], **own, "total": round(total, 3)}
         changed = {
             "ckpts_path": args.ckpts_path,
             "output_path": str(args.output_path),
@@ -166,11 +171,12 @@ def _keep(latents: torch.Tensor, record: dict[str, object], folder: Path) -> Pat
     """
     from safetensors.torch import save
 
-    content = save({"latents": latents.contiguous()}, metadata={"record": json.dumps(record)})
+    named = {"latents": latents.contiguous().cpu()}
+    content = save(named, metadata={"record": json.dumps(record)})
     prefix = f"{record['seed']}_{record['rel_l1_thresh']}"
     for place in (folder, Path(tempfile.gettempdir())):
         with contextlib.suppress(OSError), claimed_stem(place, prefix) as stem:
-            with written_whole(stem, LATENTS_ENDING) as path:
+            with written_whole(stem, LATENTS_ENDING) as (path,):
                 path.write_bytes(content)
             return stem.with_name(stem.name + LATENTS_ENDING)
     return None

@@ -21,9 +21,9 @@ from teacache import device as devices
 from teacache import identity as faces
 from teacache.cache import EmbeddingCache, cache_folder
 from teacache.conditioning import Conditioning, condition
+from teacache.errors import without_credentials
 from teacache.jobs import Job
 from teacache.output import written_whole
-from teacache.readers import without_credentials
 from teacache.report import Stages, build_record, denoising_bar, print_now, summary, write_record
 from teacache.transformer import apply_teacache
 
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from diffusers import ConsisIDPipeline
     from PIL import Image
 
-    from teacache.checkpoint import VideoSize
     from teacache.handle import TeaCacheHandle
+    from teacache.size import VideoSize
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +177,7 @@ class Run:
                 devices.peak_memory_bytes(self.device),
             )
 
-        with rescue.latents_survive(latents, record, self.args):
+        with rescue.latents_survive(latents, record, stages, self.args):
             with self._room_to_decode(pipe, last), stages.stage("decoding"):
                 pictures = sampler.decode(pipe, latents)
             prefix = f"{job.seed}_{job.rel_l1_thresh}"
@@ -192,7 +192,7 @@ class Run:
                     frames, baseline, decoded, start.identity, self._analyser
                 )
             try:
-                with written_whole(video.with_suffix(""), ".json") as path:
+                with written_whole(video.with_suffix(""), ".json") as (path,):
                     write_record(written, path)
             except OSError as error:
                 logger.warning(

@@ -18,6 +18,7 @@ from diffusers.pipelines.consisid.pipeline_consisid import draw_kps
 from transformers import T5EncoderModel
 
 from teacache import device as devices
+from teacache import interruption
 from teacache.errors import CheckpointError
 from teacache.finite import FiniteWatch
 from teacache.loading import check_whole, reading
@@ -26,8 +27,8 @@ from teacache.quiet import no_progress_bars
 if TYPE_CHECKING:
     from PIL import Image
 
-    from teacache.checkpoint import VideoSize
     from teacache.identity import Identity
+    from teacache.size import VideoSize
 
 PARTS = ("text_encoder", "transformer", "vae")
 # What decoding takes beyond the weights. From the published peak at 720x480, 37 GB: without text
@@ -286,7 +287,7 @@ def without_transformer(pipe: ConsisIDPipeline, for_good: bool) -> Iterator[None
     try:
         yield
     finally:
-        if not for_good:
+        if not for_good and not interruption.asked():  # 10 GB, for nothing
             transformer.to(device)
 
 

@@ -16,9 +16,9 @@ from teacache.output import claimed_stem, written_whole
 from teacache.report import write_record
 
 if TYPE_CHECKING:
-    from teacache.checkpoint import VideoSize
     from teacache.identity import Identity
     from teacache.jobs import Job
+    from teacache.size import VideoSize
 
 # More than this are too many to look at in one picture, and to keep in memory.
 MOST_SIDE_BY_SIDE = 64
@@ -71,7 +71,7 @@ def in_order(jobs: list[Job]) -> list[Job]:
 
 
 def find_finished(folder: Path, job: Job, settings: dict[str, object]) -> Result | None:
-    """The video that an earlier run left in `folder` with the same settings, or None.
+    """The video, whole, that an earlier run left in `folder` with the same settings, or None.
 
     Args:
         settings: what this run would put on record before sampling.
@@ -83,9 +83,10 @@ def find_finished(folder: Path, job: Job, settings: dict[str, object]) -> Result
         mp4 = path.with_name(path.name.removesuffix(".json") + ".mp4")
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+        except (OSError, ValueError):
             continue  # not a record of ours
-        if mp4.is_file() and all(k in record and record[k] == v for k, v in wanted.items()):
+        same = all(k in record and record[k] == v for k, v in wanted.items())
+        if same and video.count_frames(mp4) == record["num_frames"]:
             return Result(job, mp4, record, own_frames=None)
     return None
 
@@ -156,7 +157,7 @@ def write_sweep(
 
         @contextlib.contextmanager
         def written(ending: str) -> Iterator[Path]:
-            with written_whole(stem, ending) as path:
+            with written_whole(stem, ending) as (path,):
                 yield path
             files.append(stem.with_name(stem.name + ending))
 

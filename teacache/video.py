@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from teacache.errors import OutputError
 from teacache.quiet import silent_programs
 
 if TYPE_CHECKING:
@@ -33,20 +36,38 @@ def write_video(frames: list[Image.Image], path: Path, fps: int) -> None:
             the encoder said last; it may end as if all were well.
     """
     from diffusers.utils import export_to_video
-    from imageio_ffmpeg import count_frames_and_secs
 
     with silent_programs() as last_said:
-        try:
+        with contextlib.suppress(OSError):  # a pipe to an encoder that has ended: it tells why
             export_to_video(frames, str(path), fps=fps)
-            written, _ = count_frames_and_secs(path)
-        except (OSError, RuntimeError) as error:
-            written, cause = 0, error
-        else:
-            cause = None
+        written = count_frames(path)
         if written != len(frames):
             # ffmpeg names the part of it that speaks: [out#0/mp4 @ 0x55d0c8a1] ...
             said = re.sub(r"^(\[[^]]*\] *)+", "", last_said()) or "it does not say why"
-            raise OSError(f"the encoder wrote {written} of {len(frames)} frames: {said}") from cause
+            raise OSError(f"the encoder wrote {written} of {len(frames)} frames: {said}")
+
+
+def count_frames(path: Path) -> int:
+    """How many frames a video holds; 0 where it cannot be read as one."""
+    from imageio_ffmpeg import count_frames_and_secs
+
+    try:
+        return count_frames_and_secs(path)[0]
+    except (OSError, RuntimeError):
+        return 0
+
+
+def check_encoder() -> None:
+    """Raise OutputError where there is no ffmpeg to write a video with."""
+    import imageio_ffmpeg
+
+    try:
+        imageio_ffmpeg.get_ffmpeg_version()
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        raise OutputError(
+            "ffmpeg, which imageio-ffmpeg brings, does not run here: install that anew, or set "
+            f"IMAGEIO_FFMPEG_EXE to another ({type(error).__name__})"
+        ) from error
 
 
 def read_video(path: Path) -> Video:

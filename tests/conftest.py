@@ -19,9 +19,10 @@ import torch
 import teacache_sample_video
 from teacache import identity as faces
 from teacache import pictures
-from teacache.checkpoint import VideoSize, local_checkpoint
+from teacache.checkpoint import local_checkpoint
 from teacache.quiet import silence_libraries
 from teacache.sampler import load_pipeline
+from teacache.size import VideoSize
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent

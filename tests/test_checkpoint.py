@@ -22,9 +22,9 @@ from teacache.checkpoint import (
     is_full_size,
     is_whole_safetensors,
     local_checkpoint,
-    video_size,
 )
 from teacache.errors import ArgumentError, CheckpointError
+from teacache.size import video_size
 
 
 @pytest.fixture
@@ -213,7 +213,7 @@ def test_frames_that_the_vae_makes_are_those_that_it_is_asked_for():
     import torch
     from diffusers import AutoencoderKLCogVideoX
 
-    from teacache.checkpoint import _check_num_frames
+    from teacache.size import _check_num_frames
 
     torch.manual_seed(0)
     vae = AutoencoderKLCogVideoX(**{**tiny_module.VAE, "temporal_compression_ratio": 4}).eval()
@@ -409,6 +409,47 @@ def test_a_folder_in_a_files_place(capsys, light, tmp_path, arguments):
     assert code == 2
     assert "transformer/config.json" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [(), ("--plan",)])
+def test_a_file_that_may_not_be_read(capsys, tmp_path, light, monkeypatch, arguments):
+    opens = Path.open
+
+    def refuses(path, *args, **kwargs):
+        if path.suffix == ".safetensors":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opens(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuses)
+    code, _, error = main(
+        capsys,
+        *("--ckpts_path", light, "--image", "astronaut", "--output_path", tmp_path, *arguments),
+    )
+    assert code == 2
+    assert error.startswith(f"error: {light}/")
+    assert error.endswith("model.safetensors cannot be read: Permission denied\n")
+
+
+def test_what_lies_about_in_a_checkpoint_does_no_harm(capsys, light, tmp_path):
+    (light / "old.safetensors").symlink_to(tmp_path / "gone")
+    code, output, _ = main(capsys, "--ckpts_path", light, "--plan")
+    assert code == 0
+    assert "computed" in output
+
+
+@pytest.mark.parametrize("shard", ["/etc/passwd", "../vae/config.json", ""])
+def test_shards_elsewhere_are_refused(light, shard):
+    index = light / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": shard}}))
+    with pytest.raises(CheckpointError, match="does not name shards beside it"):
+        check_checkpoint(light)
+
+
+def test_a_model_of_a_strange_kind_is_still_named(tmp_path):
+    for kind, told in ((5, "5"), (["T5Model"], "T5Model"), ([], "unknown")):
+        (tmp_path / "config.json").write_text(json.dumps({"architectures": kind}))
+        with pytest.raises(CheckpointError, match=f"it holds one model, {told}, where"):
+            check_checkpoint(tmp_path)
 
 
 def test_a_plan_of_weights_that_are_cut_short(capsys, light):

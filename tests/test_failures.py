@@ -20,8 +20,9 @@ from conftest import PROMPT, ROOT, SIZE, main, processes_of_session
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from teacache import device, interruption, loading, rescue, run, sampler, video
 from teacache import identity as faces
-from teacache import interruption, loading, rescue, run, sampler, video
+from teacache.arguments import parse_arguments
 from teacache.errors import SamplingError
 from teacache.finite import FiniteWatch
 from teacache.output import check_space
@@ -277,12 +278,31 @@ def no_memory(*args, **kwargs):
     ],
 )
 def test_out_of_memory(capsys, tmp_path, monkeypatch, where, stage, advice):
+    """As torch says it of a GPU: there is none here, to which the flags would apply."""
     monkeypatch.setattr(*where, no_memory)
     code, _, error = main(capsys, *TINY, "--output_path", tmp_path, "--no_reuse_conditioning")
     assert code == 2
     order = "Try, in this order: " if "--" in advice else ""
     assert error == f"error: out of memory while {stage} (asked for 2.50 GiB). {order}{advice}\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "flags"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "no --keep_loaded, --vae_tiling"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "no --keep_loaded, --vae_tiling"),
+        (RuntimeError("CUDA error: out of memory"), "no --keep_loaded, --vae_tiling"),
+        (OSError(12, "Cannot allocate memory"), "--vae_tiling"),
+    ],
+)
+def test_what_takes_less_memory(error, flags):
+    arguments = ["--keep_loaded", "--compile"]
+    if "keep" in flags:
+        flags += ", --offload model"  # sequential offload does not go with compiled layers
+    assert device.is_out_of_memory(error)
+    told = device.out_of_memory(error, "decoding", parse_arguments(arguments))
+    assert told == f"out of memory while decoding. Try, in this order: {flags}"
 
 
 @pytest.mark.parametrize(
@@ -369,6 +389,24 @@ def test_latents_of_something_else(capsys, tmp_path):
     assert complaint() == f"{none}: of shape [1, 3, 16]"
     save_file({"latents": torch.zeros(1, 3, 4, 12, 18)}, other, metadata={"record": whole})
     assert complaint().startswith("have 4 channels, and the VAE of ")
+
+
+@pytest.mark.parametrize(
+    "other", [("--plan",), ("--resume",), ("--rel_l1_thresh", 0.2), ("--target_speedup", 2)]
+)
+def test_latents_are_sampled_already(capsys, tmp_path, other):
+    (tmp_path / "kept.safetensors").touch()
+    code, _, error = main(capsys, "--latents", tmp_path / "kept.safetensors", *other)
+    assert code == 2
+    assert error.startswith(f"error: argument {other[0]}: not allowed with argument --latents")
+
+
+def test_a_missing_encoder_is_found_before_loading(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "none"))
+    code, output, error = main(capsys, *TINY, "--output_path", tmp_path / "out")
+    assert (code, output) == (2, "")
+    assert error.startswith("error: ffmpeg, which imageio-ffmpeg brings, does not run here: ")
+    assert error.count("\n") == 1
 
 
 def test_latents_need_room_for_their_video_too(capsys, tmp_path, monkeypatch):

@@ -153,8 +153,9 @@ def test_a_face_that_one_detector_finds_alone(capsys, tmp_path, tiny):
     assert code == 0
 
 
-def test_ten_pixels(capsys, tmp_path, blind):
-    Image.new("RGB", (10, 10)).save(tmp_path / "dot.png")
+@pytest.mark.parametrize("size", [(10, 10), (1, 1), (20, 1), (1, 20), (2000, 101)])
+def test_few_pixels(capsys, tmp_path, blind, size):
+    Image.new("RGB", size).save(tmp_path / "dot.png")
     code, _, error = command(capsys, blind, tmp_path / "dot.png", tmp_path)
     assert code == 2
     assert "no face was found" in error
@@ -267,7 +268,7 @@ def test_a_small_face(capsys, tmp_path, tiny):
     astronaut.resize((160, 160), Image.Resampling.LANCZOS).save(tmp_path / "small.png")
     code, _, error = command(capsys, tiny, tmp_path / "small.png", tmp_path)
     assert code == 0
-    assert "pixels wide or high: below 64 it is hardly recognised" in error
+    assert "pixels wide or high, in a picture of 160x160: below 64 it is hardly recog" in error
     code, _, error = command(capsys, tiny, "astronaut", tmp_path)
     assert code == 0
     assert "pixels wide" not in error

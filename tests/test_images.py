@@ -81,6 +81,17 @@ def test_a_picture_too_large_is_refused_by_its_header(capsys, tmp_path, monkeypa
     assert "diffusers" not in output
 
 
+@pytest.mark.parametrize("size", [(5000, 2), (2, 5000), (1000, 1), (1, 22)])
+def test_a_strip_is_no_photograph(capsys, tmp_path, size):
+    Image.new("RGB", size).save(tmp_path / "strip.png")
+    code, output, error = main(
+        capsys, "--ckpts_path", "tiny", "--image", tmp_path / "strip.png", "--output_path", tmp_path
+    )
+    assert code == 2
+    assert error.startswith(f"error: --image {tmp_path}/strip.png is {size[0]}x{size[1]}, a strip")
+    assert "diffusers" not in output
+
+
 def test_a_picture_that_finds_no_memory(capsys, tmp_path, photo, monkeypatch):
     photo.save(tmp_path / "photo.png")
 

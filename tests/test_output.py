@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,8 +26,8 @@ from pathlib import Path
 from teacache.output import claimed_stem, written_whole
 for n in range(5):
     with claimed_stem(Path(sys.argv[1]), "42_0.1") as stem:
-        for ending in (".mp4", ".json"):
-            with written_whole(stem, ending) as path:
+        with written_whole(stem, ".mp4", ".json") as paths:
+            for path in paths:
                 path.write_text(f"{sys.argv[2]} {n}")
 """
 
@@ -33,7 +36,7 @@ def test_index_starts_at_0_and_never_overwrites(tmp_path):
     for expected in range(3):
         with claimed_stem(tmp_path, "42_0.15") as stem:
             assert stem.name == f"42_0.15_{expected:04d}"
-            with written_whole(stem, ".mp4") as path:
+            with written_whole(stem, ".mp4") as (path,):
                 path.write_text(str(expected))
     (tmp_path / "42_0.15_0001.mp4").unlink()
     (tmp_path / "42_0.15_0001.json").write_text("{}")
@@ -74,13 +77,47 @@ def test_processes_side_by_side_share_no_name(tmp_path):
 
 def test_a_file_is_whole_or_absent(tmp_path):
     def fail():
-        with written_whole(tmp_path / "42_0.1_0000", ".mp4") as path:
+        with written_whole(tmp_path / "42_0.1_0000", ".mp4") as (path,):
             path.write_text("half a vid")
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         fail()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("function", "call"), [("fsync", 1), ("fsync", 2), ("rename", 1), ("rename", 2)]
+)
+def test_of_two_files_none_is_there_without_the_other(tmp_path, monkeypatch, function, call):
+    """Whichever the disk, or an interruption, fails at."""
+    owner = os if function == "fsync" else Path
+    does, calls = getattr(owner, function), []
+
+    def fails(*args):
+        calls.append(args)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return does(*args)
+
+    def write():
+        with written_whole(tmp_path / "42_0.1_0000", ".mp4", ".json") as paths:
+            for path in paths:
+                path.write_text("whole")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, function, fails)
+        with pytest.raises(KeyboardInterrupt):
+            write()
+    assert not list(tmp_path.iterdir())
+    write()
+    assert len(list(tmp_path.iterdir())) == 2
+    with monkeypatch.context() as patch:  # what was there before stays
+        patch.setattr(owner, function, fails)
+        calls.clear()
+        with contextlib.suppress(KeyboardInterrupt):
+            write()
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_folder(tmp_path):

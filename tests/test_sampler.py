@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from teacache import device as devices
 from teacache import sampler
-from teacache.checkpoint import VideoSize
 from teacache.run import Run
+from teacache.size import VideoSize
 from teacache.tiny import TRANSFORMER
 from teacache.transformer import apply_teacache
 
