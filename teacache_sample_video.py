@@ -17,9 +17,9 @@ from teacache.download import download_checkpoint
 from teacache.errors import CheckpointError, DeviceError
 from teacache.jobs import Job, jobs_of
 from teacache.output import check_space, prepare_folder
-from teacache.quiet import silence_libraries
+from teacache.quiet import allow_any_encoding, silence_libraries
 from teacache.report import Stages, print_now, summary
-from teacache.size import VideoSize, video_size
+from teacache.size import VideoSize, check_memory, video_size
 from teacache.video import check_encoder
 
 logger = logging.getLogger("teacache")
@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns its exit code, see `teacache.interruption.exit_code`."""
     args = parse_arguments(argv)
     silence_libraries()
+    allow_any_encoding()
     say = (lambda line: None) if args.quiet else print_now
 
     def work() -> None:
@@ -68,6 +69,7 @@ def sample(args: argparse.Namespace, jobs: list[Job], say: Callable[[str], None]
     size = video_size(checkpoint, args.width, args.height, args.num_frames)
     for num_infer_steps in {job.num_infer_steps for job in jobs}:
         plan.scheduler_timesteps(checkpoint, num_infer_steps)  # refuses more than there are
+    check_memory(size)
     check_space(args.output_path, size, len(jobs))
     distances = plan.distances_of(checkpoint, args.guidance_scale, device, dtype)
     jobs = plan.with_thresholds(jobs, args.target_speedup, args.coefficients, distances)
@@ -161,7 +163,7 @@ def show_plan(args: argparse.Namespace, jobs: list[Job]) -> None:
     policies = [
         plan.plan(distances(steps), threshold, args.coefficients) for steps, threshold in runs
     ]
-    print(plan.describe(policies, plan.known_costs(args.output_path, settings)))
+    print_now(plan.describe(policies, plan.known_costs(args.output_path, settings)))
 
 
 if __name__ == "__main__":

@@ -267,7 +267,7 @@ def _add_sweep(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
         "--jobs",
-        type=Path,
+        type=readers.path,
         metavar="FILE",
         help="a video for each line of a CSV file or of JSON lines, with any of image, prompt, "
         "negative_prompt, seed, rel_l1_thresh, num_infer_steps; the rest as on the command line",

@@ -166,7 +166,7 @@ def weight_files(component: Path) -> list[Path]:
     for index in component.glob("*.safetensors.index.json"):
         weight_map = read_json(index, "not a shard index").get("weight_map")
         shards = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
-        if not shards or any(Path(shard).name != shard for shard in shards):
+        if not shards or any(not shard or Path(shard).name != shard for shard in shards):
             raise CheckpointError(f"{index} does not name shards beside it")
         return [component / shard for shard in sorted(shards)]
     single = "model" if component.name == "text_encoder" else "diffusion_pytorch_model"

@@ -1,4 +1,4 @@
-"""How a command ends: Ctrl-C and SIGTERM, with all that is cleaned up on the way; exit codes."""
+"""How a command ends: Ctrl-C, SIGTERM, a closed terminal, cleaning up on the way; exit codes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _asked: float | None = None  # when, by the monotonic clock
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Raise KeyboardInterrupt in the block when either signal comes; then ignore both.
+    """Raise KeyboardInterrupt in the block when a signal to end comes; then ignore all of them.
 
     Some libraries lose an exception that comes while they are imported, or in a callback of
     theirs; `check` raises it again.
@@ -25,7 +25,12 @@ def interruptible() -> Iterator[None]:
     global _asked
     _asked = None
     try:
-        before = {n: signal.signal(n, _ask) for n in (signal.SIGINT, signal.SIGTERM)}
+        before = {
+            number: signal.signal(number, _ask)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            # Behind `nohup` a closed terminal is nothing to be told of.
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+        }
     except ValueError:  # not in the main thread, which alone is told of signals
         before = {}
     tell_of_lost = sys.unraisablehook

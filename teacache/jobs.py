@@ -27,6 +27,7 @@ class Job:
     rel_l1_thresh: float | None
 
 
+MOST_CHARACTERS = 10**7  # of a file, which may be a pipe
 # Reads the text of one field, as the argument of the same name reads it.
 FIELDS: dict[str, Callable[[str], object]] = {
     "image": readers.image,
@@ -60,13 +61,16 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
 
 def _read_jobs(path: Path) -> list[dict[str, object]]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(MOST_CHARACTERS + 1)
     except OSError as error:
         raise ArgumentError(f"--jobs {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ArgumentError(f"--jobs {path} is not UTF-8 text") from error
     except ValueError as error:  # a path that no file can have
         raise ArgumentError(f"--jobs {path} cannot be read: {error}") from error
+    if len(text) > MOST_CHARACTERS:
+        raise ArgumentError(f"--jobs {path} is longer than {MOST_CHARACTERS} characters")
     rows = _csv_rows(text) if path.suffix.lower() == ".csv" else _json_rows(text)
     jobs = []
     try:

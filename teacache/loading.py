@@ -18,7 +18,7 @@ def reading(folder: Path) -> Iterator[None]:
     """Turn what a library raises in the block, which reads models from `folder`, into one line.
 
     Each raises errors of its own kinds for files that are damaged or do not go together. Running
-    out of memory is none of the files' faults.
+    out of memory, a missing package and a GPU that fails are none of the files' faults.
 
     Raises:
         CheckpointError: naming the folder.
@@ -26,7 +26,9 @@ def reading(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, TeaCacheError) or is_out_of_memory(error):
+        if isinstance(error, (TeaCacheError, ImportError)) or is_out_of_memory(error):
+            raise
+        if "CUDA" in str(error):  # the GPU's fault or ours
             raise
         told = textwrap.shorten(f"{type(error).__name__}: {error}", MOST_SAID, placeholder=" ...")
         raise CheckpointError(f"{folder} cannot be read: {told}") from error

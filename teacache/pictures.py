@@ -121,6 +121,8 @@ def _body(url: str, name: str) -> bytes:
                 raise ImageError(f"{name}: the server answers {answer.status_code} {answer.reason}")
             if answer.headers.get("Content-Type", "").startswith("text/"):
                 raise ImageError(f"{name} is a page of text, not an image: name the file itself")
+            if int(answer.headers.get("Content-Length", 0)) > MOST_BYTES:
+                raise ImageError(f"{name} is larger than {MOST_BYTES // 10**6} MB")
             # As it comes: to wait for a block of some size is to wait as long as the server likes.
             while piece := answer.raw.read1(2**16, decode_content=True):
                 body += piece
@@ -133,14 +135,16 @@ def _body(url: str, name: str) -> bytes:
         ) from error
     except requests.TooManyRedirects as error:
         raise ImageError(f"{name}: the server redirects again and again") from error
-    except (requests.RequestException, urllib3.exceptions.HTTPError, UnicodeError) as error:
+    except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
         # What requests says may hold the whole URL; the kind of error is what can be acted on.
         raise ImageError(f"{name} cannot be fetched: {_kind(error)}") from error
+    except (OSError, ValueError) as error:  # a missing CA bundle; a redirection to no URL
+        raise ImageError(f"{name} cannot be fetched: {error}") from error
     return bytes(body)
 
 
 def _kind(error: Exception) -> str:
     """`ConnectionError` as "connection error", and what the system says of it."""
-    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(error).__name__).lower()
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=SSL)", " ", type(error).__name__).lower()
     reason = re.search(r"\[Errno -?\d+\] ([\w ]+)", str(error))
     return f"{words} ({reason[1].lower()})" if reason else words

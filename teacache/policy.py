@@ -83,7 +83,10 @@ class Coefficients:
             if not 0 <= low < high:
                 raise ArgumentError("fitted_range must be two rising distances, 0 or more")
             fitted_range = (low, high)
-        return cls(values, fitted_range, str(data.get("source", "a coefficients file")))
+        source = data.get("source", "a coefficients file")
+        if not isinstance(source, str):
+            raise ArgumentError(f"source must be text, found {source!r}")
+        return cls(values, fitted_range, source)
 
 
 def _finite_numbers(value: object, key: str, count: int) -> tuple[float, ...]:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -31,6 +32,12 @@ def silence_libraries() -> None:
     own.handlers = [handler]
     own.setLevel(logging.WARNING)
     own.propagate = False
+
+
+def allow_any_encoding() -> None:
+    """Print a question mark for what a terminal or file without UTF-8 cannot hold."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 @contextlib.contextmanager

@@ -44,7 +44,14 @@ def prompt(given: str) -> str:
 
 def path(given: str) -> Path:
     """A path that can be written down again."""
-    return Path(text(given))
+    return Path(text(_not_empty(given)))
+
+
+def _not_empty(given: str) -> str:
+    """What a shell's variable that is not set becomes is no path: not the current folder either."""
+    if not given:
+        raise argparse.ArgumentTypeError("is empty")
+    return given
 
 
 @contextlib.contextmanager
@@ -56,11 +63,12 @@ def _refused_by_the_system(name: str) -> Iterator[None]:
         raise argparse.ArgumentTypeError(f"{name[:80]}: {error.strerror}") from error
 
 
-def file(text: str) -> Path:
-    with _refused_by_the_system(text):
-        if not Path(text).is_file():
-            raise argparse.ArgumentTypeError(f"{text}: there is no such file")
-    return Path(text)
+def file(given: str) -> Path:
+    """A path at which there is a file."""
+    with _refused_by_the_system(_not_empty(given)):
+        if not Path(given).is_file():
+            raise argparse.ArgumentTypeError(f"{given}: there is no such file")
+    return Path(given)
 
 
 def speedup(text: str) -> float:
@@ -69,7 +77,7 @@ def speedup(text: str) -> float:
 
 def image(given: str) -> str:
     """An image's source: http or https; of a path, that there is such a file."""
-    source = text(given)
+    source = text(_not_empty(given))
     path = Path(source)
     if "://" in source:
         try:
@@ -118,7 +126,8 @@ def _number(text, convert, allowed, wanted):
     except ValueError:
         value = None
     if value is None or not allowed(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        shown = text if len(text) < 40 else f"{text[:30]}..."
+        raise argparse.ArgumentTypeError(f"{shown!r} is not {wanted}")
     return value
 
 
@@ -128,15 +137,17 @@ def device(text: str) -> str:
     return text
 
 
-def coefficients(name: str) -> Coefficients:
+def coefficients(given: str) -> Coefficients:
     """What a coefficients file holds."""
     try:
-        found = Coefficients.from_json(json.loads(Path(name).read_text(encoding="utf-8")))
-        text(found.source)
+        content = Path(_not_empty(given)).read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"{name} cannot be read: {error.strerror}") from error
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{name}: source {error}") from error
-    except (ArgumentError, ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"{name}: {error}") from error
+        raise argparse.ArgumentTypeError(f"{given} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # not UTF-8, or a path that no file can have
+        raise argparse.ArgumentTypeError(f"{given}: {error}") from error
+    try:
+        found = Coefficients.from_json(json.loads(content))
+        text(found.source)
+    except (ArgumentError, argparse.ArgumentTypeError, ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{given}: {error}") from error
     return found

@@ -63,7 +63,9 @@ def latents_survive(
             raise DeviceError(f"{out_of_memory(error, stage, args)}. {told}") from error
         if isinstance(error, (OSError, TeaCacheError)):
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise OutputError(f"the video cannot be written: {reason}. {told}") from error
+            raise OutputError(
+                f"the video cannot be written to {args.output_path}: {reason}. {told}"
+            ) from error
         error.add_note(told)
         raise
 
@@ -160,7 +162,9 @@ def decode_latents(
         return write_with_record(pictures, prefix, record, stages, args)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise OutputError(f"the video cannot be written: {reason}. {args.latents} stays") from error
+        raise OutputError(
+            f"the video cannot be written to {args.output_path}: {reason}. {args.latents} stays"
+        ) from error
 
 
 def _keep(latents: torch.Tensor, record: dict[str, object], folder: Path) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,6 +66,17 @@ def video_size(
             trained.num_frames,
         )
     return size
+
+
+def check_memory(size: VideoSize) -> None:
+    """Raise ArgumentError where the frames alone, in float32, take more than the machine has."""
+    needed = 4 * 3 * size.width * size.height * size.num_frames
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ArgumentError(
+            f"--num_frames {size.num_frames} of {size.width}x{size.height} take "
+            f"{needed / 2**30:.0f} GiB of memory, and this machine has {there / 2**30:.0f}"
+        )
 
 
 def _check_num_frames(num_frames: int, ratio: int) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
+import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
+FULL_BYTES = 2**16  # With no more left, a disk is what a video failed for.
 # Pixels: of a whole grid at most, unless its cells would become too small to see anything in.
 GRID_WIDTH = 1920
 CELL_WIDTH = (320, 160)  # a small video is enlarged to the first; none shrinks below the second
@@ -43,7 +47,9 @@ def write_video(frames: list[Image.Image], path: Path, fps: int) -> None:
         written = count_frames(path)
         if written != len(frames):
             # ffmpeg names the part of it that speaks: [out#0/mp4 @ 0x55d0c8a1] ...
-            said = re.sub(r"^(\[[^]]*\] *)+", "", last_said()) or "it does not say why"
+            said = re.sub(r"^(\[[^]]*\] *)+", "", last_said()).rstrip(".") or "it does not say why"
+            if shutil.disk_usage(path.parent).free < FULL_BYTES:
+                said = os.strerror(errno.ENOSPC)  # of which it need not speak last
             raise OSError(f"the encoder wrote {written} of {len(frames)} frames: {said}")
 
 

@@ -25,6 +25,7 @@ from teacache.sampler import load_pipeline
 from teacache.size import VideoSize
 
 CPU = torch.device("cpu")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ROOT = Path(__file__).parent.parent
 SIZE = VideoSize(width=144, height=96, num_frames=13)
 PROMPT = "a smiling astronaut stands by the sea"
@@ -32,7 +33,7 @@ PROMPT = "a smiling astronaut stands by the sea"
 
 def main(capsys, *arguments: object) -> tuple[int, str, str]:
     """The command within this process: (exit code, standard output, standard error)."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         code = teacache_sample_video.main([str(argument) for argument in arguments])
     except SystemExit as end:

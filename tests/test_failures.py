@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPT, ROOT, SIZE, main, processes_of_session
+from conftest import PROMPT, ROOT, SIGNALS, SIZE, main, processes_of_session
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -44,7 +44,7 @@ TINY = ("--ckpts_path", "tiny", "--rel_l1_thresh", 0, "--num_infer_steps", 4)
         ("text", 4, signal.SIGINT),
         ("encoding", 400, signal.SIGINT),
         ("encoding", 400, signal.SIGTERM),
-        ("denoising", 4, signal.SIGINT),
+        ("denoising", 4, signal.SIGHUP),
     ],
 )
 def test_interrupted(tmp_path, tiny, after, steps, number):
@@ -126,7 +126,7 @@ def test_interrupted_while_the_encoder_runs(capsys, tmp_path, monkeypatch):
 @pytest.fixture
 def given_back():
     """The signals' handlers, which an interrupted command leaves as those of one that ends."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     yield handlers
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -454,7 +454,9 @@ def test_a_disk_that_fills_up(small_disk, tmp_path, tiny):
     (small_disk / "filler").write_bytes(b"x" * (free - 30_000))
     _, error = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert error.startswith("error: the video cannot be written: the encoder wrote ")
+    assert error.startswith(
+        f"error: the video cannot be written to {small_disk}: the encoder wrote "
+    )
     assert "of 13 frames: " in error
     assert "No space left on device. The latents are kept" in error
     assert error.count("\n") == 1
@@ -558,7 +560,7 @@ def test_a_video_whose_record_cannot_be_written_has_no_name_yet(capsys, tmp_path
     monkeypatch.setattr(rescue, "write_record", no_space)
     code, _, error = main(capsys, *TINY, "--num_frames", 1, "--output_path", tmp_path)
     assert code == 2
-    assert "the video cannot be written: No space left on device. The latents are kept" in error
+    assert f"the video cannot be written to {tmp_path}: No space left on device. The" in error
     assert [path.name for path in tmp_path.iterdir()] == ["42_0.0_0000.latents.safetensors"]
 
 

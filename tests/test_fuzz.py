@@ -102,6 +102,7 @@ def test_a_whole_command(capsys, tmp_path, monkeypatch, tiny, mode):
     @given(st.lists(st.sampled_from(OPTIONS).flatmap(with_values), max_size=4))
     @example([("--num_infer_steps", ["1000"])])
     @example([("--num_frames", [str(10**30)])])
+    @example([("--num_frames", [str(10**9 + 1)]), ("--fps", ["1000"])])
     @example([("--width", [str(2**63)])])
     @example([("--rel_l1_thresh", ["1e308"])])
     @example([("--target_speedup", ["1e308"])])
@@ -273,7 +274,36 @@ def test_a_source_that_cannot_be_written_down_again(capsys, tmp_path):
     (tmp_path / "own.json").write_text('{"values": [1, 0, 0, 0, 0], "source": "\\ud800"}')
     code, _, error = main(capsys, "--coefficients", tmp_path / "own.json")
     assert code == 2
-    assert f"{tmp_path}/own.json: source holds bytes that are not UTF-8" in error
+    assert f"{tmp_path}/own.json: holds bytes that are not UTF-8" in error
+    (tmp_path / "own.json").write_text('{"values": [1, 0, 0, 0, 0], "source": 5}')
+    code, _, error = main(capsys, "--coefficients", tmp_path / "own.json")
+    assert code == 2
+    assert f"{tmp_path}/own.json: source must be text, found 5" in error
+
+
+@pytest.mark.parametrize(
+    "argument", ["--output_path", "--image", "--coefficients", "--jobs", "--latents", "--baseline"]
+)
+def test_a_shells_variable_that_is_not_set(capsys, tmp_path, monkeypatch, argument):
+    monkeypatch.chdir(tmp_path)
+    code, output, error = main(capsys, "--ckpts_path", "tiny", argument, "")
+    assert (code, output) == (2, "")
+    assert error == f"error: argument {argument}: is empty (see --help)\n"
+
+
+def test_a_jobs_file_without_end(capsys):
+    code, _, error = main(capsys, "--ckpts_path", "tiny", "--plan", "--jobs", "/dev/zero")
+    assert (code, error) == (2, "error: --jobs /dev/zero is longer than 10000000 characters\n")
+
+
+def test_frames_for_which_no_machine_has_the_memory(capsys, tmp_path):
+    code, output, error = main(
+        capsys, "--ckpts_path", "tiny", "--image", "astronaut", "--output_path", tmp_path,
+        "--num_frames", 100_000_001,
+    )  # fmt: skip
+    assert code == 2
+    assert "error: --num_frames 100000001 of 144x96 take 15450 GiB of memory, and this" in error
+    assert "diffusers" not in output
 
 
 def test_a_number_beyond_all_floats(capsys, tmp_path):

@@ -243,6 +243,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_response(302)
             self.send_header("Location", "/slow-loop")
             self.end_headers()
+        elif self.path == "/announced":
+            self.answer(200, "image/png", b"", length=10**12)
+            time.sleep(2)
+        elif self.path == "/nowhere":
+            self.send_response(302)
+            self.send_header("Location", "http://[::1")
+            self.end_headers()
         elif self.path == "/silence":
             time.sleep(5)
         elif self.path == "/half":
@@ -305,6 +312,8 @@ def test_from_a_server(server, capsys, tmp_path):
         ("/slow-loop", "does not arrive within 1 s"),
         ("/silence", "no answer from the server within 10 s to connect and 0.7 s to read"),
         ("/half", "cannot be fetched"),
+        ("/announced", "is larger than 50 MB"),
+        ("/nowhere", "cannot be fetched: "),
     ],
 )
 def test_a_server_that_does_not_give_an_image(
@@ -323,6 +332,17 @@ def test_a_server_that_does_not_give_an_image(
     assert error.count("\n") == 1
     assert "secret" not in output + error
     assert time.monotonic() - before < 15, "with torch's import, and no wait of its own"
+
+
+def test_a_bundle_of_certificates_that_is_missing(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/nowhere/ca.pem")
+    code, _, error = main(
+        capsys, "--ckpts_path", "tiny", "--image", "https://127.0.0.1:9/a.png",
+        "--output_path", tmp_path,
+    )  # fmt: skip
+    assert code == 2
+    assert "cannot be fetched: Could not find a suitable TLS CA certificate bundle" in error
+    assert error.count("\n") == 1
 
 
 def test_a_server_that_does_not_take_the_connection(capsys, tmp_path, monkeypatch):

@@ -205,6 +205,27 @@ def test_command_plans_only_what_is_here(capsys, tmp_path, monkeypatch):
     assert "is not here yet" in error
 
 
+@pytest.mark.parametrize("to", ["nobody", "ascii"])
+def test_a_plan_for_whoever_reads_it(tiny, to):
+    """`| head` that has gone, and a terminal without the squares."""
+    reading, writing = os.pipe()
+    if to == "nobody":
+        os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "teacache_sample_video.py", "--ckpts_path", "tiny", "--plan"],
+        cwd=ROOT,
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONIOENCODING": "ascii:strict"},
+        check=False,
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
+    if to == "ascii":
+        with os.fdopen(reading) as output:
+            assert "??????" in output.read()
+
+
 def test_a_plan_imports_little_and_takes_little_longer_than_torch(tiny):
     """Neither diffusers nor transformers; under 3 s more than importing torch, as a median."""
     check = (
