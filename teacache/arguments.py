@@ -32,9 +32,8 @@ DEFAULT_PROMPT = (
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; exit with 2 and one line where an argument is wrong.
 
-    `args.coefficients` comes back as Coefficients; defaults that depend on other arguments
-    (`image`, `rel_l1_thresh`) are filled in. With `--latents`, `ckpts_path` and `fps` that are not
-    given stay None: those of the latents' record are meant.
+    Defaults that hang on other arguments are filled in. With `--latents`, `ckpts_path` and `fps`
+    may stay None: those of the latents' record are meant.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -45,10 +44,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"argument --{other}: not allowed with argument --latents")
     if args.rel_l1_thresh is None:
         args.rel_l1_thresh = list(PLANNED_THRESHOLDS) if args.plan else [DEFAULT_THRESHOLD]
-    if args.ckpts_path is None and not args.latents:  # which bring the name of theirs along
-        args.ckpts_path = DEFAULT_CHECKPOINT
-    if args.fps is None and not args.latents:
-        args.fps = DEFAULT_FPS
+    if not args.latents:
+        args.ckpts_path = args.ckpts_path or DEFAULT_CHECKPOINT
+        args.fps = args.fps or DEFAULT_FPS
     if args.image is None:
         args.image = "astronaut" if args.ckpts_path == "tiny" else DEFAULT_IMAGE
     return args
@@ -90,7 +88,7 @@ def _add_published(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--ckpts_path",
-        type=readers.text,
+        type=readers.name,
         metavar="PATH",
         help="checkpoint folder; or a Hugging Face repository, downloaded into a folder of its "
         "name; or tiny, a small synthetic checkpoint for machines without a GPU "
@@ -172,14 +170,13 @@ def add_device(group: argparse._ActionsContainer) -> None:
         type=readers.device,
         default="auto",
         metavar="DEVICE",
-        help="auto, cuda, cuda:N or cpu; auto, the default, is CUDA where there is one, else "
-        "the CPU",
+        help="auto (CUDA where there is one, else the CPU), cuda, cuda:N or cpu (default: auto)",
     )
     add(
         "--dtype",
         choices=("auto", "bfloat16", "float16", "float32"),
         default="auto",
-        help="auto, the default, is bfloat16 on CUDA and float32 on a CPU",
+        help="auto is bfloat16 on CUDA and float32 on a CPU (default: auto)",
     )
 
 
@@ -251,15 +248,13 @@ def _add_acceleration(group: argparse._ArgumentGroup) -> None:
     add(
         "--keep_loaded",
         action="store_true",
-        help="between the videos of a sweep keep the transformer on the GPU where it fits, for "
-        "less time and more than 24 GB",
+        help="keep the transformer on the GPU between a sweep's videos, if it fits: over 24 GB",
     )
     add(
         "--no_reuse_conditioning",
         dest="reuse_conditioning",
         action="store_false",
-        help="compute the embeddings of face and prompt anew, instead of keeping them in the "
-        "cache folder from run to run",
+        help="compute the embeddings of face and prompt anew, not from the cache folder",
     )
 
 

@@ -42,9 +42,14 @@ def prompt(given: str) -> str:
     return text(given)
 
 
+def name(given: str) -> str:
+    """A text that is not empty."""
+    return text(_not_empty(given))
+
+
 def path(given: str) -> Path:
     """A path that can be written down again."""
-    return Path(text(_not_empty(given)))
+    return Path(name(given))
 
 
 def _not_empty(given: str) -> str:
@@ -77,7 +82,7 @@ def speedup(text: str) -> float:
 
 def image(given: str) -> str:
     """An image's source: http or https; of a path, that there is such a file."""
-    source = text(_not_empty(given))
+    source = name(given)
     path = Path(source)
     if "://" in source:
         try:

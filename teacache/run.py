@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from teacache import acceleration, attention, quality, rescue, sampler, sweep
+from teacache import acceleration, attention, rescue, sampler, sweep
 from teacache import device as devices
 from teacache import identity as faces
 from teacache.cache import EmbeddingCache, cache_folder
@@ -69,10 +69,8 @@ class Run:
         self._digests = {
             source: hashlib.sha256(image.tobytes()).hexdigest() for source, image in images.items()
         }
-        self._decoded: dict[Path, np.ndarray] = {}
-        self.baseline = None
-        if args.baseline:
-            self.baseline = sweep.read_baseline(args.baseline, jobs, size)
+        given = sweep.read_baseline(args.baseline, jobs, size) if args.baseline else None
+        self.baselines = sweep.Baselines(self.results, given)
         if args.resume:
             self._take_over_finished()
 
@@ -184,21 +182,13 @@ class Run:
             video, written = rescue.write_with_record(pictures, prefix, record, stages, self.args)
         frames = np.stack([np.array(picture) for picture in pictures])
         self.results[job] = sweep.Result(job, video, written, frames)
-        if len(self.jobs) > 1 or self.baseline is not None:
+        if len(self.jobs) > 1 or self.baselines.given is not None:
             # Only now, and into a record that is whole already: a video that is done is safe.
             with stages.stage("quality"):
-                baseline, decoded = self._baseline_of(job)
                 written["quality"] = sweep.judge(
-                    frames, baseline, decoded, start.identity, self._analyser
+                    frames, *self.baselines.of(job), start.identity, self._analyser
                 )
-            try:
-                with written_whole(video.with_suffix(""), ".json") as (path,):
-                    write_record(written, path)
-            except OSError as error:
-                logger.warning(
-                    "%s: its record stays without the figures of quality: %s",
-                    *(video, error.strerror or error),
-                )
+            _write_again(written, video)
         if self.args.quiet:
             print_now(str(video))
         elif len(self.jobs) == 1:
@@ -227,7 +217,7 @@ class Run:
         results = [self.results[job] for job in self.jobs if job in self.results]
         if len(self.jobs) > 1 and results:
             if in_full:
-                self._compare_taken_over()
+                self.baselines.compare_the_rest()
             table, files = sweep.write_sweep(self.args.output_path, results, self.args.fps, in_full)
             self.say(f"\n{table}\n")
             for file in files:
@@ -250,32 +240,6 @@ class Run:
             for other, result in self.results.items():
                 if sweep.group_of(other) != sweep.group_of(job):
                     self.results[other] = result._replace(own_frames=None)
-
-    def _compare_taken_over(self) -> None:
-        """Compare what is not compared yet: videos from earlier runs, or of an interrupted one.
-
-        Their records stay as they are; the sweep's report has the figures.
-        """
-        for job, result in self.results.items():
-            found = result.record.setdefault("quality", {})
-            if "psnr" in found:
-                continue
-            baseline, _ = self._baseline_of(job)
-            if baseline is not None:
-                found.update(quality.compare(result.frames(), baseline), decoded=True)
-
-    def _baseline_of(self, job: Job) -> tuple[np.ndarray | None, bool]:
-        """Frames to compare a job's video with, and whether an mp4 was decoded for them."""
-        if job.rel_l1_thresh == 0:
-            return None, False
-        unaided = self.results.get(dataclasses.replace(job, rel_l1_thresh=0.0))
-        if unaided is None:
-            return self.baseline, self.baseline is not None
-        if unaided.own_frames is not None:
-            return unaided.own_frames, False
-        if unaided.path not in self._decoded:  # once for all that compare with it
-            self._decoded = {unaided.path: unaided.frames()}
-        return self._decoded[unaided.path], True
 
     def _settings(self, job: Job) -> dict[str, object]:
         """What goes on record before sampling: the arguments, with what was chosen for them."""
@@ -310,3 +274,15 @@ class Run:
         if self.args.quantize:
             found.append(f"quantize {self.args.quantize}")
         return found
+
+
+def _write_again(record: dict[str, object], video: Path) -> None:
+    """The record of a video that has one, with more in it."""
+    try:
+        with written_whole(video.with_suffix(""), ".json") as (path,):
+            write_record(record, path)
+    except OSError as error:
+        logger.warning(
+            "%s: its record stays without the figures of quality: %s",
+            *(video, error.strerror or error),
+        )

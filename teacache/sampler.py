@@ -121,7 +121,7 @@ def _load_model(kind: type, folder: Path, device: torch.device, dtype: torch.dty
                 device_map={"": device},
                 output_loading_info=True,
             )
-        except NotImplementedError as error:  # a weight without numbers was to go to the device
+        except NotImplementedError as error:  # torch cannot copy a missing weight's meta tensor
             raise CheckpointError(f"{folder} lacks some of the model's weights") from error
     check_whole(folder, found["missing_keys"])
     return model

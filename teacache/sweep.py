@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,6 +115,43 @@ def read_baseline(path: Path, jobs: list[Job], size: VideoSize) -> np.ndarray:
             f"this run samples {wanted[0]} of {wanted[2]}x{wanted[1]}"
         )
     return frames
+
+
+class Baselines:
+    """What each video is compared with: that of threshold 0, else the one that `--baseline` names.
+
+    Args:
+        results: those of the run, as they come.
+        given: `--baseline`'s frames, [frames, height, width, 3], or None.
+    """
+
+    def __init__(self, results: dict[Job, Result], given: np.ndarray | None):
+        self.results, self.given = results, given
+        self._decoded: dict[Path, np.ndarray] = {}
+
+    def of(self, job: Job) -> tuple[np.ndarray | None, bool]:
+        """Frames to compare a job's video with, and whether an mp4 was decoded for them."""
+        if job.rel_l1_thresh == 0:
+            return None, False
+        unaided = self.results.get(dataclasses.replace(job, rel_l1_thresh=0.0))
+        if unaided is None:
+            return self.given, self.given is not None
+        if unaided.own_frames is not None:
+            return unaided.own_frames, False
+        if unaided.path not in self._decoded:  # once for all that compare with it
+            self._decoded = {unaided.path: unaided.frames()}
+        return self._decoded[unaided.path], True
+
+    def compare_the_rest(self) -> None:
+        """Compare what is not compared yet: videos from earlier runs, or of an interrupted one.
+
+        Their records stay as they are; the sweep's report has the figures.
+        """
+        for job, result in self.results.items():
+            found = result.record.setdefault("quality", {})
+            baseline = None if "psnr" in found else self.of(job)[0]
+            if baseline is not None:
+                found.update(quality.compare(result.frames(), baseline), decoded=True)
 
 
 def judge(

@@ -282,7 +282,8 @@ def test_a_source_that_cannot_be_written_down_again(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "argument", ["--output_path", "--image", "--coefficients", "--jobs", "--latents", "--baseline"]
+    "argument",
+    ["--ckpts_path", "--output_path", "--image", "--coefficients", "--jobs", "--latents"],
 )
 def test_a_shells_variable_that_is_not_set(capsys, tmp_path, monkeypatch, argument):
     monkeypatch.chdir(tmp_path)

@@ -223,6 +223,18 @@ def test_resume_redoes_what_differs(capsys, tmp_path, calls):
     assert calls["denoise"] == before + 1
 
 
+def test_a_video_that_is_no_more_whole_is_sampled_again(capsys, tmp_path, calls):
+    common = (*COMMON[:2], "--num_infer_steps", 2, "--num_frames", 1, "--output_path", tmp_path)
+    sweep = (*common, "--rel_l1_thresh", 0, 0.1, "--resume")
+    main(capsys, *sweep)
+    whole = (tmp_path / "42_0.0_0000.mp4").read_bytes()
+    (tmp_path / "42_0.0_0000.mp4").write_bytes(whole[:100])
+    before = calls["denoise"]
+    code, *_ = main(capsys, *sweep)
+    assert (code, calls["denoise"]) == (0, before + 1)
+    assert (tmp_path / "42_0.0_0001.mp4").read_bytes() == whole
+
+
 def test_a_fault_at_the_third_keeps_the_first_two(capsys, tmp_path, monkeypatch, calls):
     counting = sampler.decode
 
