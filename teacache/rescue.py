@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from teacache import interruption
 from teacache.checkpoint import read_json, whole_number
 from teacache.device import is_out_of_memory, out_of_memory
 from teacache.errors import ArgumentError, DeviceError, OutputError, TeaCacheError
@@ -58,6 +59,9 @@ def latents_survive(
         told = (
             f"The latents are kept, try again with --latents {kept}" if kept else "Nothing is kept"
         )
+        if interruption.asked():  # whatever a library has made of it
+            error.add_note(told)
+            raise
         if is_out_of_memory(error):
             stage = stages.under_way or "decoding"
             raise DeviceError(f"{out_of_memory(error, stage, args)}. {told}") from error

@@ -370,7 +370,7 @@ def configured(**changed):
         ("text_encoder/model.safetensors", with_a_larger_tensor, "text_encoder cannot be read"),
         ("tokenizer/spiece.model", noise, "cannot be read: "),
         ("transformer/diffusion_pytorch_model.safetensors", without_a_tensor, "r lacks some of"),
-        ("transformer/diffusion_pytorch_model.safetensors", with_a_larger_tensor, "transformer"),
+        ("transformer/diffusion_pytorch_model.safetensors", with_a_larger_tensor, "expected shape"),
         ("vae/diffusion_pytorch_model.safetensors", without_a_tensor, "vae lacks some of the"),
         ("vae/config.json", configured(block_out_channels=None), "block_out_channels is None"),
         ("transformer/config.json", configured(sample_width=None), "sample_width is None, no"),

@@ -158,6 +158,24 @@ def run_within(context, work):
         work()
 
 
+def test_an_interruption_that_the_encoder_hears_too(capsys, tmp_path, monkeypatch):
+    """The terminal's Ctrl-C ends ffmpeg as well, whose broken pipe is then what is seen."""
+
+    def broken_pipe(*args):
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(rescue, "write_video", broken_pipe)
+    code, _, error = main(capsys, *TINY, "--num_frames", 1, "--output_path", tmp_path)
+    assert code == 130
+    assert error.splitlines()[-1] == (
+        "interrupted. The latents are kept, try again with --latents "
+        f"{tmp_path}/42_0.0_0000.latents.safetensors"
+    )
+
+
 def test_a_second_signal_on_the_way_out(tmp_path, tiny):
     """0.1 s later, while Python ends."""
     process = subprocess.Popen(
