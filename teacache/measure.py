@@ -19,6 +19,7 @@ from teacache.conditioning import Conditioning
 from teacache.errors import CheckpointError
 from teacache.handle import TeaCacheHandle
 from teacache.random_weights import Material
+from teacache.size import video_size
 from teacache.transformer import apply_teacache
 from teacache.video import write_video
 
@@ -93,7 +94,7 @@ def of_checkpoint(
     with _timed(seconds, "loading", device):
         pipe = sampler.load_pipeline(folder, device, dtype, parts=("transformer", "vae"))
     text = sampler.Text(embedded[DEFAULT_PROMPT].embeds, embedded[""].embeds)
-    material = Material(pipe, identity, text, checkpoint.video_size(folder, None, None, None))
+    material = Material(pipe, identity, text, video_size(folder, None, None, None))
     bench = Bench(material, num_infer_steps, None, device, dtype)
     bench.before_the_loop = {name: f"{value:.1f} s" for name, value in seconds.items()}
     return bench
