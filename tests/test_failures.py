@@ -440,15 +440,37 @@ def test_latents_need_room_for_their_video_too(capsys, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 4 MB."""
+def mounted(tmp_path):
+    """Mounts a file system in memory: a folder."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(mount, check=False).returncode:
-        pytest.skip("file systems cannot be mounted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+
+    def mount(options: str) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        if shutil.which("mount") is None or subprocess.run(command, check=False).returncode:
+            pytest.skip("file systems cannot be mounted here")
+        return folder
+
+    yield mount
+    if folder.is_mount():
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture
+def small_disk(mounted):
+    """A file system of 4 MB."""
+    return mounted("size=4m")
+
+
+def test_a_folder_that_is_not_to_be_written_to(capsys, mounted):
+    """Read-only, since permissions do not stop root, as whom this may run."""
+    folder = mounted("ro")
+    code, output, error = main(capsys, *TINY, "--output_path", folder)
+    assert (code, output) == (2, "")
+    assert error == f"error: --output_path {folder} cannot be written to\n"
+    code, output, error = main(capsys, *TINY, "--output_path", folder / "below")
+    assert (code, output) == (2, "")
+    assert error == f"error: --output_path {folder}/below cannot be made: Read-only file system\n"
 
 
 def test_a_disk_that_fills_up(small_disk, tmp_path, tiny):
