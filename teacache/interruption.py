@@ -77,10 +77,15 @@ def exit_code(work: Callable[[], None]) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if asked() or isinstance(error, KeyboardInterrupt):
             # Some libraries turn an interruption into an error of their own.
-            print(". ".join(["interrupted", *getattr(error, "__notes__", ())]), file=sys.stderr)
+            _tell(". ".join(["interrupted", *getattr(error, "__notes__", ())]))
             return 130
         if isinstance(error, TeaCacheError):
-            print(f"error: {error}", file=sys.stderr)
+            _tell(f"error: {error}")
             return 2
         raise
     return 0
+
+
+def _tell(line: str) -> None:
+    with contextlib.suppress(OSError):  # of a terminal that is closed
+        print(line, file=sys.stderr, flush=True)

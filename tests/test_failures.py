@@ -137,6 +137,17 @@ def test_without_a_signal_nothing_changes(given_back):
     assert {number: signal.getsignal(number) for number in given_back} == given_back
 
 
+def test_a_terminal_that_is_closed_changes_no_exit_code(given_back, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with contextlib.suppress(BrokenPipeError), os.fdopen(writing, "w") as nobody_reads:
+        code = None
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", nobody_reads)
+            code = interruption.exit_code(lambda: os.kill(os.getpid(), signal.SIGHUP))
+    assert code == 130
+
+
 def test_an_interruption_that_a_library_turns_into_its_own_error(given_back, capsys):
     """As transformers does where one of its modules cannot be imported to the end."""
 
