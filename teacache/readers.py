@@ -151,8 +151,12 @@ def coefficients(given: str) -> Coefficients:
     except ValueError as error:  # not UTF-8, or a path that no file can have
         raise argparse.ArgumentTypeError(f"{given}: {error}") from error
     try:
-        found = Coefficients.from_json(json.loads(content))
+        data = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{given} is no JSON: {error}") from error
+    try:
+        found = Coefficients.from_json(data)
         text(found.source)
-    except (ArgumentError, argparse.ArgumentTypeError, ValueError, RecursionError) as error:
+    except (ArgumentError, argparse.ArgumentTypeError) as error:
         raise argparse.ArgumentTypeError(f"{given}: {error}") from error
     return found

@@ -153,6 +153,34 @@ def test_missing_and_empty_files_are_named(light, name, empty):
         check_checkpoint(light)
 
 
+def test_all_that_is_wrong_is_said_at_once(capsys, light, tmp_path):
+    """A shard too few, an empty file, one cut short; before anything is imported for it."""
+    folder = light / "transformer"
+    (folder / "diffusion_pytorch_model.safetensors").rename(folder / "part-1.safetensors")
+    index = {"weight_map": {"a": "part-1.safetensors", "b": "part-2.safetensors"}}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    (light / "face_encoder" / "parsing_bisenet.pth").unlink()
+    (light / "face_encoder" / "parsing_bisenet.pth").touch()
+    path = light / "vae" / "diffusion_pytorch_model.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[:-1])
+    arguments = ("--ckpts_path", light, "--image", "astronaut", "--output_path", tmp_path / "o")
+    code, output, error = main(capsys, *arguments)
+    assert (code, output) == (2, "")
+    assert error == (
+        f"error: {light} is not whole, missing or empty: face_encoder/parsing_bisenet.pth, "
+        "transformer/part-2.safetensors; "
+        "cut short or damaged: vae/diffusion_pytorch_model.safetensors\n"
+    )
+    edit(light / "model_index.json", _class_name="CogVideoXImageToVideoPipeline")
+    code, output, error = main(capsys, *arguments)
+    assert (code, output) == (2, "")
+    assert error == (
+        f"error: {light} holds a CogVideoXImageToVideoPipeline, not a ConsisIDPipeline\n"
+    )
+
+
 def test_missing_shards_are_named(light):
     folder = light / "transformer"
     single = folder / "diffusion_pytorch_model.safetensors"

@@ -276,6 +276,29 @@ def test_coefficients_of_any_size_can_be_planned_with(capsys, tmp_path, tiny, si
         assert error.startswith("error: --target_speedup 3 cannot be reached: the nearest is 1.00")
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("", "is no JSON: Expecting value"),
+        ("{values: 1}", "is no JSON: Expecting property name"),
+        ('{"values": [1, 2, 3]}', "values must be a list of 5 finite numbers, found [1, 2, 3]"),
+        ('{"values": [1, 2, 3, 4, NaN]}', "values must be a list of 5 finite numbers"),
+        ('{"values": [1, 2, 3, 4, 5], "range": [0, 1]}', "unknown key 'range'; known: values,"),
+        ('{"values": [1, 2, 3, 4, 5], "fitted_range": [1, 0]}', "must be two rising distances"),
+        (None, "cannot be read: No such file or directory"),
+    ],
+)
+def test_coefficients_that_are_refused(capsys, tmp_path, content, told):
+    path = tmp_path / "own.json"
+    if content is not None:
+        path.write_text(content)
+    code, output, error = main(capsys, "--ckpts_path", "tiny", "--coefficients", path)
+    assert (code, output) == (2, "")
+    assert error.startswith(f"error: argument --coefficients: {path}")
+    assert told in error
+    assert error.count("\n") == 1
+
+
 def test_a_source_that_cannot_be_written_down_again(capsys, tmp_path):
     (tmp_path / "own.json").write_text('{"values": [1, 0, 0, 0, 0], "source": "\\ud800"}')
     code, _, error = main(capsys, "--coefficients", tmp_path / "own.json")
