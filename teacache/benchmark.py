@@ -137,11 +137,12 @@ def _benchmark(args: argparse.Namespace) -> None:
     about = _about(args, bench)
     report = _markdown(about, rows)
     print(report)
-    with claimed_stem(args.output_path, "benchmark") as stem:
-        with written_whole(stem, ".md") as (path,):
-            path.write_text(report + "\n", encoding="utf-8")
-        with written_whole(stem, ".json") as (path,):
-            write_record({"about": about, "rows": rows}, path)
+    with (
+        claimed_stem(args.output_path, "benchmark") as stem,
+        written_whole(stem, ".md", ".json") as (table, figures),
+    ):
+        table.write_text(report + "\n", encoding="utf-8")
+        write_record({"about": about, "rows": rows}, figures)
     print(f"{stem}.md\n{stem}.json", file=sys.stderr)
 
 

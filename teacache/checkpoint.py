@@ -118,7 +118,11 @@ def _is_whole(path: Path) -> bool:
 
 
 def is_whole_safetensors(path: Path) -> bool:
-    """Whether a file is as long as its safetensors header says, without reading the weights."""
+    """Whether a file is as long as its safetensors header says, without reading the weights.
+
+    Raises:
+        CheckpointError: where the system does not let it be read.
+    """
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -128,6 +132,8 @@ def is_whole_safetensors(path: Path) -> bool:
             header = json.loads(file.read(length))
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name[:2] != "__"]
         return bool(ends) and 8 + length + max(ends) == size
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         return False
 

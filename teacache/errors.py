@@ -5,9 +5,9 @@ import re
 # Of a URL: what stands before the host's @, or where a password holds what has no place there, all
 # before the last @; the query; the fragment; a value of the query that is no credential.
 USER = re.compile(r"(?<=://)([^/?#\s]*@|[^/?#@\s]*:.*@)")
-VALUE = re.compile(r"(://[^\s?#]*\?)([^\s#]*)")
+QUERY = re.compile(r"(://[^\s?#]*\?)([^\s#]*)")
 FRAGMENT = re.compile(r"(://[^\s#]*#)\S+")
-HARMLESS = re.compile(r"(true|false|\d{1,4})")
+HARMLESS = re.compile(r"(true|false|\d{0,4})")
 
 
 def one_line(message: str) -> str:
@@ -22,18 +22,17 @@ def without_credentials(text: str) -> str:
     service to the next; only the shortest stay. What goes by a fragment is no server's business.
     """
 
-    def masked(query: re.Match[str]) -> str:
-        fields = [field.partition("=") for field in query[2].split("&")]
-        shown = [
-            name + equals + (value if not value or HARMLESS.fullmatch(value) else "***")
-            if equals
-            else "***"
-            for name, equals, value in fields
-        ]
-        return query[1] + "&".join(shown)
-
     text = USER.sub("***@", text)
-    return FRAGMENT.sub(r"\1***", VALUE.sub(masked, text))
+    text = QUERY.sub(lambda query: query[1] + "&".join(map(_masked, query[2].split("&"))), text)
+    return FRAGMENT.sub(r"\1***", text)
+
+
+def _masked(field: str) -> str:
+    """A field of a query: name=value, or a value alone."""
+    name, equals, value = field.partition("=")
+    if not equals:
+        return "***"
+    return field if HARMLESS.fullmatch(value) else f"{name}=***"
 
 
 class TeaCacheError(Exception):

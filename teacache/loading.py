@@ -1,4 +1,4 @@
-"""What is said when a model cannot be made of a checkpoint's files."""
+"""Making models of a checkpoint's files, and what is said where that cannot be."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ import contextlib
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from teacache.device import is_out_of_memory
 from teacache.errors import CheckpointError, TeaCacheError
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import ModelMixin
+    from transformers import PreTrainedModel
 
 MOST_SAID = 200  # characters of what a library says: some list every weight
 
@@ -34,12 +40,32 @@ def reading(folder: Path) -> Iterator[None]:
         raise CheckpointError(f"{folder} cannot be read: {told}") from error
 
 
-def check_whole(folder: Path, missing_keys: list[str] | set[str]) -> None:
-    """Raise CheckpointError where a model has weights that its files did not hold.
+def load_model(
+    kind: type[ModelMixin | PreTrainedModel],
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> ModelMixin | PreTrainedModel:
+    """A model of diffusers or transformers with all of its weights.
 
-    The libraries fill them with random numbers and go on.
+    Raises:
+        CheckpointError: where its files cannot be read, or do not hold every weight: the libraries
+            would fill those with random numbers and go on.
     """
-    if missing_keys:
+    with reading(folder):
+        try:
+            model, found = kind.from_pretrained(
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                device_map={"": device},
+                output_loading_info=True,
+            )
+        except NotImplementedError as error:  # torch cannot copy a missing weight's meta tensor
+            raise CheckpointError(f"{folder} lacks some of the model's weights") from error
+    missing = found["missing_keys"]
+    if missing:
         raise CheckpointError(
-            f"{folder} lacks {len(missing_keys)} of the model's weights: {min(missing_keys)}"
+            f"{folder} lacks {len(missing)} of the model's weights: {min(missing)}"
         )
+    return model

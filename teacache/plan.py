@@ -195,7 +195,7 @@ def known_costs(folder: Path, settings: dict[str, object]) -> Costs | None:
         settings: the record's entries that the seconds depend on, such as `width` and `dtype`.
     """
     found = []
-    for path in newest_first(folder.glob("[!.]*.json")):
+    for path in _newest_first(folder.glob("[!.]*.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             if all(record[name] == value for name, value in settings.items()):
@@ -214,7 +214,7 @@ def known_costs(folder: Path, settings: dict[str, object]) -> Costs | None:
     return next(iter(with_reuse or found), None)
 
 
-def newest_first(paths: Iterable[Path]) -> list[Path]:
+def _newest_first(paths: Iterable[Path]) -> list[Path]:
     """The files that are there, by the time of their last change."""
     times = {}
     for path in paths:
@@ -260,11 +260,7 @@ def _time_embedding(
     for path in weight_files(checkpoint / "transformer"):
         if not path.is_file():
             raise CheckpointError(f"{path} is missing: a plan reads the time embedding in it")
-        try:
-            whole = is_whole_safetensors(path)
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-        if not whole:
+        if not is_whole_safetensors(path):
             raise CheckpointError(f"{path} is cut short or damaged")
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no dict

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from teacache.errors import ArgumentError, without_credentials
+from teacache.errors import ArgumentError
 from teacache.policy import Coefficients
 
 
@@ -81,20 +81,21 @@ def speedup(text: str) -> float:
 
 
 def image(given: str) -> str:
-    """An image's source: http or https; of a path, that there is such a file."""
+    """An image's source: http or https; of a path, that there is such a file.
+
+    What is wrong with a URL is told with the whole of it: whoever prints it masks credentials.
+    """
     source = name(given)
     path = Path(source)
     if "://" in source:
         try:
             scheme, host = urlsplit(source).scheme.lower(), urlsplit(source).hostname
         except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{without_credentials(source)}: {error}") from error
+            raise argparse.ArgumentTypeError(f"{source}: {error}") from error
         if scheme not in ("http", "https"):
-            raise argparse.ArgumentTypeError(
-                f"{without_credentials(source)} is neither http nor https"
-            )
+            raise argparse.ArgumentTypeError(f"{source} is neither http nor https")
         if not host:
-            raise argparse.ArgumentTypeError(f"{without_credentials(source)} names no host")
+            raise argparse.ArgumentTypeError(f"{source} names no host")
     elif source != "astronaut":
         with _refused_by_the_system(source):
             if path.is_dir():

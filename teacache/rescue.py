@@ -63,13 +63,10 @@ def latents_survive(
             error.add_note(told)
             raise
         if is_out_of_memory(error):
-            stage = stages.under_way or "decoding"
-            raise DeviceError(f"{out_of_memory(error, stage, args)}. {told}") from error
+            advice = out_of_memory(error, stages.under_way, args)
+            raise DeviceError(f"{advice}. {told}") from error
         if isinstance(error, (OSError, TeaCacheError)):
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise OutputError(
-                f"the video cannot be written to {args.output_path}: {reason}. {told}"
-            ) from error
+            raise _not_written(error, told, args) from error
         error.add_note(told)
         raise
 
@@ -165,10 +162,17 @@ def decode_latents(
         prefix = f"{sampled['seed']}_{sampled['rel_l1_thresh']}"
         return write_with_record(pictures, prefix, record, stages, args)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise OutputError(
-            f"the video cannot be written to {args.output_path}: {reason}. {args.latents} stays"
-        ) from error
+        raise _not_written(error, f"{args.latents} stays", args) from error
+
+
+def _not_written(error: Exception, told: str, args: argparse.Namespace) -> OutputError:
+    """The error for a user whose video an error has stopped.
+
+    Args:
+        told: what has become of the latents.
+    """
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return OutputError(f"the video cannot be written to {args.output_path}: {reason}. {told}")
 
 
 def _keep(latents: torch.Tensor, record: dict[str, object], folder: Path) -> Path | None:

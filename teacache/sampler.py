@@ -19,9 +19,8 @@ from transformers import T5EncoderModel
 
 from teacache import device as devices
 from teacache import interruption
-from teacache.errors import CheckpointError
 from teacache.finite import FiniteWatch
-from teacache.loading import check_whole, reading
+from teacache.loading import load_model, reading
 from teacache.quiet import no_progress_bars
 
 if TYPE_CHECKING:
@@ -95,7 +94,7 @@ def load_pipeline(
     models = dict.fromkeys(PARTS)
     with no_progress_bars():
         for name in parts:
-            models[name] = _load_model(classes[name], checkpoint / name, place, dtype)
+            models[name] = load_model(classes[name], checkpoint / name, place, dtype)
         if "text_encoder" not in parts:
             models["tokenizer"] = None
         with reading(checkpoint):
@@ -108,23 +107,6 @@ def load_pipeline(
     elif offload == "sequential":
         pipe.enable_sequential_cpu_offload(device=device)
     return pipe
-
-
-def _load_model(kind: type, folder: Path, device: torch.device, dtype: torch.dtype):
-    """One model with all of its weights."""
-    with reading(folder):
-        try:
-            model, found = kind.from_pretrained(
-                folder,
-                dtype=dtype,
-                local_files_only=True,
-                device_map={"": device},
-                output_loading_info=True,
-            )
-        except NotImplementedError as error:  # torch cannot copy a missing weight's meta tensor
-            raise CheckpointError(f"{folder} lacks some of the model's weights") from error
-    check_whole(folder, found["missing_keys"])
-    return model
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch comes in, here and in every command that a test starts: the tests speak of a CPU,
@@ -31,28 +32,25 @@ SIZE = VideoSize(width=144, height=96, num_frames=13)
 PROMPT = "a smiling astronaut stands by the sea"
 
 
-def main(capsys, *arguments: object) -> tuple[int, str, str]:
-    """The command within this process: (exit code, standard output, standard error)."""
+@contextlib.contextmanager
+def handlers_given_back() -> Iterator[dict]:
+    """The signals' handlers as before the block: an interrupted command ignores them to its end."""
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
-        code = teacache_sample_video.main([str(argument) for argument in arguments])
-    except SystemExit as end:
-        code = end.code
+        yield handlers
     finally:
-        for number, handler in handlers.items():  # one that was interrupted ignores them
+        for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def main(capsys, *arguments: object) -> tuple[int, str, str]:
+    """The command within this process: (exit code, standard output, standard error)."""
+    with handlers_given_back():
+        try:
+            code = teacache_sample_video.main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = end.code
     return code, *capsys.readouterr()
-
-
-def processes_of_session(session: int) -> list[str]:
-    """The command lines of the processes of a session that still run, as Linux lists them."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            state, _, _, its_session, *_ = (folder / "stat").read_text().rpartition(")")[2].split()
-            if int(its_session) == session and state != "Z":
-                found.append((folder / "cmdline").read_bytes().decode())
-    return [command for command in found if command]  # one that is about to end has none
 
 
 @pytest.fixture(scope="session", autouse=True)

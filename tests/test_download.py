@@ -191,14 +191,14 @@ def test_broken_off_then_resumed_then_sampled(hub, command, tmp_path):
     assert not folder.exists()
     assert incomplete.is_dir()
 
-    had = {str(path.relative_to(incomplete)) for path in incomplete.rglob("*") if path.is_file()}
+    had = brought(incomplete)
     # Without a connection the half is not taken for the whole.
     code, _, error = command(*SAMPLE, HF_HUB_OFFLINE="1")
     assert code == 2
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert "Without a connection, put these into Own/Repo.incomplete, weights" in error
-    told = error.split("with their index: ")[1].split(". --ckpts_path")[0].split(", ")
+    told = asked_for(error)
     assert broken in told
     assert not set(told) & had, "what has come already"
     assert len(told) + len(had) >= 15
@@ -232,6 +232,16 @@ def test_broken_off_then_resumed_then_sampled(hub, command, tmp_path):
     assert "download" not in output
 
 
+def brought(folder: Path) -> set[str]:
+    """The files that have come to a folder, as paths below it."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def asked_for(error: str) -> list[str]:
+    """The files that an error without a connection names."""
+    return error.split("with their index: ")[1].split(". --ckpts_path")[0].split(", ")
+
+
 def downloading(here: Path) -> list[Path]:
     """The processes that bring files to this folder."""
     found = []
@@ -262,7 +272,7 @@ def test_interrupted_while_the_server_stalls(hub, start, tmp_path, by_terminal):
     assert not downloading(tmp_path / "here")
     assert not list(incomplete.rglob("*.incomplete")), "of a file of which half has come"
 
-    had = {str(path.relative_to(incomplete)) for path in incomplete.rglob("*") if path.is_file()}
+    had = brought(incomplete)
     assert "model_index.json" in had
     before = Counter(hub.transfers)
     assert start(*DOWNLOAD).communicate(timeout=300)[1] == DOWNLOADED
@@ -291,7 +301,7 @@ def test_without_a_connection_the_last_file_may_be_brought_by_hand(hub, command,
     code, _, error = command(*SAMPLE, HF_HUB_OFFLINE="1")
     assert code == 2
     assert "put these into Own/Repo.incomplete" in error
-    for name in error.split("with their index: ")[1].split(". --ckpts_path")[0].split(", "):
+    for name in asked_for(error):
         (incomplete / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(hub.folder / name, incomplete / name)
     assert command(*DOWNLOAD, HF_HUB_OFFLINE="1")[2] == DOWNLOADED

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPT, ROOT, SIGNALS, SIZE, main, processes_of_session
+from conftest import PROMPT, ROOT, SIZE, handlers_given_back, main
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -33,6 +33,17 @@ SWEEP = (
     *("--num_frames", 1),
 )
 TINY = ("--ckpts_path", "tiny", "--rel_l1_thresh", 0, "--num_infer_steps", 4)
+
+
+def processes_of_session(session: int) -> list[str]:
+    """The command lines of the processes of a session that still run, as Linux lists them."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            state, _, _, its_session, *_ = (folder / "stat").read_text().rpartition(")")[2].split()
+            if int(its_session) == session and state != "Z":
+                found.append((folder / "cmdline").read_bytes().decode())
+    return [command for command in found if command]  # one that is about to end has none
 
 
 @pytest.mark.parametrize(
@@ -125,11 +136,9 @@ def test_interrupted_while_the_encoder_runs(capsys, tmp_path, monkeypatch):
 
 @pytest.fixture
 def given_back():
-    """The signals' handlers, which an interrupted command leaves as those of one that ends."""
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    yield handlers
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    """The signals' handlers, given back after the test."""
+    with handlers_given_back() as handlers:
+        yield handlers
 
 
 def test_without_a_signal_nothing_changes(given_back):

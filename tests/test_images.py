@@ -29,6 +29,11 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
     return file.getvalue()
 
 
+def command(capsys, image, folder) -> tuple[int, str, str]:
+    """The command with this image, as far as that lets it."""
+    return main(capsys, "--ckpts_path", "tiny", "--image", image, "--output_path", folder)
+
+
 @pytest.fixture
 def photo():
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8))
@@ -47,9 +52,7 @@ def test_broken_files(capsys, tmp_path, photo, name, content, complaint):
     kind = {"jpg": "JPEG", "png": "PNG"}[name[-3:]]
     whole = encoded(photo, kind)
     (tmp_path / name).write_bytes(whole[: len(whole) // 2] if content is None else content)
-    code, output, error = main(
-        capsys, "--ckpts_path", "tiny", "--image", tmp_path / name, "--output_path", tmp_path / "o"
-    )
+    code, output, error = command(capsys, tmp_path / name, tmp_path / "o")
     assert code == 2
     assert error.startswith(f"error: --image {tmp_path / name} ")
     assert complaint in error
@@ -73,9 +76,7 @@ def test_a_picture_too_large_is_refused_by_its_header(capsys, tmp_path, monkeypa
     path = tmp_path / "large.png"
     Image.new("1", size).save(path)
     monkeypatch.setattr(pictures, "_upright_rgb", lambda image: pytest.fail("it was decoded"))
-    code, output, error = main(
-        capsys, "--ckpts_path", "tiny", "--image", path, "--output_path", tmp_path / "o"
-    )
+    code, output, error = command(capsys, path, tmp_path / "o")
     assert code == 2
     assert error == (f"error: --image {path} has more than 100 million pixels: make it smaller\n")
     assert "diffusers" not in output
@@ -84,9 +85,7 @@ def test_a_picture_too_large_is_refused_by_its_header(capsys, tmp_path, monkeypa
 @pytest.mark.parametrize("size", [(5000, 2), (2, 5000), (1000, 1), (1, 22)])
 def test_a_strip_is_no_photograph(capsys, tmp_path, size):
     Image.new("RGB", size).save(tmp_path / "strip.png")
-    code, output, error = main(
-        capsys, "--ckpts_path", "tiny", "--image", tmp_path / "strip.png", "--output_path", tmp_path
-    )
+    code, output, error = command(capsys, tmp_path / "strip.png", tmp_path)
     assert code == 2
     assert error.startswith(f"error: --image {tmp_path}/strip.png is {size[0]}x{size[1]}, a strip")
     assert "diffusers" not in output
@@ -99,10 +98,7 @@ def test_a_picture_that_finds_no_memory(capsys, tmp_path, photo, monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr(pictures, "_upright_rgb", no_memory)
-    code, _, error = main(
-        capsys, "--ckpts_path", "tiny", "--image", tmp_path / "photo.png",
-        "--output_path", tmp_path / "o",
-    )  # fmt: skip
+    code, _, error = command(capsys, tmp_path / "photo.png", tmp_path / "o")
     assert code == 2
     assert error.startswith(f"error: --image {tmp_path}/photo.png takes more memory than there is")
 
@@ -323,9 +319,7 @@ def test_a_server_that_does_not_give_an_image(
     monkeypatch.setattr(pictures, "FETCH_SECONDS", 1)
     url = server.url.replace("://", "://name:secret@") + path
     before = time.monotonic()
-    code, output, error = main(
-        capsys, "--ckpts_path", "tiny", "--image", url, "--output_path", tmp_path
-    )
+    code, output, error = command(capsys, url, tmp_path)
     assert code == 2
     assert error.startswith("error: --image http://***@127.0.0.1")
     assert complaint in error
@@ -336,10 +330,7 @@ def test_a_server_that_does_not_give_an_image(
 
 def test_a_bundle_of_certificates_that_is_missing(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/nowhere/ca.pem")
-    code, _, error = main(
-        capsys, "--ckpts_path", "tiny", "--image", "https://127.0.0.1:9/a.png",
-        "--output_path", tmp_path,
-    )  # fmt: skip
+    code, _, error = command(capsys, "https://127.0.0.1:9/a.png", tmp_path)
     assert code == 2
     assert "cannot be fetched: Could not find a suitable TLS CA certificate bundle" in error
     assert error.count("\n") == 1
@@ -354,20 +345,15 @@ def test_a_server_that_does_not_take_the_connection(capsys, tmp_path, monkeypatc
             waiting = sockets.enter_context(socket.socket())
             waiting.setblocking(False)
             waiting.connect_ex(listening.getsockname())
-        code, _, error = main(
-            capsys,
-            *("--ckpts_path", "tiny", "--output_path", tmp_path),
-            *("--image", f"http://127.0.0.1:{listening.getsockname()[1]}/a.png"),
+        code, _, error = command(
+            capsys, f"http://127.0.0.1:{listening.getsockname()[1]}/a.png", tmp_path
         )
     assert code == 2
     assert "no answer from the server within 0.5 s to connect" in error
 
 
 def test_nobody_answers(capsys, tmp_path):
-    code, _, error = main(
-        capsys, "--ckpts_path", "tiny", "--image", "http://me:secret@127.0.0.1:9/a.png",
-        "--output_path", tmp_path,
-    )  # fmt: skip
+    code, _, error = command(capsys, "http://me:secret@127.0.0.1:9/a.png", tmp_path)
     assert code == 2
     assert "cannot be fetched: connection error (connection refused)" in error
     assert "secret" not in error
