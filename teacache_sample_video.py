@@ -54,7 +54,6 @@ def sample(args: argparse.Namespace, jobs: list[Job], say: Callable[[str], None]
             checkpoints.check_checkpoint(checkpoint)
     full_size = checkpoint is None or checkpoints.is_full_size(checkpoint)
     with stages.stage("torch"):
-        from teacache import plan
         from teacache.acceleration import prepare_acceleration
         from teacache.device import choose_device, choose_dtype
 
@@ -67,18 +66,19 @@ def sample(args: argparse.Namespace, jobs: list[Job], say: Callable[[str], None]
         with stages.stage("download"):
             checkpoint = download_checkpoint(args.ckpts_path)
     size = video_size(checkpoint, args.width, args.height, args.num_frames)
-    for num_infer_steps in {job.num_infer_steps for job in jobs}:
-        plan.scheduler_timesteps(checkpoint, num_infer_steps)  # refuses more than there are
     check_memory(size)
     check_space(args.output_path, size, len(jobs))
-    distances = plan.distances_of(checkpoint, args.guidance_scale, device, dtype)
-    jobs = plan.with_thresholds(jobs, args.target_speedup, args.coefficients, distances)
-
     with stages.stage("diffusers"):
+        from teacache import plan
         from teacache.attention import choose_backend
+
+        for num_infer_steps in {job.num_infer_steps for job in jobs}:
+            plan.scheduler_timesteps(checkpoint, num_infer_steps)  # refuses more than there are
+        distances = plan.distances_of(checkpoint, args.guidance_scale, device, dtype)
+        jobs = plan.with_thresholds(jobs, args.target_speedup, args.coefficients, distances)
+        backend = choose_backend(args.attention, device, dtype)
         from teacache.run import Run
 
-        backend = choose_backend(args.attention, device, dtype)
     run = Run(args, jobs, checkpoint, images, size, device, dtype, backend, stages, say)
     try:
         with explained_out_of_memory(args, stages):
@@ -140,30 +140,21 @@ def show_plan(args: argparse.Namespace, jobs: list[Job]) -> None:
             f"--plan reads a checkpoint folder: {args.ckpts_path} is not here yet"
         )
     from teacache import plan
-    from teacache.device import choose_device, choose_dtype, dtype_name
+    from teacache.device import choose_device, choose_dtype
+    from teacache.policy import schedule
 
     device = choose_device(args.device)
     # A full-size checkpoint is planned for the GPU that it will be sampled on, wherever this is.
     for_gpu = args.dtype == "auto" and checkpoints.is_full_size(checkpoint)
     dtype = choose_dtype("bfloat16" if for_gpu else args.dtype, device)
-    size = video_size(checkpoint, args.width, args.height, args.num_frames)
-    settings = {
-        "ckpts_path": args.ckpts_path,
-        **size._asdict(),
-        "dtype": dtype_name(dtype),
-        "guidance_scale": args.guidance_scale,
-        "offload": args.offload,
-        "vae_tiling": args.vae_tiling,
-        "compile": args.compile,
-        "quantize": args.quantize,
-    }
+    video_size(checkpoint, args.width, args.height, args.num_frames)
     distances = plan.distances_of(checkpoint, args.guidance_scale, device, dtype)
     jobs = plan.with_thresholds(jobs, args.target_speedup, args.coefficients, distances)
     runs = dict.fromkeys((job.num_infer_steps, job.rel_l1_thresh) for job in jobs)
-    policies = [
-        plan.plan(distances(steps), threshold, args.coefficients) for steps, threshold in runs
+    schedules = [
+        schedule(distances(steps), threshold, args.coefficients) for steps, threshold in runs
     ]
-    print_now(plan.describe(policies, plan.known_costs(args.output_path, settings)))
+    print_now(plan.describe(schedules))
 
 
 if __name__ == "__main__":

@@ -1,37 +1,60 @@
-"""TeaCache on one transformer: what it remembers from step to step, and from video to video."""
+"""TeaCache on one transformer: the video under way, and putting the forward in place and back."""
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 import torch
 
-from teacache.device import mark
+from teacache.errors import ArgumentError
 from teacache.patch import take_away
-from teacache.policy import Coefficients, Policy, check_threshold, relative_l1
+from teacache.policy import (
+    Coefficients,
+    Schedule,
+    check_threshold,
+    distances_between,
+    listed_schedule,
+    schedule,
+)
 
 if TYPE_CHECKING:
-    from diffusers import ConsisIDPipeline, ConsisIDTransformer3DModel
+    from diffusers import ConsisIDTransformer3DModel
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass
+class Video:
+    """The state of one video. Another video gets another of these: nothing is carried over.
+
+    Attributes:
+        timesteps: the scheduler's own tensor. `set_timesteps` makes a new one for each video, so
+            another tensor means another video.
+        plan: its schedule, made before its first step.
+        step: index of the step that the next forward is.
+        residual: [batch, video tokens, inner dim], what the block stack added at the last computed
+            step, where a later step reuses it.
+        face: the local facial extractor's inputs, and its output [1, queries, output dim].
+    """
+
+    timesteps: torch.Tensor
+    plan: Schedule
+    step: int = 0
+    residual: torch.Tensor | None = None
+    face: tuple[list[torch.Tensor], torch.Tensor] | None = None
+
+
 class TeaCacheHandle:
-    """TeaCache on one transformer: its settings, the state of the video under way, its undoing.
+    """TeaCache on one transformer: what the next video follows, its state, its undoing.
 
     Made by `apply_teacache`. As a context manager it undoes itself at the end of the block.
 
-    Attributes:
-        transformer: the patched transformer.
-        given_steps: the steps to compute, instead of those that the rule decides on; None, at
-            first, leaves it to the rule. Setting them takes effect with the next video.
-        policy: the schedule of the last video, or of the one under way; None before the first.
-        forward: what stands in the place of the transformer's own forward.
-        step_started: a mark in the device's work as each of its steps began, see
-            `teacache.device.mark`.
+    Args:
+        transformer: the transformer that is patched.
+        timesteps: gives the scheduler's timesteps, the tensor itself and not a copy.
     """
 
     def __init__(
@@ -39,21 +62,16 @@ class TeaCacheHandle:
         transformer: ConsisIDTransformer3DModel,
         rel_l1_thresh: float,
         coefficients: Coefficients,
-        pipe: ConsisIDPipeline | None,
-        num_inference_steps: int | None,
+        timesteps: Callable[[], torch.Tensor],
     ):
-        self.transformer = transformer
-        self.coefficients = coefficients
+        self.transformer, self.coefficients = transformer, coefficients
         self.rel_l1_thresh = rel_l1_thresh
-        self.given_steps: frozenset[int] | None = None
         self.forward: Callable | None = None
-        self.policy: Policy | None = None
-        self.step_started: list[float | torch.cuda.Event] = []
-        self._pipe = pipe
-        self._num_inference_steps = num_inference_steps
-        self._told_of_extrapolation = False
         self.removed = False
-        self.reset()
+        self._timesteps = timesteps
+        self._followed: Schedule | tuple[int, ...] | None = None
+        self._video: Video | None = None
+        self._warned = False
 
     @property
     def rel_l1_thresh(self) -> float:
@@ -64,21 +82,30 @@ class TeaCacheHandle:
     def rel_l1_thresh(self, value: float) -> None:
         self._rel_l1_thresh = check_threshold(value)
 
-    def reset(self) -> None:
-        """Forget the video under way, so that the next step is the first one of a new video.
+    def follow(self, steps: Schedule | Iterable[int] | None) -> None:
+        """Compute these steps from the next video on, whatever the threshold; None ends that.
 
-        Videos in a row need no call, interrupted ones included, but in one case: a transformer
-        that stands alone, and a new video that starts below the timestep the last one stopped at.
+        Args:
+            steps: a schedule, or a list of the steps to compute, to which the first and the last
+                are added.
         """
-        self._timesteps: torch.Tensor | None = None
-        self._timestep_values: list[float] = []
-        self._distances: dict[tuple[float, float], float] = {}
-        self._last_timestep: float | None = None
-        self._shape: torch.Size | None = None
-        self._embedding: torch.Tensor | None = None
-        self._residual: torch.Tensor | None = None
-        self._face_inputs: list[torch.Tensor] | None = None
-        self._face_embedding: torch.Tensor | None = None
+        listed = steps is not None and not isinstance(steps, Schedule)
+        self._followed = tuple(steps) if listed else steps
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """The schedule of the last video, or of the one under way, as far as it was followed.
+
+        None before the first video.
+        """
+        return self._video and self._video.plan.until(self._video.step)
+
+    @property
+    def video(self) -> Video:
+        """The video under way, or the last one."""
+        if self._video is None:
+            raise RuntimeError("no video has begun")
+        return self._video
 
     def remove(self) -> None:
         """Undo the patch and drop what is cached. A second call does nothing.
@@ -88,7 +115,7 @@ class TeaCacheHandle:
         """
         take_away(self.transformer, self.forward)
         self.removed = True
-        self.reset()
+        self._forget()
 
     def __enter__(self) -> Self:
         return self
@@ -96,96 +123,37 @@ class TeaCacheHandle:
     def __exit__(self, *exception: object) -> None:
         self.remove()
 
-    def begin_step(
-        self, timestep: torch.Tensor, embedding: torch.Tensor, shape: torch.Size
-    ) -> bool:
-        """Whether this step is computed. Starts a new video where the step belongs to one.
+    def begin_step(self, batch: int, dtype: torch.dtype) -> bool:
+        """Whether this step is computed. A video's first step plans all of it.
 
         Args:
-            timestep: [batch], one value repeated.
-            embedding: [batch, time_embed_dim], the timestep embedding.
-            shape: of the transformer's input, [batch, latent frames, channels, height, width].
+            batch, dtype: of the transformer's input: with them the timestep embedding may round
+                differently.
         """
-        t = self._value_of(timestep)
-        if self._starts_a_video(t, shape):
-            self.reset()
-            num_steps = self._num_inference_steps
-            if self._pipe is not None:
-                self._timesteps = self._pipe.scheduler.timesteps
-                self._timestep_values = self._timesteps.tolist()
-                self._distances = self._measure_ahead(len(timestep), embedding.dtype)
-                num_steps = len(self._timesteps)
-            self.policy = Policy(num_steps, self.rel_l1_thresh, self.coefficients, self.given_steps)
-            self.step_started = []
+        timesteps, video = self._timesteps(), self._video
+        if video is None or video.timesteps is not timesteps or video.step == len(timesteps):
+            self._forget()
+            video = self._video = Video(timesteps, self._plan(timesteps, batch, dtype))
+        return video.step in video.plan.computed_steps
 
-        distance = None
-        if self._embedding is not None:
-            distance = self._distances.get((self._last_timestep, t))
-            if distance is None:
-                distance = relative_l1(embedding, self._embedding).item()
-        self._last_timestep, self._shape, self._embedding = t, shape, embedding
-        compute = self.policy.decide(distance)
-        self.step_started.append(mark(embedding.device))
-        self._warn_of_extrapolation()
-        return compute
-
-    def _value_of(self, timestep: torch.Tensor) -> float:
-        """The timestep as a number.
-
-        To read it from a GPU is to wait for all that the GPU has been given to do. A step of the
-        video under way is a view of its scheduler's timesteps: where in them says which.
-        """
-        own = self._timesteps
-        if own is not None and timestep.untyped_storage().data_ptr() == (
-            own.untyped_storage().data_ptr()
-        ):
-            return self._timestep_values[timestep.storage_offset() - own.storage_offset()]
-        return float(timestep.flatten()[0])
-
-    def _measure_ahead(self, batch: int, dtype: torch.dtype) -> dict[tuple[float, float], float]:
-        """x between each two timesteps of the video under way, by their values.
-
-        The embedding depends on the timestep alone. Measured here, all of them wait for the device
-        once; measured step by step, at every step.
-        """
-        embeddings = [
-            embed_timestep(self.transformer, t.expand(batch), dtype) for t in self._timesteps
-        ]
-        distances = [relative_l1(e, previous) for previous, e in itertools.pairwise(embeddings)]
-        values = itertools.pairwise(self._timestep_values)
-        return dict(zip(values, torch.stack(distances).tolist(), strict=True)) if distances else {}
-
-    def _starts_a_video(self, t: float, shape: torch.Size) -> bool:
-        """Every sign of a new video, so that one that was interrupted leaves nothing behind.
-
-        A scheduler makes a new tensor of timesteps for each video. A transformer that stands alone
-        has to go by its count of steps, and by what holds within a video: timesteps fall, and the
-        shape stays.
-        """
-        return (
-            self._last_timestep is None
-            or self.policy.step >= self.policy.num_steps
-            or (self._pipe is not None and self._pipe.scheduler.timesteps is not self._timesteps)
-            or not t < self._last_timestep
-            or self._shape != shape
-        )
+    def end_step(self) -> None:
+        """Count a step that is done. After the last one the memory is the VAE's."""
+        self.video.step += 1
+        if self.video.step == len(self.video.timesteps):
+            self._forget()
 
     def keep_residual(self, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Cache what the block stack added, where a later step of the video may reuse it.
+        """Keep what the block stack added, where the next step reuses it.
 
         Args:
             before, after: [batch, video tokens, inner dim], into and out of the block stack.
         """
-        ended = self.policy.step >= self.policy.num_steps
-        if ended:
-            # The next step belongs to another video: leave the memory to the VAE.
-            self.reset()
-        elif self.policy.may_reuse:
-            self._residual = after - before
+        if self.video.step + 1 in self.video.plan.reused_steps:
+            self.video.residual = after - before
 
     def reuse_residual(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[batch, video tokens, inner dim] with the cached residual in place of the blocks."""
-        return hidden_states + self._residual
+        return hidden_states + self.video.residual
 
     def face_embedding(
         self,
@@ -200,26 +168,47 @@ class TeaCacheHandle:
             id_cond: [1, 1280].
             id_vit_hidden: five of [1, 577, ViT width].
         """
-        given = [id_cond, *id_vit_hidden]
-        if self._face_inputs is None or not _same_tensors(given, self._face_inputs):
-            self._face_inputs = given
-            id_cond, *id_vit_hidden = (tensor.to(device=device, dtype=dtype) for tensor in given)
-            self._face_embedding = self.transformer.local_facial_extractor(id_cond, id_vit_hidden)
-        return self._face_embedding
+        inputs, video = [id_cond, *id_vit_hidden], self.video
+        if video.face is None or not _same_tensors(inputs, video.face[0]):
+            id_cond, *id_vit_hidden = (tensor.to(device=device, dtype=dtype) for tensor in inputs)
+            video.face = inputs, self.transformer.local_facial_extractor(id_cond, id_vit_hidden)
+        return video.face[1]
 
-    def _warn_of_extrapolation(self) -> None:
-        policy, step = self.policy, self.policy.step - 1
-        # Threshold 0 and the last step compute in any case.
-        matters = policy.rel_l1_thresh > 0 and step < policy.num_steps - 1 and policy.given is None
-        if matters and step in policy.extrapolated_steps and not self._told_of_extrapolation:
-            self._told_of_extrapolation = True
+    def _plan(self, timesteps: torch.Tensor, batch: int, dtype: torch.dtype) -> Schedule:
+        """The schedule of the video that begins: the timestep embeddings are all there is to it."""
+        plan = self._followed
+        if not isinstance(plan, Schedule):
+            distances = distances_between(
+                [embed_timestep(self.transformer, t.expand(batch), dtype) for t in timesteps]
+            )
+            if plan is None:
+                plan = schedule(distances, self.rel_l1_thresh, self.coefficients)
+            else:
+                plan = listed_schedule(plan, distances, self.coefficients)
+        elif plan.num_steps != len(timesteps):
+            raise ArgumentError(
+                f"a schedule of {plan.num_steps} steps cannot be followed in {len(timesteps)}"
+            )
+        self._warn_of_extrapolation(plan)
+        return plan
+
+    def _warn_of_extrapolation(self, plan: Schedule) -> None:
+        inner = [step for step in plan.extrapolated_steps if step < plan.num_steps - 1]
+        # At threshold 0, and of listed steps, nobody asks for what the coefficients cover.
+        if inner and plan.rel_l1_thresh and not self._warned:
+            self._warned = True
             logger.warning(
                 "step %d: the timestep embedding moved by %.4f, which the coefficients (%s) do not "
                 "cover: such steps are computed",
-                step,
-                policy.distances[step],
-                self.coefficients.source,
+                inner[0],
+                plan.distances[inner[0]],
+                plan.coefficients.source,
             )
+
+    def _forget(self) -> None:
+        """Free what the last video has cached; what it did stays known."""
+        if self._video is not None:
+            self._video.residual = self._video.face = None
 
 
 def embed_timestep(
@@ -239,9 +228,9 @@ def embed_timestep(
     return transformer.time_embedding(sinusoids, timestep_cond)
 
 
-def _same_tensors(given: list[torch.Tensor], known: list[torch.Tensor]) -> bool:
+def _same_tensors(inputs: list[torch.Tensor], known: list[torch.Tensor]) -> bool:
     # Offload hooks may hand over fresh copies at every step: then the values decide.
-    return len(given) == len(known) and all(
+    return all(
         a is b or (a.device == b.device and a.shape == b.shape and torch.equal(a, b))
-        for a, b in zip(given, known, strict=True)
+        for a, b in zip(inputs, known, strict=True)
     )

@@ -139,17 +139,17 @@ class Bench:
         self, variant: Variant, num_infer_steps: int, given: frozenset[int] | None
     ) -> Measured:
         seconds: dict[str, float] = {}
-        with self._ready(variant) as teacache, tempfile.TemporaryDirectory() as folder:
+        with self._ready(variant) as handle, tempfile.TemporaryDirectory() as folder:
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
-            if teacache is None:
+            if handle is None:
                 latents, steps = self._plain_latents(num_infer_steps, seconds)
                 computed, reused = steps, []
             else:
-                teacache.given_steps = given
-                latents, steps = self._latents(teacache, num_infer_steps, seconds)
-                computed = [steps[n] for n in teacache.policy.computed_steps]
-                reused = [steps[n] for n in teacache.policy.reused_steps]
+                handle.follow(given)
+                latents, steps = self._latents(num_infer_steps, seconds)
+                computed = [steps[n] for n in handle.schedule.computed_steps]
+                reused = [steps[n] for n in handle.schedule.reused_steps]
             with self._room_to_decode(variant), _timed(seconds, "decoding", self.device):
                 frames = sampler.decode(self.material.pipe, latents)
             with _timed(seconds, "writing", self.device):
@@ -158,9 +158,7 @@ class Bench:
             peak = devices.peak_memory_bytes(self.device) if on_gpu else None
         return Measured(computed, reused, seconds, peak)
 
-    def _plain_latents(
-        self, num_infer_steps: int, seconds: dict[str, float]
-    ) -> tuple[torch.Tensor, list[float]]:
+    def _plain_latents(self, num_infer_steps: int, seconds: dict[str, float]) -> sampler.Denoised:
         """`ConsisIDPipeline.__call__`; what it does before its first step counts as encoding."""
         material, marks = self.material, [devices.mark(self.device)]
         hook = material.pipe.transformer.register_forward_pre_hook(
@@ -184,22 +182,18 @@ class Bench:
             hook.remove()
         encoding, *steps = devices.seconds_between([*marks, devices.mark(self.device)])
         seconds.update(encoding=encoding, denoising=sum(steps))
-        return latents, steps
+        return sampler.Denoised(latents, steps)
 
-    def _latents(
-        self, teacache: TeaCacheHandle, num_infer_steps: int, seconds: dict[str, float]
-    ) -> tuple[torch.Tensor, list[float]]:
+    def _latents(self, num_infer_steps: int, seconds: dict[str, float]) -> sampler.Denoised:
         material = self.material
         with _timed(seconds, "encoding", self.device):
             start = sampler.prepare(material.pipe, material.identity, material.size, SEED)
         with _timed(seconds, "denoising", self.device):
-            latents = sampler.denoise(
+            return sampler.denoise(
                 *(material.pipe, start, material.text, material.size),
                 num_infer_steps=num_infer_steps,
                 guidance_scale=GUIDANCE_SCALE,
             )
-        ended = devices.mark(self.device)
-        return latents, devices.seconds_between([*teacache.step_started, ended])
 
     @contextlib.contextmanager
     def _ready(self, variant: Variant) -> Iterator[TeaCacheHandle | None]:
@@ -214,8 +208,8 @@ class Bench:
         if variant.compile:
             acceleration.compile_transformer(transformer)
         try:
-            with apply_teacache(pipe, variant.threshold) as teacache:
-                yield teacache
+            with apply_teacache(pipe, variant.threshold) as handle:
+                yield handle
         finally:
             acceleration.undo_compile(transformer)
             transformer.set_attn_processor(processors)

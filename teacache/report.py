@@ -19,7 +19,7 @@ from teacache import interruption
 
 if TYPE_CHECKING:
     from teacache.handle import TeaCacheHandle
-    from teacache.policy import Policy
+    from teacache.policy import Schedule
 
 
 def print_now(line: str) -> None:
@@ -76,7 +76,7 @@ class Stages:
 
 @contextlib.contextmanager
 def denoising_bar(
-    num_infer_steps: int, teacache: TeaCacheHandle, quiet: bool
+    num_infer_steps: int, handle: TeaCacheHandle, quiet: bool
 ) -> Iterator[Callable[[], None]]:
     """A progress bar that counts computed and reused steps; nothing where stderr is no terminal."""
     from tqdm import tqdm
@@ -89,8 +89,8 @@ def denoising_bar(
 
         def on_step() -> None:
             interruption.check()
-            policy = teacache.policy
-            counts = {"computed": len(policy.computed_steps), "reused": len(policy.reused_steps)}
+            done = handle.schedule
+            counts = {"computed": len(done.computed_steps), "reused": len(done.reused_steps)}
             bar.set_postfix(counts, refresh=False)
             bar.update()
 
@@ -99,7 +99,7 @@ def denoising_bar(
 
 def build_record(
     settings: dict[str, object],
-    policy: Policy,
+    schedule: Schedule,
     step_seconds: list[float],
     seconds: dict[str, float],
     device_name: str,
@@ -115,14 +115,14 @@ def build_record(
     """
     return {
         **settings,
-        "computed_steps": policy.computed_steps,
-        "reused_steps": policy.reused_steps,
-        "distances": [_finite(x) for x in policy.distances],
-        "rescaled": [_finite(x) for x in policy.rescaled],
-        "extrapolated_steps": policy.extrapolated_steps,
-        "why_nothing_was_reused": policy.why_nothing_was_reused(),
-        "computed_step_seconds": _median(step_seconds, policy.computed_steps),
-        "reused_step_seconds": _median(step_seconds, policy.reused_steps),
+        "computed_steps": schedule.computed_steps,
+        "reused_steps": schedule.reused_steps,
+        "distances": [_finite(x) for x in schedule.distances],
+        "rescaled": [_finite(x) for x in schedule.rescaled],
+        "extrapolated_steps": schedule.extrapolated_steps,
+        "why_nothing_was_reused": schedule.why_nothing_was_reused(),
+        "computed_step_seconds": _median(step_seconds, schedule.computed_steps),
+        "reused_step_seconds": _median(step_seconds, schedule.reused_steps),
         "seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes,
         "device_name": device_name,

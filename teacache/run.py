@@ -88,7 +88,7 @@ class Run:
         with self.stages.stage("loading"):
             pipe = self._load_pipeline()
         starts: dict[tuple[str, int], sampler.Start] = {}
-        with apply_teacache(pipe, coefficients=args.coefficients) as teacache:
+        with apply_teacache(pipe, coefficients=args.coefficients) as handle:
             if args.compile:
                 with self.stages.stage("compiling"):
                     start = sampler.prepare(pipe, identities[to_do[0].image], self.size, seed=0)
@@ -106,7 +106,7 @@ class Run:
                             )
                         }
                 self._sample_one(
-                    *(job, pipe, teacache, starts[face_and_noise], texts[job], own),
+                    *(job, pipe, handle, starts[face_and_noise], texts[job], own),
                     last=job is to_do[-1],
                 )
 
@@ -128,7 +128,7 @@ class Run:
 
     def _compile(self, pipe: ConsisIDPipeline, start: sampler.Start, text: sampler.Text) -> None:
         """Call what is to be compiled once, so that no video's seconds hold the compilation."""
-        latents = sampler.denoise(
+        latents, _ = sampler.denoise(
             *(pipe, start, text, self.size),
             num_infer_steps=1,
             guidance_scale=self.args.guidance_scale,
@@ -141,19 +141,19 @@ class Run:
         self,
         job: Job,
         pipe: ConsisIDPipeline,
-        teacache: TeaCacheHandle,
+        handle: TeaCacheHandle,
         start: sampler.Start,
         text: sampler.Text,
         stages: Stages,
         last: bool,
     ) -> None:
         """Sample, decode and write one video, and add it to the results."""
-        teacache.rel_l1_thresh = job.rel_l1_thresh
+        handle.rel_l1_thresh = job.rel_l1_thresh
         with (
             stages.stage("denoising"),
-            denoising_bar(job.num_infer_steps, teacache, self.args.quiet) as on_step,
+            denoising_bar(job.num_infer_steps, handle, self.args.quiet) as on_step,
         ):
-            latents = sampler.denoise(
+            latents, step_seconds = sampler.denoise(
                 pipe,
                 start,
                 text,
@@ -162,13 +162,11 @@ class Run:
                 guidance_scale=self.args.guidance_scale,
                 on_step=on_step,
             )
-            ended = devices.mark(self.device)
-            step_seconds = devices.seconds_between([*teacache.step_started, ended])
 
         def record() -> dict[str, object]:
             return build_record(
                 self._settings(job),
-                teacache.policy,
+                handle.schedule,
                 step_seconds,
                 stages.with_total(),
                 devices.device_name(self.device),

@@ -19,7 +19,7 @@ from transformers import T5EncoderModel
 
 from teacache import device as devices
 from teacache import interruption
-from teacache.finite import FiniteWatch
+from teacache.errors import SamplingError
 from teacache.loading import load_model, reading
 from teacache.quiet import no_progress_bars
 
@@ -48,6 +48,13 @@ class Text(NamedTuple):
 
     prompt_embeds: torch.Tensor
     negative_prompt_embeds: torch.Tensor | None
+
+
+class Denoised(NamedTuple):
+    """latents: [1, latent frames, 16, height / 8, width / 8]; seconds of each denoising step."""
+
+    latents: torch.Tensor
+    step_seconds: list[float]
 
 
 class Start(NamedTuple):
@@ -159,8 +166,8 @@ def denoise(
     num_infer_steps: int = 50,
     guidance_scale: float = 6.0,
     on_step: Callable[[], None] = lambda: None,
-) -> torch.Tensor:
-    """Sample one video's latents, [1, latent frames, 16, height / 8, width / 8].
+) -> Denoised:
+    """Sample one video's latents.
 
     `ConsisIDPipeline.__call__` step by step, from a start that several videos may share.
 
@@ -177,7 +184,8 @@ def denoise(
     extra = pipe.prepare_extra_step_kwargs(generator, eta=0.0)
     conditions = _conditions(pipe, start, text, size)
     latents, previous_value, previous_sample = start.noise, None, None
-    finite = FiniteWatch(start.noise.dtype)
+    finite: list[torch.Tensor] = []
+    marks = [devices.mark(device)]
     # The scheduler looks its coefficients up by the timestep. Given as a number of the host's it
     # need not be read from the device, for which all the work before it would have to be done.
     for t, value in zip(scheduler.timesteps, scheduler.timesteps.tolist(), strict=True):
@@ -196,12 +204,25 @@ def denoise(
             latents = scheduler.step(predicted, value, latents, **extra, return_dict=False)[0]
         latents = latents.to(start.noise.dtype)
         previous_value = value
-        finite.watch(latents)
+        finite.append(torch.isfinite(latents).all())
+        marks.append(devices.mark(device))
         on_step()
-    if latents.is_cuda:
-        torch.cuda.synchronize(latents.device)
-    finite.check()
-    return latents
+    _check_finite(finite, start.noise.dtype)
+    return Denoised(latents, devices.seconds_between(marks))
+
+
+def _check_finite(finite: list[torch.Tensor], dtype: torch.dtype) -> None:
+    """Raise SamplingError where a step's latents were not finite: NaN would become black frames.
+
+    Read once, at the end: a look at each step would wait for the GPU.
+    """
+    answers = torch.stack(finite).tolist()
+    if not all(answers):
+        raise SamplingError(
+            f"the latents hold NaN or infinite numbers after step {answers.index(False)}, counted "
+            f"from 0, in {devices.dtype_name(dtype)}: try another --dtype, a lower "
+            "--guidance_scale or no --quantize"
+        )
 
 
 def _conditions(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,10 +14,10 @@ from diffusers.utils import apply_lora_scale
 from teacache.errors import ArgumentError
 from teacache.handle import TeaCacheHandle, embed_timestep
 from teacache.patch import innermost_forward, put_in_place
-from teacache.policy import COGVIDEOX_5B, Coefficients
+from teacache.policy import COGVIDEOX_5B, Coefficients, Schedule
 
 if TYPE_CHECKING:
-    from diffusers import ConsisIDPipeline
+    from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, ConsisIDPipeline
     from diffusers.models.embeddings import CogVideoXPatchEmbed
 
 
@@ -24,8 +25,9 @@ def apply_teacache(
     pipe_or_transformer: ConsisIDPipeline | ConsisIDTransformer3DModel,
     rel_l1_thresh: float = 0.1,
     *,
+    schedule: Schedule | Iterable[int] | None = None,
     coefficients: Coefficients = COGVIDEOX_5B,
-    num_inference_steps: int | None = None,
+    scheduler: CogVideoXDPMScheduler | CogVideoXDDIMScheduler | None = None,
 ) -> TeaCacheHandle:
     """Patch one ConsisID transformer's forward with TeaCache.
 
@@ -35,13 +37,14 @@ def apply_teacache(
     Args:
         pipe_or_transformer: a ConsisIDPipeline, or its transformer alone.
         rel_l1_thresh: threshold on the accumulated distance; 0 is the original sampler.
+        schedule: in place of a threshold, the steps to compute; see `TeaCacheHandle.follow`.
         coefficients: the polynomial that rescales the distance.
-        num_inference_steps: denoising steps of a video, needed for a transformer that stands
-            alone; a pipeline's are read from its scheduler, video by video.
+        scheduler: for a transformer that stands alone, whose timesteps a video has. One who writes
+            his own loop calls its `set_timesteps` before each video.
 
     Returns:
-        The handle: `handle.policy` is the schedule of the last video, `handle.remove()` undoes the
-        patch, and `with apply_teacache(...)` undoes it at the end of the block.
+        The handle: `handle.schedule` is the schedule of the last video, `handle.remove()` undoes
+        the patch, and `with apply_teacache(...)` undoes it at the end of the block.
 
     Raises:
         ArgumentError: for what is no ConsisID transformer, has TeaCache already, or has been
@@ -53,36 +56,35 @@ def apply_teacache(
             "apply_teacache needs a ConsisIDPipeline or a ConsisIDTransformer3DModel, "
             f"found {type(pipe_or_transformer).__name__}"
         )
-    pipe = None if transformer is pipe_or_transformer else pipe_or_transformer
-    if pipe is None and (num_inference_steps is None or num_inference_steps < 1):
-        raise ArgumentError(
-            "a transformer without its pipeline needs num_inference_steps, 1 or more: "
-            f"found {num_inference_steps}"
-        )
-    if pipe is not None and num_inference_steps is not None:
-        raise ArgumentError(
-            "num_inference_steps is for a transformer alone: a pipeline has its own"
-        )
+    if (transformer is pipe_or_transformer) != (scheduler is not None):
+        raise ArgumentError("a scheduler is needed for a transformer alone: a pipeline has its own")
     current = innermost_forward(transformer)
     if isinstance(current, functools.partial) and current.func is _dispatch:
         raise ArgumentError("this transformer has TeaCache already: remove() the first one")
-    handle = TeaCacheHandle(transformer, rel_l1_thresh, coefficients, pipe, num_inference_steps)
+
+    def timesteps() -> torch.Tensor:
+        # Looked up at each step: a pipeline's scheduler may be exchanged between videos.
+        owner = pipe_or_transformer.scheduler if scheduler is None else scheduler
+        return owner.timesteps
+
+    handle = TeaCacheHandle(transformer, rel_l1_thresh, coefficients, timesteps)
+    handle.follow(schedule)
     handle.forward = functools.partial(_dispatch, transformer, handle)
     put_in_place(transformer, handle.forward)
     return handle
 
 
-def _dispatch(transformer: ConsisIDTransformer3DModel, teacache: TeaCacheHandle, *args, **kwargs):
+def _dispatch(transformer: ConsisIDTransformer3DModel, handle: TeaCacheHandle, *args, **kwargs):
     """What stands in the place of the transformer's forward."""
-    if teacache.removed:
+    if handle.removed:
         return type(transformer).forward(transformer, *args, **kwargs)
-    return _forward(transformer, teacache, *args, **kwargs)
+    return _forward(transformer, handle, *args, **kwargs)
 
 
 @apply_lora_scale("attention_kwargs")
 def _forward(
     self: ConsisIDTransformer3DModel,
-    teacache: TeaCacheHandle,
+    handle: TeaCacheHandle,
     hidden_states: torch.Tensor,
     encoder_hidden_states: torch.Tensor,
     timestep: torch.Tensor,
@@ -95,6 +97,9 @@ def _forward(
 ) -> tuple[torch.Tensor] | Transformer2DModelOutput:
     """`ConsisIDTransformer3DModel.forward`, with the block stack computed or reused.
 
+    Follows diffusers 0.42.1, models/transformers/consisid_transformer_3d.py, operation for
+    operation where a step is computed.
+
     Args:
         hidden_states: [batch, latent frames, channels, height, width].
         encoder_hidden_states: [batch, text tokens, text embed dim].
@@ -106,7 +111,7 @@ def _forward(
 
     emb = embed_timestep(self, timestep, hidden_states.dtype, timestep_cond)
 
-    if teacache.begin_step(timestep, emb, hidden_states.shape):
+    if handle.begin_step(batch_size, hidden_states.dtype):
         embedded = self.embedding_dropout(self.patch_embed(encoder_hidden_states, hidden_states))
         # Contiguous, as the blocks return them: to a compiler the first block is one like the rest.
         text = embedded[:, :text_seq_length].contiguous()  # [batch, text tokens, inner dim]
@@ -114,17 +119,19 @@ def _forward(
         del embedded
         face = None
         if self.is_train_face:
-            face = teacache.face_embedding(id_cond, id_vit_hidden, video.device, video.dtype)
+            face = handle.face_embedding(id_cond, id_vit_hidden, video.device, video.dtype)
         out = _blocks(self, video, text, emb, image_rotary_emb, face)
-        teacache.keep_residual(before=video, after=out)
+        handle.keep_residual(before=video, after=out)
         video = out
     else:
-        video = teacache.reuse_residual(_embed_video(self.patch_embed, hidden_states))
+        video = handle.reuse_residual(_embed_video(self.patch_embed, hidden_states))
 
     # The text tokens end here: norms and projection work on each token alone.
     video = self.norm_final(video)
     video = self.norm_out(video, temb=emb)
     video = self.proj_out(video)  # [batch, video tokens, patch x patch x out channels]
+
+    handle.end_step()
 
     p = self.config.patch_size
     video = video.reshape(batch_size, num_frames, height // p, width // p, -1, p, p)

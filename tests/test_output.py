@@ -16,7 +16,7 @@ from PIL import Image
 
 from teacache.errors import OutputError
 from teacache.output import claimed_stem, prepare_folder, written_whole
-from teacache.policy import Policy
+from teacache.policy import schedule
 from teacache.report import build_record, write_record
 from teacache.video import read_video, write_video
 
@@ -147,11 +147,9 @@ def test_video_there_and_back(tmp_path):
 
 
 def test_record_holds_distances_that_json_does_not(tmp_path):
-    policy = Policy(4, 0.1)
-    for distance in (None, float("nan"), float("inf"), 0.03):
-        policy.decide(distance)
+    planned = schedule([None, float("nan"), float("inf"), 0.03], 0.1)
     record = build_record(
-        {"seed": 1, "prompt": "naïve"}, policy, [0.5, 0.4, 0.2, 0.1], {"total": 1.0}, "cpu", 1
+        {"seed": 1, "prompt": "naïve"}, planned, [0.5, 0.4, 0.2, 0.1], {"total": 1.0}, "cpu", 1
     )
     write_record(record, tmp_path / "record.json")
     read = json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, ConsisIDTra
 
 from teacache import plan
 from teacache.errors import ArgumentError, CheckpointError
-from teacache.policy import COGVIDEOX_5B, Coefficients
+from teacache.policy import COGVIDEOX_5B, RESOLUTION, Coefficients, schedule, smallest_threshold
 from teacache.tiny import TRANSFORMER
 from teacache.transformer import apply_teacache
 
@@ -54,24 +53,24 @@ def test_plan_equals_the_run(tiny, tmp_path, shallow, sample, scheduler, spacing
     runs = [(8, 6.0, 0.5), (13, 1.0, 0.3), (50, 6.0, 0.15), (100, 1.0, 0.08)]
     if spacing != "trailing":
         runs = runs[:2]
-    with apply_teacache(pipe) as teacache:
+    with apply_teacache(pipe) as handle:
         for steps, guidance_scale, threshold in runs:
             known = plan.step_distances(checkpoint, guidance_scale, CPU, dtype, steps)
-            teacache.rel_l1_thresh = threshold
+            handle.rel_l1_thresh = threshold
             sample(pipe, steps=steps, num_frames=1, guidance_scale=guidance_scale)
-            assert teacache.policy.distances == known
-            assert teacache.policy == plan.plan(known, threshold, COGVIDEOX_5B)
-            assert teacache.policy.reused_steps
+            assert handle.schedule.distances == known
+            assert handle.schedule == schedule(known, threshold, COGVIDEOX_5B)
+            assert handle.schedule.reused_steps
 
 
 def test_plan_equals_the_run_at_many_thresholds(tiny, shallow, sample):
     pipe = shallow(torch.float32)
     known = plan.step_distances(tiny, 6.0, CPU, torch.float32, 50)
-    with apply_teacache(pipe) as teacache:
+    with apply_teacache(pipe) as handle:
         for threshold in THRESHOLDS:
-            teacache.rel_l1_thresh = threshold
+            handle.rel_l1_thresh = threshold
             sample(pipe, steps=50, num_frames=1)
-            assert teacache.policy == plan.plan(known, threshold, COGVIDEOX_5B)
+            assert handle.schedule == schedule(known, threshold, COGVIDEOX_5B)
 
 
 def test_timesteps_equal_the_schedulers_own(tiny, tmp_path):
@@ -81,7 +80,7 @@ def test_timesteps_equal_the_schedulers_own(tiny, tmp_path):
         scheduler.save_pretrained(tmp_path / "scheduler")
         for steps in [*range(1, 101), 333, 999, 1000]:
             scheduler.set_timesteps(steps)
-            assert plan.scheduler_timesteps(tmp_path, steps) == scheduler.timesteps.tolist()
+            assert torch.equal(plan.scheduler_timesteps(tmp_path, steps), scheduler.timesteps)
     with pytest.raises(ArgumentError, match="1000 timesteps"):
         plan.scheduler_timesteps(tmp_path, 1001)
 
@@ -93,27 +92,27 @@ def test_smallest_threshold_is_the_smallest(tiny, target, steps):
     known = plan.step_distances(tiny, 6.0, CPU, torch.float32, steps)
 
     def speedup(threshold):
-        return plan.speedup(plan.plan(known, threshold, COGVIDEOX_5B))
+        return schedule(known, threshold, COGVIDEOX_5B).speedup
 
     if speedup(100.0) < target:
         with pytest.raises(ArgumentError, match="cannot be reached") as error:
-            plan.smallest_threshold(known, target, COGVIDEOX_5B)
+            smallest_threshold(known, target, COGVIDEOX_5B)
         best, threshold = str(error.value).split("nearest is ")[1].split(", from --rel_l1_thresh ")
         assert float(best) == pytest.approx(speedup(100.0), abs=0.005)  # shown with two decimals
         assert speedup(float(threshold.removesuffix(" on"))) == speedup(100.0)
         return
-    found = plan.smallest_threshold(known, target, COGVIDEOX_5B)
+    found = smallest_threshold(known, target, COGVIDEOX_5B)
     assert speedup(found) >= target
     if target == 1.0:
         assert found == 0
     else:
-        assert speedup(round(found - plan.RESOLUTION, 4)) < target
+        assert speedup(round(found - RESOLUTION, 4)) < target
 
 
 def test_a_target_beyond_all_distances_outside_the_range():
     nothing = Coefficients((0.0, 0.0, 0.0, 1.0, 0.0), (10.0, 20.0), "covers nothing")
     with pytest.raises(ArgumentError, match=r"nearest is 1\.00"):
-        plan.smallest_threshold([None, 0.1, 0.1, 0.1], 2.0, nothing)
+        smallest_threshold([None, 0.1, 0.1, 0.1], 2.0, nothing)
 
 
 def test_a_checkpoint_without_time_embedding(tiny, tmp_path):
@@ -138,47 +137,10 @@ def test_command_prints_a_plan(capsys, tmp_path, tiny):
     known = plan.step_distances(tiny, 6.0, CPU, torch.float32, 50)
     for line in lines[1:7]:
         threshold, computed, *_, cells = line.split()
-        planned = plan.plan(known, float(threshold), COGVIDEOX_5B).computed_steps
+        planned = schedule(known, float(threshold), COGVIDEOX_5B).computed_steps
         assert int(computed) == len(planned)
-        assert [n for n, cell in enumerate(cells) if cell == "■"] == planned
+        assert tuple(n for n, cell in enumerate(cells) if cell == "■") == planned
     assert not (tmp_path / "none").exists(), "a plan leaves nothing behind"
-
-
-def test_command_predicts_seconds_from_a_record(capsys, tmp_path):
-    record = {
-        "ckpts_path": "tiny",
-        "width": 144,
-        "height": 96,
-        "num_frames": 13,
-        "dtype": "float32",
-        "guidance_scale": 6.0,
-        "offload": "none",
-        "vae_tiling": False,
-        "compile": False,
-        "quantize": None,
-        "computed_step_seconds": 2.0,
-        "reused_step_seconds": 0.5,
-        "seconds": {"decoding": 7.0},
-        "device_name": "a GPU",
-    }
-    (tmp_path / "42_0.1_0000.json").write_text(json.dumps(record))
-    # Newer, and of less use: it has no reused step, or was made in another way.
-    without = {**record, "reused_step_seconds": None, "computed_step_seconds": 9.0}
-    (tmp_path / "42_0.0_0000.json").write_text(json.dumps(without))
-    slow = {**record, "offload": "sequential", "computed_step_seconds": 99.0}
-    (tmp_path / "42_0.1_0001.json").write_text(json.dumps(slow))
-    (tmp_path / "sweep_42_0000.json").write_text('{"rows": []}')
-    (tmp_path / "broken.json").write_text("{")
-    arguments = ("--ckpts_path", "tiny", "--plan", "--rel_l1_thresh", 0, 0.2)
-    _, output, _ = main(capsys, *arguments, "--output_path", tmp_path)
-    lines = [line.split() for line in output.splitlines()]
-    assert lines[0][3] == "seconds"
-    assert lines[1][1:6] == ["50", "of", "50", "1.00x", "107.0"]
-    computed = int(lines[2][1])
-    assert lines[2][5] == f"{computed * 2.0 + (50 - computed) * 0.5 + 7.0:.1f}"
-    assert "a record of a GPU" in output
-    _, output, _ = main(capsys, *arguments, "--output_path", tmp_path, "--guidance_scale", 1)
-    assert "seconds" not in output, "a record of other settings predicts nothing"
 
 
 def test_command_plans_for_a_target(capsys, tmp_path, tiny):
@@ -226,22 +188,24 @@ def test_a_plan_for_whoever_reads_it(tiny, to):
             assert "??????" in output.read()
 
 
-def test_a_plan_imports_little_and_takes_little_longer_than_torch(tiny):
-    """Neither diffusers nor transformers; under 3 s more than importing torch, as a median."""
-    check = (
-        "import sys, teacache_sample_video\n"
-        "assert teacache_sample_video.main(['--ckpts_path', 'tiny', '--plan']) == 0\n"
-        "assert not {'diffusers', 'transformers'} & set(sys.modules)"
-    )
-    more = []
-    for _ in range(3):
-        seconds = []
-        for code in ("import torch", check):
-            start = time.perf_counter()
-            subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
-            seconds.append(time.perf_counter() - start)
-        more.append(seconds[1] - seconds[0])
-    assert sorted(more)[1] < 3
+def test_a_plan_takes_little(tiny):
+    """At most three times the CPU of importing torch, as medians of three: 4 s where that is 2."""
+
+    def cpu_seconds(*arguments: str) -> float:
+        before = os.times()
+        command = [sys.executable, *arguments]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        return sum(os.times()[2:4]) - sum(before[2:4])
+
+    runs = [
+        (
+            cpu_seconds("-c", "import torch"),
+            cpu_seconds("teacache_sample_video.py", "--ckpts_path", "tiny", "--plan"),
+        )
+        for _ in range(3)
+    ]
+    torch_alone, plan_of_tiny = (sorted(column)[1] for column in zip(*runs, strict=True))
+    assert plan_of_tiny < 3 * torch_alone
 
 
 def test_command_names_a_missing_scheduler(capsys, tmp_path, tiny):
@@ -260,6 +224,6 @@ def test_the_picture_in_the_readme_is_true(tiny):
     assert len(lines) == 4
     for line in lines:
         threshold, cells, computed, *_ = line.split()
-        planned = plan.plan(known, float(threshold), COGVIDEOX_5B).computed_steps
-        assert [n for n, cell in enumerate(cells) if cell == "■"] == planned
+        planned = schedule(known, float(threshold), COGVIDEOX_5B).computed_steps
+        assert tuple(n for n, cell in enumerate(cells) if cell == "■") == planned
         assert int(computed) == len(planned)

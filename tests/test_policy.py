@@ -11,13 +11,23 @@ import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
 from teacache.errors import ArgumentError
-from teacache.policy import COGVIDEOX_5B, Coefficients, Policy, check_threshold, relative_l1
+from teacache.policy import (
+    COGVIDEOX_5B,
+    Coefficients,
+    Schedule,
+    check_threshold,
+    distances_between,
+    listed_schedule,
+    relative_l1,
+    schedule,
+)
 
 IDENTITY = Coefficients((0.0, 0.0, 0.0, 1.0, 0.0), (0.0, math.inf), "p(x) = x")
 
 
-def run(policy: Policy, distances: list[float]) -> list[bool]:
-    return [policy.decide(distance) for distance in [None, *distances]]
+def planned(distances, rel_l1_thresh, coefficients=COGVIDEOX_5B) -> Schedule:
+    """The schedule over the distances of all steps but the first, which has none."""
+    return schedule([None, *distances], rel_l1_thresh, coefficients)
 
 
 def test_relative_l1_by_hand():
@@ -61,23 +71,27 @@ def test_published_range_is_where_the_polynomial_is_positive():
     assert (low, high) == pytest.approx((roots[0], roots[-1]), abs=5e-6)
 
 
+def test_distances_are_those_of_each_step_to_the_one_before():
+    embeddings = [torch.full((2, 3), value) for value in (1.0, 1.5, 3.0)]
+    assert distances_between(embeddings) == (None, 0.5, 1.0)
+    assert distances_between(embeddings[:1]) == (None,)
+
+
 def test_accumulates_until_the_threshold_and_starts_anew():
-    policy = Policy(8, 1.0, IDENTITY)
-    computed = run(policy, [0.4, 0.4, 0.4, 0.25, 0.5, 0.25, 0.1])
+    found = planned([0.4, 0.4, 0.4, 0.25, 0.5, 0.25, 0.1], 1.0, IDENTITY)
     # sums: .4 reuse, .8 reuse, 1.2 compute, .25 reuse, .75 reuse, 1.0 is not below: compute; last
-    assert computed == [True, False, False, True, False, False, True, True]
-    assert policy.computed_steps == [0, 3, 6, 7]
-    assert policy.reused_steps == [1, 2, 4, 5]
-    assert policy.distances == [None, 0.4, 0.4, 0.4, 0.25, 0.5, 0.25, 0.1]
-    assert policy.rescaled == policy.distances
+    assert found.computed_steps == (0, 3, 6, 7)
+    assert found.reused_steps == (1, 2, 4, 5)
+    assert found.distances == (None, 0.4, 0.4, 0.4, 0.25, 0.5, 0.25, 0.1)
+    assert found.rescaled == found.distances
+    assert (found.num_steps, found.speedup) == (8, 2.0)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_first_and_last_step_are_computed(steps):
-    policy = Policy(steps, 100.0, IDENTITY)
-    run(policy, [0.01] * (steps - 1))
-    assert policy.computed_steps == sorted({0, steps - 1})
-    assert policy.reused_steps == [1][: max(0, steps - 2)]
+    found = planned([0.01] * (steps - 1), 100.0, IDENTITY)
+    assert found.computed_steps == tuple(sorted({0, steps - 1}))
+    assert found.reused_steps == (1,)[: max(0, steps - 2)]
 
 
 @pytest.mark.parametrize(
@@ -85,45 +99,46 @@ def test_first_and_last_step_are_computed(steps):
     [COGVIDEOX_5B, IDENTITY, Coefficients((0.0, 0.0, 0.0, 0.0, -1.0), (0.0, 1.0), "p(x) = -1")],
 )
 def test_threshold_0_never_reuses(coefficients):
-    policy = Policy(50, 0.0, coefficients)
-    run(policy, [0.0, 0.001, 0.03, 0.5, 0.9, 3.0] * 8 + [0.03])
-    assert policy.computed_steps == list(range(50))
-    assert policy.why_nothing_was_reused() is None
+    found = planned([0.0, 0.001, 0.03, 0.5, 0.9, 3.0] * 8 + [0.03], 0.0, coefficients)
+    assert found.computed_steps == tuple(range(50))
+    assert found.why_nothing_was_reused() is None
 
 
 @pytest.mark.parametrize("outside", [0.0, 0.007, 0.34, 5.0, math.inf, math.nan])
 def test_outside_the_fitted_range_is_computed_and_starts_anew(outside):
-    policy = Policy(7, 0.15, COGVIDEOX_5B)
+    found = planned([0.03, outside, 0.03, 0.03, 0.03, 0.03], 0.15)
     # p(0.03) is 0.0874: one fits below 0.15, two do not, unless the sum starts anew in between.
-    assert run(policy, [0.03, outside, 0.03, 0.03, 0.03, 0.03]) == [
-        True,
-        False,
-        True,
-        False,
-        True,
-        False,
-        True,
-    ]
-    assert policy.extrapolated_steps == [2]
+    assert found.computed_steps == (0, 2, 4, 6)
+    assert found.extrapolated_steps == (2,)
 
 
 def test_says_why_nothing_was_reused():
-    outside = Policy(5, 0.1)
-    run(outside, [0.5, 0.6, 0.55, 0.5])
-    assert "0.00746 to 0.32997" in outside.why_nothing_was_reused()
-    assert "0.5000 to 0.6000" in outside.why_nothing_was_reused()
-    small = Policy(5, 0.05)
-    run(small, [0.03, 0.04, 0.05, 0.03])
-    assert "0.0874" in small.why_nothing_was_reused()
-    assert "first and the last" in Policy(2, 0.1).why_nothing_was_reused()
+    outside = planned([0.5, 0.6, 0.55, 0.5], 0.1).why_nothing_was_reused()
+    assert "0.00746 to 0.32997" in outside
+    assert "0.5000 to 0.6000" in outside
+    assert "0.0874" in planned([0.03, 0.04, 0.05, 0.03], 0.05).why_nothing_was_reused()
+    assert "first and the last" in planned([0.03], 0.1).why_nothing_was_reused()
 
 
-def test_says_why_while_a_video_is_under_way():
-    policy = Policy(50, 0.1)
-    policy.decide(None)
-    assert "no step" in policy.why_nothing_was_reused()
-    policy.decide(0.5)
-    assert "0.5000" in policy.why_nothing_was_reused()
+def test_listed_steps_are_computed_with_the_first_and_the_last():
+    distances = (None, 0.03, 0.5, 0.03, 0.03)
+    found = listed_schedule([3, 2], distances)
+    assert found.computed_steps == (0, 2, 3, 4)
+    assert found.reused_steps == (1,)
+    assert found.rel_l1_thresh is None
+    assert found.why_nothing_was_reused() is None
+    for wrong in (-1, 5):
+        with pytest.raises(ArgumentError, match=f"step {wrong} cannot be computed: .* 5 steps"):
+            listed_schedule([wrong], distances)
+
+
+def test_a_video_that_is_stopped_has_done_a_part():
+    whole = planned([0.03] * 6, 0.15)
+    assert whole.computed_steps == (0, 2, 4, 6)
+    done = whole.until(4)
+    assert (done.computed_steps, done.reused_steps) == ((0, 2), (1, 3))
+    assert done.distances == whole.distances[:4]
+    assert whole.until(7) == whole
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -135,16 +150,16 @@ def test_schedule_of_the_tiny_checkpoint(make_pipe, sample, published_schedule, 
     pipe = make_pipe(dtype)
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     counts = set()
-    with apply_teacache(pipe) as teacache:
+    with apply_teacache(pipe) as handle:
         for threshold in (0.1, 0.15, 0.2):
             expected = published_schedule(pipe, 50, threshold)
             counts.add(len(expected))
             if dtype == torch.bfloat16 and threshold != 0.15:
                 continue  # slow on a CPU, and one is as good as three
-            teacache.rel_l1_thresh = threshold
+            handle.rel_l1_thresh = threshold
             sample(pipe, steps=50, num_frames=1)
-            assert teacache.policy.computed_steps == expected
-            assert not teacache.policy.extrapolated_steps
+            assert handle.schedule.computed_steps == tuple(expected)
+            assert not handle.schedule.extrapolated_steps
     assert len(counts) == 3, "each threshold computes another number of steps"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -70,9 +72,9 @@ class NaiveReuse:
 def test_every_step_computed_equals_the_plain_pipeline(make_pipe, sample, threshold, dtype):
     pipe = make_pipe(dtype)
     plain = sample(pipe, steps=8)
-    with apply_teacache(pipe, threshold) as teacache:
+    with apply_teacache(pipe, threshold) as handle:
         assert torch.equal(sample(pipe, steps=8), plain)
-    assert teacache.policy.computed_steps == list(range(8))
+    assert handle.schedule.computed_steps == tuple(range(8))
 
 
 def test_frames_at_threshold_0_equal_the_plain_pipeline(pipe, sample):
@@ -89,9 +91,9 @@ def test_frames_equal_a_naive_reuse(make_pipe, sample, published_schedule, thres
     computed = published_schedule(naive, 50, threshold)
     NaiveReuse(naive.transformer, computed)
     expected = sample(naive, steps=50, output_type="np")
-    with apply_teacache(ours, threshold) as teacache:
+    with apply_teacache(ours, threshold) as handle:
         assert np.array_equal(sample(ours, steps=50, output_type="np"), expected)
-    assert teacache.policy.computed_steps == computed
+    assert handle.schedule.computed_steps == tuple(computed)
     assert 5 < len(computed) < 45
 
 
@@ -99,9 +101,9 @@ def test_latents_equal_a_naive_reuse_in_bfloat16(make_pipe, sample, published_sc
     naive, ours = make_pipe(torch.bfloat16), make_pipe(torch.bfloat16)
     NaiveReuse(naive.transformer, published_schedule(naive, 12, 0.2))
     expected = sample(naive, num_frames=5)
-    with apply_teacache(ours, 0.2) as teacache:
+    with apply_teacache(ours, 0.2) as handle:
         assert torch.equal(sample(ours, num_frames=5), expected)
-    assert teacache.policy.reused_steps
+    assert handle.schedule.reused_steps
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -154,9 +156,9 @@ def test_identity_cross_attention_and_face_extractor_calls(pipe, sample):
     assert (plain_cross, plain_blocks) == (2, 4)
 
     calls.update(cross=0, face=0, block=0)
-    with apply_teacache(pipe, 0.15) as teacache:
+    with apply_teacache(pipe, 0.15) as handle:
         sample(pipe, steps=50)
-        computed = len(teacache.policy.computed_steps)
+        computed = len(handle.schedule.computed_steps)
         assert 0 < computed < 50
         assert calls == {
             "cross": plain_cross * computed,
@@ -194,22 +196,22 @@ STEPS, THRESHOLD = 14, 0.15
 def test_every_video_starts_clean(make_pipe, sample, identity, earlier):
     """What came before, and how it ended, shows neither in the schedule nor in the latents."""
     fresh, used = make_pipe(), make_pipe()
-    with apply_teacache(fresh, THRESHOLD) as teacache:
-        expected, schedule = sample(fresh, steps=STEPS), teacache.policy
+    with apply_teacache(fresh, THRESHOLD) as handle:
+        expected, schedule = sample(fresh, steps=STEPS), handle.schedule
     assert 0 < len(schedule.reused_steps) < STEPS
 
     earlier = {"steps": STEPS, **earlier}
     if "image" in earlier:
         earlier["image"] = [identity.face] * earlier["image"]
-    with apply_teacache(used, earlier.pop("rel_l1_thresh", THRESHOLD)) as teacache:
+    with apply_teacache(used, earlier.pop("rel_l1_thresh", THRESHOLD)) as handle:
         if "callback_on_step_end" in earlier:
             with pytest.raises(Stop):
                 sample(used, **earlier)
         else:
             sample(used, **earlier)
-        teacache.rel_l1_thresh = THRESHOLD
+        handle.rel_l1_thresh = THRESHOLD
         assert torch.equal(sample(used, steps=STEPS), expected)
-    assert teacache.policy == schedule
+    assert handle.schedule == schedule
 
 
 def test_a_video_after_one_stopped_within_its_first_step(make_pipe, sample):
@@ -235,13 +237,13 @@ def test_other_sizes_where_the_model_allows_them(make_pipe, sample, changed):
     fresh, used = make_pipe(), make_pipe()
     fresh.transformer, used.transformer = transformer, transformer
     plain = sample(fresh, steps=6, **changed)
-    with apply_teacache(used, 0.0) as teacache:
+    with apply_teacache(used, 0.0) as handle:
         sample(used, steps=6)
         assert torch.equal(sample(used, steps=6, **changed), plain)
-        teacache.rel_l1_thresh = 0.2
+        handle.rel_l1_thresh = 0.2
         sample(used, steps=12)
         reusing = sample(used, steps=12, **changed)
-        assert teacache.policy.reused_steps
+        assert handle.schedule.reused_steps
     with apply_teacache(fresh, 0.2):
         assert torch.equal(sample(fresh, steps=12, **changed), reusing)
 
@@ -253,9 +255,9 @@ def test_very_few_steps(pipe, sample, steps):
         assert torch.equal(sample(pipe, steps=steps), plain)
     # Two or three steps lie far apart, outside the range of the published coefficients.
     anything = Coefficients((0.0, 0.0, 0.0, 1.0, 0.0), (0.0, 10.0), "p(x) = x")
-    with apply_teacache(pipe, 100.0, coefficients=anything) as teacache:
+    with apply_teacache(pipe, 100.0, coefficients=anything) as handle:
         sample(pipe, steps=steps)
-    assert teacache.policy.computed_steps == sorted({0, steps - 1})
+    assert handle.schedule.computed_steps == tuple(sorted({0, steps - 1}))
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 6.0])
@@ -268,12 +270,12 @@ def test_schedulers_key_points_and_guidance(pipe, make_pipe, sample, ddim, is_kp
         if ddim:
             each.scheduler = CogVideoXDDIMScheduler.from_config(each.scheduler.config)
     plain = sample(pipe, guidance_scale=guidance_scale)
-    with apply_teacache(pipe, 0.0) as teacache:
+    with apply_teacache(pipe, 0.0) as handle:
         assert torch.equal(sample(pipe, guidance_scale=guidance_scale), plain)
-        teacache.rel_l1_thresh = 0.15
+        handle.rel_l1_thresh = 0.15
         ours = sample(pipe, guidance_scale=guidance_scale)
-    assert teacache.policy.reused_steps
-    NaiveReuse(naive.transformer, teacache.policy.computed_steps)
+    assert handle.schedule.reused_steps
+    NaiveReuse(naive.transformer, handle.schedule.computed_steps)
     assert torch.equal(ours, sample(naive, guidance_scale=guidance_scale))
 
 
@@ -310,17 +312,17 @@ def test_offload_hooks(make_pipe, sample, hook, hooked_first):
 
     if hooked_first:
         hook(pipe.transformer)
-        teacache = apply_teacache(pipe, THRESHOLD)
+        handle = apply_teacache(pipe, THRESHOLD)
     else:
-        teacache = apply_teacache(pipe, THRESHOLD)
+        handle = apply_teacache(pipe, THRESHOLD)
         hook(pipe.transformer)
     loads = []
     pre_forward = pipe.transformer._hf_hook.pre_forward
     pipe.transformer._hf_hook.pre_forward = lambda *a, **k: loads.append(1) or pre_forward(*a, **k)
     assert torch.equal(sample(pipe, steps=STEPS), expected)
     assert len(loads) == STEPS, "the hook around the forward still runs at every step"
-    assert teacache.policy.reused_steps
-    teacache.remove()
+    assert handle.schedule.reused_steps
+    handle.remove()
     assert torch.equal(sample(pipe, steps=4), plain)
     remove_hook_from_module(pipe.transformer, recurse=True)
     assert torch.equal(sample(pipe, steps=4), plain)
@@ -355,24 +357,24 @@ def test_removed_under_a_later_wrapper(pipe, sample):
     from diffusers.hooks import HookRegistry, ModelHook
 
     plain = sample(pipe, steps=6)
-    teacache = apply_teacache(pipe, 0.3)
+    handle = apply_teacache(pipe, 0.3)
     registry = HookRegistry.check_if_exists_or_initialize(pipe.transformer)
     registry.register_hook(ModelHook(), "later")
     sample(pipe, steps=12)
-    assert teacache.policy.reused_steps
-    teacache.remove()
-    policy = teacache.policy
+    assert handle.schedule.reused_steps
+    handle.remove()
+    followed = handle.schedule
     assert torch.equal(sample(pipe, steps=6), plain)
-    assert teacache.policy is policy, "nothing is counted any more"
+    assert handle.schedule == followed, "nothing is counted any more"
 
 
 def test_removing_twice_and_applying_again(pipe, sample):
-    teacache = apply_teacache(pipe, 0.2)
-    teacache.remove()
+    handle = apply_teacache(pipe, 0.2)
+    handle.remove()
     again = apply_teacache(pipe, 0.2)
-    teacache.remove()  # the first handle has no say over the second
+    handle.remove()  # the first handle has no say over the second
     sample(pipe, steps=12)
-    assert again.policy.reused_steps
+    assert again.schedule.reused_steps
     again.remove()
 
 
@@ -401,20 +403,50 @@ def test_a_transformer_on_its_own(make_pipe, sample):
     fresh, pipe = make_pipe(), make_pipe()
     with apply_teacache(fresh, THRESHOLD):
         expected = sample(fresh, steps=STEPS)
-    with apply_teacache(pipe.transformer, THRESHOLD, num_inference_steps=STEPS):
+    with apply_teacache(pipe.transformer, THRESHOLD, scheduler=pipe.scheduler):
         with pytest.raises(Stop):
             sample(pipe, steps=STEPS, callback_on_step_end=stop_after(5))
         for _ in range(2):
             assert torch.equal(sample(pipe, steps=STEPS), expected)
-        # Leading spacing starts 14 steps at timestep 923, below where this one stops.
+
+
+def test_a_schedule_in_place_of_a_threshold(make_pipe, sample):
+    """A list of steps computes the same as the threshold that it comes from; so does its plan."""
+    pipe, naive = make_pipe(), make_pipe()
+    with apply_teacache(pipe, THRESHOLD) as handle:
+        expected, planned = sample(pipe, steps=STEPS), handle.schedule
+        assert planned.reused_steps
+        handle.follow(planned.computed_steps)
+        assert torch.equal(sample(pipe, steps=STEPS), expected)
+        assert handle.schedule == replace(planned, rel_l1_thresh=None)
+        handle.follow(planned)
+        assert torch.equal(sample(pipe, steps=STEPS), expected)
+        assert handle.schedule == planned
+        with pytest.raises(ArgumentError, match="a schedule of 14 steps cannot be followed in 5"):
+            sample(pipe, steps=5)
+        handle.follow(None)
+        assert torch.equal(sample(pipe, steps=STEPS), expected)
+    with apply_teacache(pipe, schedule=[2, 3, 7]) as handle:
+        ours = sample(pipe)
+        assert handle.schedule.computed_steps == (0, 2, 3, 7, 11)
+        with pytest.raises(ArgumentError, match="step 7 cannot be computed"):
+            sample(pipe, steps=4)
+    NaiveReuse(naive.transformer, handle.schedule.computed_steps)
+    assert not torch.equal(ours, expected)
+    assert torch.equal(ours, sample(naive))
+
+
+def test_a_video_that_is_stopped_records_what_was_done(make_pipe, sample):
+    pipe = make_pipe()
+    with apply_teacache(pipe, THRESHOLD) as handle:
+        assert handle.schedule is None
+        sample(pipe, steps=STEPS)
+        whole = handle.schedule
         with pytest.raises(Stop):
-            sample(pipe, steps=STEPS, num_frames=9, callback_on_step_end=stop_after(0))
-        trailing = pipe.scheduler
-        pipe.scheduler = type(trailing).from_config(trailing.config, timestep_spacing="leading")
-        fresh.scheduler = pipe.scheduler
-        lower = sample(pipe, steps=STEPS)
-    with apply_teacache(fresh, THRESHOLD):
-        assert torch.equal(sample(fresh, steps=STEPS), lower)
+            sample(pipe, steps=STEPS, callback_on_step_end=stop_after(5))
+        assert handle.schedule == whole.until(6)
+        assert handle.schedule.num_steps == 6
+    assert handle.schedule == whole.until(6), "known also when TeaCache has gone"
 
 
 def test_another_face_in_the_middle_of_a_video_is_seen(pipe, sample, identity):
@@ -438,26 +470,26 @@ def test_another_face_in_the_middle_of_a_video_is_seen(pipe, sample, identity):
 
 
 def test_leaves_no_memory_behind(pipe, sample):
-    with apply_teacache(pipe, 0.2) as teacache:
+    with apply_teacache(pipe, 0.2) as handle:
         sample(pipe, steps=12)
-        assert teacache._residual is None
-        assert teacache._face_embedding is None
+        assert handle.video.residual is None
+        assert handle.video.face is None
 
 
 def test_refuses_what_it_cannot_patch(pipe):
     with pytest.raises(ArgumentError, match="AutoencoderKLCogVideoX"):
         apply_teacache(pipe.vae)
-    with pytest.raises(ArgumentError, match="num_inference_steps"):
+    with pytest.raises(ArgumentError, match="a scheduler is needed"):
         apply_teacache(pipe.transformer)
     with pytest.raises(ArgumentError, match="rel_l1_thresh"):
         apply_teacache(pipe, -1.0)
     with pytest.raises(ArgumentError, match="a pipeline has its own"):
-        apply_teacache(pipe, num_inference_steps=50)
+        apply_teacache(pipe, scheduler=pipe.scheduler)
     with apply_teacache(pipe), pytest.raises(ArgumentError, match="already"):
         apply_teacache(pipe)
     hook_model(pipe.transformer)
     with apply_teacache(pipe), pytest.raises(ArgumentError, match="already"):
-        apply_teacache(pipe.transformer, num_inference_steps=3)
+        apply_teacache(pipe.transformer, scheduler=pipe.scheduler)
 
 
 def test_refuses_a_forward_that_something_else_wraps(pipe):
@@ -469,11 +501,11 @@ def test_refuses_a_forward_that_something_else_wraps(pipe):
 
 def test_tells_once_of_distances_that_the_coefficients_do_not_cover(pipe, sample, caplog):
     torch.nn.init.normal_(pipe.transformer.time_embedding.linear_1.weight)
-    with apply_teacache(pipe, 0.2) as teacache:
+    with apply_teacache(pipe, 0.2) as handle:
         sample(pipe, steps=8)
         sample(pipe, steps=8)
     told = [record for record in caplog.records if record.name == "teacache.handle"]
     assert len(told) == 1
     assert "do not cover" in told[0].getMessage()
-    assert teacache.policy.computed_steps == list(range(8))
-    assert "cover" in teacache.policy.why_nothing_was_reused()
+    assert handle.schedule.computed_steps == tuple(range(8))
+    assert "cover" in handle.schedule.why_nothing_was_reused()
