@@ -246,11 +246,6 @@ def _add_acceleration(group: argparse._ArgumentGroup) -> None:
         help="fp8: float8 linear layers, on GPUs from Hopper on; not exact; needs torchao",
     )
     add(
-        "--keep_loaded",
-        action="store_true",
-        help="keep the transformer on the GPU between a sweep's videos, if it fits: over 24 GB",
-    )
-    add(
         "--no_reuse_conditioning",
         dest="reuse_conditioning",
         action="store_false",

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 from teacache import readers
 from teacache.arguments import OneLineParser, add_device, add_output_path
-from teacache.interruption import exit_code
-from teacache.output import claimed_stem, prepare_folder, written_whole
+from teacache.files import claimed_stem, written_whole
+from teacache.folder import ENDINGS, prepare_folder
+from teacache.interruption import run_command
 from teacache.quiet import silence_libraries
-from teacache.report import versions, write_record
+from teacache.record import versions, write_json
 from teacache.tables import markdown_table
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the benchmark. Returns its exit code, as the sampler's command does."""
     args = _parse(argv)
     silence_libraries()
-    return exit_code(lambda: _benchmark(args))
+    return run_command(lambda: _benchmark(args))
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -138,11 +139,11 @@ def _benchmark(args: argparse.Namespace) -> None:
     report = _markdown(about, rows)
     print(report)
     with (
-        claimed_stem(args.output_path, "benchmark") as stem,
+        claimed_stem(args.output_path, "benchmark", ENDINGS) as stem,
         written_whole(stem, ".md", ".json") as (table, figures),
     ):
         table.write_text(report + "\n", encoding="utf-8")
-        write_record({"about": about, "rows": rows}, figures)
+        write_json({"about": about, "rows": rows}, figures)
     print(f"{stem}.md\n{stem}.json", file=sys.stderr)
 
 

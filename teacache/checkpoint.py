@@ -27,18 +27,14 @@ MOST_HEADER_BYTES = 100 * 10**6  # of a safetensors file, by its library
 
 
 def local_checkpoint(name: str) -> Path | None:
-    """The folder that `--ckpts_path` means, or None where it has to be downloaded first.
+    """The folder that a name means, or None where it has to be downloaded first.
 
     Args:
-        name: `tiny`, a folder, or a Hugging Face repository, `owner/name`.
+        name: a folder, or a Hugging Face repository, `owner/name`.
 
     Raises:
         CheckpointError: where it is none of these.
     """
-    if name == "tiny":
-        from teacache.tiny import cached_tiny_checkpoint
-
-        return cached_tiny_checkpoint()
     folder = Path(name)
     try:
         if folder.is_dir():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
-import logging
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,10 +17,10 @@ import torch
 
 from teacache import device as devices
 from teacache import identity as faces
-from teacache import sampler
 from teacache.cache import fingerprint
-from teacache.checkpoint import read_ahead
 from teacache.errors import without_credentials
+from teacache.pipeline import load_pipeline
+from teacache.text import EmbeddedText, embed_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -28,10 +28,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from teacache.cache import EmbeddingCache
-    from teacache.jobs import Job
-    from teacache.report import Stages
-
-logger = logging.getLogger(__name__)
 
 TEXT_PACKAGES = ("torch", "transformers", "diffusers", "sentencepiece")
 # Some of them come under several names, of which one is installed.
@@ -45,7 +41,7 @@ class Conditioning:
     """The faces and texts of one run.
 
     Args:
-        offload: see `teacache.sampler.load_pipeline`.
+        offload: see `teacache.load_pipeline`.
         cache: where embeddings are kept from run to run; None computes all of them.
     """
 
@@ -59,7 +55,6 @@ class Conditioning:
     ):
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
         self.offload, self.cache = offload, cache
-        self._texts: dict[str, sampler.EmbeddedText] = {}
         self._fingerprints: dict[str, str] = {}
 
     def find_identities(self, images: dict[str, Image.Image]) -> dict[str, faces.Identity]:
@@ -89,37 +84,31 @@ class Conditioning:
             devices.free_cached_memory(self.device)
         return found
 
-    def lacks(self, texts: Iterable[str]) -> bool:
-        """Whether the text encoder is needed for any of these texts."""
-        missing = [text for text in texts if not self._kept_text(text)]
-        return bool(missing)
-
-    def embed_texts(self, texts: Iterable[str]) -> dict[str, sampler.EmbeddedText]:
+    def embed_texts(self, texts: Iterable[str]) -> dict[str, EmbeddedText]:
         """Each text's embeddings."""
-        texts = list(texts)
-        if self.lacks(texts):
-            pipe = sampler.load_pipeline(
+        wanted = dict.fromkeys(texts)
+        embedded = {text: kept for text in wanted if (kept := self._cached_text(text))}
+        missing = [text for text in wanted if text not in embedded]
+        if missing:
+            pipe = load_pipeline(
                 self.checkpoint, self.device, self.dtype, self.offload, parts=("text_encoder",)
             )
-            for text in texts:
-                if text not in self._texts:
-                    self._texts[text] = embedded = sampler.embed_text(pipe, text)
-                    if self.cache:
-                        self.cache.put(
-                            self._text_key(text),
-                            {"embeds": embedded.embeds, "lost": _as_tensor(embedded.lost)},
-                        )
+            for text in missing:
+                embedded[text] = embed_text(pipe, text)
+                if self.cache:
+                    lost = torch.tensor(list(embedded[text].lost.encode()), dtype=torch.uint8)
+                    entry = {"embeds": embedded[text].embeds, "lost": lost}
+                    self.cache.put(self._text_key(text), entry)
             del pipe
             devices.free_cached_memory(self.device)
-        return {text: self._texts[text] for text in texts}
+        return embedded
 
-    def _kept_text(self, text: str) -> bool:
-        if text not in self._texts and self.cache:
-            kept = self.cache.get(self._text_key(text))
-            if kept:
-                lost = bytes(kept["lost"].tolist()).decode()
-                self._texts[text] = sampler.EmbeddedText(kept["embeds"].to(self.device), lost)
-        return text in self._texts
+    def _cached_text(self, text: str) -> EmbeddedText | None:
+        entry = self.cache.get(self._text_key(text)) if self.cache else None
+        if entry is None:
+            return None
+        lost = bytes(entry["lost"].tolist()).decode()
+        return EmbeddedText(entry["embeds"].to(self.device), lost)
 
     def _face_key(self, image: Image.Image) -> dict[str, str]:
         pixels = hashlib.sha256(image.tobytes()).hexdigest()
@@ -149,52 +138,6 @@ class Conditioning:
         }
 
 
-def condition(
-    conditioning: Conditioning,
-    jobs: list[Job],
-    images: dict[str, Image.Image],
-    guided: bool,
-    stages: Stages,
-) -> tuple[dict[str, faces.Identity], dict[Job, sampler.Text]]:
-    """The identities of some jobs by their images' sources, and each one's text.
-
-    While the models of one stage compute, the files of the next are read.
-
-    Args:
-        images: by their sources; there may be more of them than the jobs need.
-        guided: whether negative prompts count.
-    """
-    used = {job.prompt for job in jobs}
-    if guided:
-        used |= {job.negative_prompt for job in jobs}
-    folder = conditioning.checkpoint
-    pipeline = [folder / "transformer", folder / "vae"]
-    text_encoder_first = conditioning.lacks(used)
-    read_ahead([folder / "text_encoder"] if text_encoder_first else pipeline)
-    with stages.stage("identity"):
-        identities = conditioning.find_identities({job.image: images[job.image] for job in jobs})
-    if text_encoder_first:
-        read_ahead(pipeline)
-    with stages.stage("text"):
-        embedded = conditioning.embed_texts(used)
-
-    for name in ("prompt", "negative_prompt"):
-        for text in {getattr(job, name) for job in jobs} & used:
-            if embedded[text].lost:
-                logger.warning(
-                    "--%s is longer than %d tokens: without %r",
-                    *(name, sampler.TEXT_TOKENS, embedded[text].lost),
-                )
-    texts = {
-        job: sampler.Text(
-            embedded[job.prompt].embeds,
-            embedded[job.negative_prompt].embeds if guided else None,
-        )
-        for job in jobs
-    }
-    return identities, texts
-
-
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
@@ -204,9 +147,6 @@ def _version(package: str) -> str:
 
 @functools.cache
 def _digest_of_the_code() -> str:
-    files = (Path(faces.__file__), Path(sampler.__file__), Path(__file__))
+    code = (faces.find_identity, embed_text, load_pipeline, Conditioning)
+    files = [Path(str(sys.modules[each.__module__].__file__)) for each in code]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
-
-
-def _as_tensor(text: str) -> torch.Tensor:
-    return torch.tensor(list(text.encode()), dtype=torch.uint8)

@@ -4,26 +4,14 @@ from __future__ import annotations
 
 import gc
 import itertools
-import re
 import resource
 import sys
 import time
-from typing import TYPE_CHECKING
 
 import torch
 
 from teacache.errors import DeviceError
 
-if TYPE_CHECKING:
-    import argparse
-
-# The stages of a run in which a flag takes less memory: in others it is not worth a word.
-WITH_VAE = ("compiling", "encoding", "decoding")
-OFFLOADED = {
-    # The text encoder is alone on the GPU: bringing it there model by model changes nothing.
-    "model": ("loading", "compiling", "encoding", "denoising", "decoding"),
-    "sequential": ("text", "loading", "compiling", "encoding", "denoising", "decoding"),
-}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -118,31 +106,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def out_of_memory(error: BaseException, stage: str, args: argparse.Namespace) -> str:
-    """What to do about it, in one line: the flags that take less, those first that cost little.
-
-    Args:
-        stage: as `teacache.report.Stages` names it.
-        args: the command's, for what has been tried already.
-    """
-    asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
-    found = f" (asked for {asked[1]})" if asked else ""
-    flags = []
-    if stage in WITH_VAE and not args.vae_tiling:
-        flags.append("--vae_tiling")
-    if _is_the_gpus(error):
-        if args.keep_loaded and stage == "decoding":
-            flags.insert(0, "no --keep_loaded")
-        steps = ("none", "model", "sequential")
-        untried = steps[steps.index(args.offload) + 1 :]
-        if args.compile or args.quantize:
-            untried = [step for step in untried if step != "sequential"]  # refused with these
-        flags += [f"--offload {step}" for step in untried if stage in OFFLOADED[step]]
-    advice = f"Try, in this order: {', '.join(flags)}" if flags else "No further flag takes less"
-    return f"out of memory while {stage}{found}. {advice}"
-
-
-def _is_the_gpus(error: BaseException) -> bool:
+def is_the_gpus(error: BaseException) -> bool:
     """Whether the memory that ran out is a GPU's: the host's own has errors of other kinds."""
     told = ("CUDA", "CUDNN", "CUBLAS")
     return isinstance(error, torch.OutOfMemoryError) or any(name in str(error) for name in told)

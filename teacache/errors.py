@@ -15,6 +15,12 @@ def one_line(message: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
 
 
+def reason(error: BaseException) -> str:
+    """What a foreign exception says, in one line: the system's words, its own, or its kind."""
+    told = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return str(told).splitlines()[0]
+
+
 def without_credentials(text: str) -> str:
     """A text with URLs in it as it may be shown and recorded: without what lets a reader in.
 

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from teacache.record import Record
+from teacache.tables import Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COMPUTED, REUSED, EDGE = "#1f5fa8", "#ffffff", "#9aa7b5"
 PIXELS_WIDE, DPI = 1200, 100
 
 
-def draw_sweep(rows: list[dict[str, object]], records: list[dict[str, object]], path: Path) -> None:
+def draw_sweep(rows: list[Row], records: list[Record], path: Path) -> None:
     """Draw the figure as a PNG of 1200 pixels width.
 
     Args:
@@ -30,12 +37,12 @@ def draw_sweep(rows: list[dict[str, object]], records: list[dict[str, object]], 
     figure.savefig(path)
 
 
-def _draw_schedules(axes, rows: list[dict[str, object]], records: list[dict[str, object]]) -> None:
+def _draw_schedules(axes: Axes, rows: list[Row], records: list[Record]) -> None:
     from matplotlib.patches import Patch, Rectangle
 
     names = []
     for y, (row, record) in enumerate(zip(rows, records, strict=True)):
-        computed = set(record["computed_steps"])
+        computed = set(record.computed_steps)
         for step in range(row["steps"]):
             colour = COMPUTED if step in computed else REUSED
             axes.add_patch(
@@ -67,7 +74,7 @@ def _draw_schedules(axes, rows: list[dict[str, object]], records: list[dict[str,
 
 
 def _draw_curve(
-    axes, rows: list[dict[str, object]], title: str, values: list[float | None], unit: str
+    axes: Axes, rows: list[Row], title: str, values: list[float | None], unit: str
 ) -> None:
     """One value for each threshold; the videos that share all else are joined."""
     for group in dict.fromkeys(row["group"] for row in rows):
@@ -94,5 +101,5 @@ def _draw_curve(
         axes.legend(frameon=False, fontsize=8)
 
 
-def _psnr(row: dict[str, object]) -> float | None:
+def _psnr(row: Row) -> float | None:
     return row["quality"].get("psnr", {}).get("mean")

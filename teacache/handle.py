@@ -100,6 +100,11 @@ class TeaCacheHandle:
         """
         return self._video and self._video.plan.until(self._video.step)
 
+    def counts(self) -> dict[str, int]:
+        """Steps done so far in the video under way, computed and reused."""
+        done = self.video.plan.until(self.video.step)
+        return {"computed": len(done.computed_steps), "reused": len(done.reused_steps)}
+
     @property
     def video(self) -> Video:
         """The video under way, or the last one."""

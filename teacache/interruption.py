@@ -66,10 +66,11 @@ def _ask(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
 
-def exit_code(work: Callable[[], None]) -> int:
-    """Do a command's work: 0 where it is done, 2 for wrong input, 130 where it was interrupted.
+def run_command(work: Callable[[], None]) -> int:
+    """Run `work`; return the process's exit code.
 
-    What is none of these keeps its traceback, with which Python exits with 1.
+    That is 0 where it is done, 2 for wrong input, 130 where it was interrupted. Anything else keeps
+    its traceback, with which Python exits with 1.
     """
     try:
         with interruptible():

@@ -1,15 +1,15 @@
-"""What to sample: one job for each video, from the command line or from a file."""
+"""What to sample: one job for each video, and the file that lists many of them."""
 
 from __future__ import annotations
 
 import argparse
 import csv
 import io
-import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from teacache import readers
 from teacache.errors import ArgumentError
@@ -26,6 +26,11 @@ class Job:
     num_infer_steps: int
     rel_l1_thresh: float | None
 
+    @property
+    def prefix(self) -> str:
+        """Of the names of its files: `{seed}_{rel_l1_thresh}`."""
+        return f"{self.seed}_{self.rel_l1_thresh}"
+
 
 MOST_CHARACTERS = 10**7  # of a file, which may be a pipe
 # Reads the text of one field, as the argument of the same name reads it.
@@ -39,27 +44,12 @@ FIELDS: dict[str, Callable[[str], object]] = {
 }
 
 
-def jobs_of(args: argparse.Namespace) -> list[Job]:
-    """Every video that the arguments ask for: each line of --jobs, each seed, each threshold.
-
-    What a line leaves out comes from the command line, where seeds and thresholds may be several.
+def read_jobs(path: Path) -> list[dict[str, Any]]:
+    """The lines of a jobs file: each one's fields, as the arguments of their names read them.
 
     Raises:
-        ArgumentError: naming the line of the file and what is wrong with it.
+        ArgumentError: naming the line and what is wrong with it.
     """
-    lines = _read_jobs(args.jobs) if args.jobs else [{}]
-    thresholds = [None] if args.target_speedup else args.rel_l1_thresh
-    jobs = []
-    for line in lines:
-        seeds = [line["seed"]] if "seed" in line else args.seed
-        each = [line["rel_l1_thresh"]] if "rel_l1_thresh" in line else thresholds
-        for one_seed, threshold in itertools.product(seeds, each):
-            values = {name: line.get(name, getattr(args, name)) for name in FIELDS}
-            jobs.append(Job(**{**values, "seed": one_seed, "rel_l1_thresh": threshold}))
-    return list(dict.fromkeys(jobs))
-
-
-def _read_jobs(path: Path) -> list[dict[str, object]]:
     try:
         with path.open(encoding="utf-8-sig") as file:
             text = file.read(MOST_CHARACTERS + 1)
@@ -116,7 +106,7 @@ def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, str]]]:
         raise _BadLine(f"line {reader.reader.line_num}: {error}") from error
 
 
-def _checked(row: dict[str, str], where: str) -> dict[str, object]:
+def _checked(row: dict[str, str], where: str) -> dict[str, Any]:
     unknown = [name for name in row if name not in FIELDS]
     if unknown:
         raise ArgumentError(f"{where}: unknown field {unknown[0]!r}; known: {', '.join(FIELDS)}")

@@ -18,8 +18,11 @@ from teacache.arguments import DEFAULT_PROMPT
 from teacache.conditioning import Conditioning
 from teacache.errors import CheckpointError
 from teacache.handle import TeaCacheHandle
+from teacache.pipeline import load_pipeline
+from teacache.preflight import find_checkpoint
 from teacache.random_weights import Material
 from teacache.size import video_size
+from teacache.text import Text
 from teacache.transformer import apply_teacache
 from teacache.video import write_video
 
@@ -81,7 +84,7 @@ def of_checkpoint(
     name: str, num_infer_steps: int, device: torch.device, dtype: torch.dtype
 ) -> Bench:
     """A bench on a checkpoint that is here already, with the photograph of the astronaut."""
-    folder = checkpoint.local_checkpoint(name)
+    folder = find_checkpoint(name)
     if folder is None:
         raise CheckpointError(f"--ckpts_path {name}: there is no such folder here")
     checkpoint.check_checkpoint(folder)
@@ -92,8 +95,8 @@ def of_checkpoint(
     with _timed(seconds, "text", device):
         embedded = conditioning.embed_texts([DEFAULT_PROMPT, ""])
     with _timed(seconds, "loading", device):
-        pipe = sampler.load_pipeline(folder, device, dtype, parts=("transformer", "vae"))
-    text = sampler.Text(embedded[DEFAULT_PROMPT].embeds, embedded[""].embeds)
+        pipe = load_pipeline(folder, device, dtype, parts=("transformer", "vae"))
+    text = Text(embedded[DEFAULT_PROMPT].embeds, embedded[""].embeds)
     material = Material(pipe, identity, text, video_size(folder, None, None, None))
     bench = Bench(material, num_infer_steps, None, device, dtype)
     bench.before_the_loop = {name: f"{value:.1f} s" for name, value in seconds.items()}
@@ -139,6 +142,7 @@ class Bench:
         self, variant: Variant, num_infer_steps: int, given: frozenset[int] | None
     ) -> Measured:
         seconds: dict[str, float] = {}
+        pipe = self.material.pipe
         with self._ready(variant) as handle, tempfile.TemporaryDirectory() as folder:
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
@@ -150,8 +154,11 @@ class Bench:
                 latents, steps = self._latents(num_infer_steps, seconds)
                 computed = [steps[n] for n in handle.schedule.computed_steps]
                 reused = [steps[n] for n in handle.schedule.reused_steps]
-            with self._room_to_decode(variant), _timed(seconds, "decoding", self.device):
-                frames = sampler.decode(self.material.pipe, latents)
+            room: contextlib.AbstractContextManager = contextlib.nullcontext()
+            if handle:  # the plain pipeline keeps its transformer
+                room = sampler.room_to_decode(pipe, self.material.size, "none", last=False)
+            with room, _timed(seconds, "decoding", self.device):
+                frames = sampler.decode(pipe, latents)
             with _timed(seconds, "writing", self.device):
                 write_video(frames, Path(folder) / "video.mp4", FPS)
             on_gpu = self.device.type == "cuda"
@@ -225,12 +232,6 @@ class Bench:
             other.to("cpu")
             devices.free_cached_memory(self.device)
         return wanted.to(self.device)
-
-    def _room_to_decode(self, variant: Variant) -> contextlib.AbstractContextManager:
-        # As in a run of one video, which drops the transformer; the plain pipeline keeps it.
-        if variant.threshold is None or self.device.type == "cpu":
-            return contextlib.nullcontext()
-        return sampler.without_transformer(self.material.pipe, for_good=False)
 
 
 @contextlib.contextmanager

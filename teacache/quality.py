@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+
+from teacache.record import Figures, IdentityFigures, Quality
 
 # Of LPIPS, the part that its package does not bring along; torchvision keeps it here.
 LPIPS_BACKBONE = "alexnet-owt-7be5be79.pth"
 
 
-def compare(frames: np.ndarray, baseline: np.ndarray) -> dict[str, object]:
+def compare(frames: np.ndarray, baseline: np.ndarray) -> Quality:
     """PSNR, SSIM and, where it is installed, LPIPS of each frame against the baseline's.
 
     Args:
@@ -41,7 +44,7 @@ def compare(frames: np.ndarray, baseline: np.ndarray) -> dict[str, object]:
 
 def identity_similarity(
     frames: np.ndarray, reference: np.ndarray, analyser: object
-) -> dict[str, object]:
+) -> IdentityFigures:
     """ArcFace's cosine similarity between the reference face and the face in each frame.
 
     Args:
@@ -63,9 +66,8 @@ def identity_similarity(
         face = max(faces, key=lambda face: np.prod(face.bbox[2:] - face.bbox[:2]))
         norms = np.linalg.norm(face.embedding) * np.linalg.norm(reference)
         similarities.append(float(face.embedding @ reference / norms))
-    figures = _figures(similarities, worst=min)
-    figures["frames_without_face"] = sum(map(math.isnan, similarities))
-    return figures
+    without = sum(map(math.isnan, similarities))
+    return {**_figures(similarities, worst=min), "frames_without_face": without}
 
 
 def lpips_missing() -> str | None:
@@ -95,7 +97,7 @@ def _lpips(frames: np.ndarray, baseline: np.ndarray) -> list[float]:
         ]
 
 
-def _figures(values: list[float], worst) -> dict[str, object]:
+def _figures(values: list[float], worst: Callable[[list[float]], float]) -> Figures:
     known = [value for value in values if not math.isnan(value)]
     return {
         "mean": float(np.mean(known)) if known else None,

@@ -21,8 +21,8 @@ from PIL import Image
 
 from teacache import tiny
 from teacache.identity import Identity
-from teacache.sampler import Text
 from teacache.size import VideoSize
+from teacache.text import Text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -1,286 +1,276 @@
-"""One run of the command: what is loaded once, the videos sampled with it, their report."""
+"""A run: identities and texts, then latents, frames, mp4 and record, video by video."""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import dataclasses
-import functools
-import hashlib
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-import torch
-
-from teacache import acceleration, attention, rescue, sampler, sweep
-from teacache import device as devices
-from teacache import identity as faces
+from teacache import acceleration, attention, sampler
 from teacache.cache import EmbeddingCache, cache_folder
-from teacache.conditioning import Conditioning, condition
-from teacache.errors import without_credentials
+from teacache.comparison import Comparison, read_baseline
+from teacache.conditioning import Conditioning
+from teacache.console import Console, Stages
+from teacache.errors import ArgumentError, reason
+from teacache.files import with_ending
+from teacache.identity import Identity, load_analyser
+from teacache.interruption import asked
 from teacache.jobs import Job
-from teacache.output import written_whole
-from teacache.report import Stages, build_record, denoising_bar, print_now, summary, write_record
+from teacache.memory import explained_out_of_memory
+from teacache.order import Order
+from teacache.pipeline import load_pipeline
+from teacache.preflight import Ready
+from teacache.record import Record, read_record, summary
+from teacache.recording import record_of, settings_of
+from teacache.sampler import room_to_decode
+from teacache.slot import claimed_slot
+from teacache.text import TEXT_TOKENS, Text
 from teacache.transformer import apply_teacache
+from teacache.video import count_frames
 
 if TYPE_CHECKING:
+    import numpy as np
     from diffusers import ConsisIDPipeline
     from PIL import Image
-
-    from teacache.handle import TeaCacheHandle
-    from teacache.size import VideoSize
 
 logger = logging.getLogger(__name__)
 
 
-class Run:
-    """Everything that the videos of a run share, and the results so far.
+class Sampled(NamedTuple):
+    """A video that is written: its mp4, its record, and what else it is compared by."""
+
+    job: Job
+    path: Path
+    record: Record
+    frames: list[Image.Image]
+    identity: Identity
+
+
+def run(order: Order, ready: Ready, stages: Stages, console: Console) -> None:
+    """Sample every video of an order; several of them, or one with a baseline, are compared."""
+    jobs, comparison = ready.jobs, None
+    if len(jobs) > 1 or order.baseline:
+        comparison = Comparison(
+            videos=len(jobs),
+            baseline=_baseline(order, ready),
+            load_analyser=lambda: load_analyser(ready.checkpoint),
+        )
+    to_do = in_order(jobs, ready.digests)
+    if order.resume:
+        to_do = _without_finished(to_do, order, ready, console, comparison)
+    try:
+        with explained_out_of_memory(order.machine, console):
+            for video in sampled(to_do, order, ready, stages, console):
+                record = video.record
+                if comparison:
+                    with stages.stage("quality"):
+                        place = jobs.index(video.job)
+                        record = comparison.add(
+                            place, video.path, record, video.frames, video.identity
+                        )
+                if console.quiet or len(jobs) == 1:
+                    console.done(video.path, summary(video.path, record))
+    finally:
+        # Also of a sweep that failed or was interrupted: what is done is done.
+        if len(jobs) > 1 and comparison:
+            _report(comparison, order, len(jobs), console)
+
+
+def sampled(
+    jobs: list[Job], order: Order, ready: Ready, stages: Stages, console: Console
+) -> Iterator[Sampled]:
+    """Load what the jobs need, and sample one after the other: each is written when it comes."""
+    if not jobs:
+        return
+    identities, texts = condition(jobs, order, ready, stages)
+    with stages.stage("loading"):
+        pipe = load(order, ready)
+    machine, guidance_scale = order.machine, order.format.guidance_scale
+    start, drawn_for = None, None
+    with apply_teacache(pipe, coefficients=order.coefficients) as handle:
+        if machine.compile:
+            with stages.stage("compiling"):
+                compile_ahead(pipe, identities[jobs[0].image], texts[jobs[0]], order, ready)
+        for job in jobs:
+            own, identity = Stages(console, shared=stages), identities[job.image]
+            if len(ready.jobs) > 1:
+                console.say(f"seed {job.seed}, rel_l1_thresh {job.rel_l1_thresh}")
+            with own.stage("encoding"):
+                if start is None or drawn_for != (job.image, job.seed):
+                    start, drawn_for = None, (job.image, job.seed)
+                    start = sampler.prepare(pipe, identity, ready.size, job.seed)
+            handle.follow(ready.schedules[job])
+            with own.stage("denoising"), console.bar(job.num_infer_steps, handle.counts) as on_step:
+                latents, step_seconds = sampler.denoise(
+                    pipe,
+                    start,
+                    texts[job],
+                    ready.size,
+                    num_infer_steps=job.num_infer_steps,
+                    guidance_scale=guidance_scale,
+                    on_step=on_step,
+                )
+            with claimed_slot(order.output_path, job.prefix) as slot:
+                slot.keep(latents, record_of(job, order, ready, step_seconds, own))
+                last = job is jobs[-1]
+                with own.stage("decoding"), room_to_decode(pipe, ready.size, machine.offload, last):
+                    frames = sampler.decode(pipe, latents)
+                with own.stage("writing"):
+                    slot.write(frames, order.format.fps)
+                record = record_of(job, order, ready, step_seconds, own)
+                slot.finish(record)
+            yield Sampled(job, slot.video, record, frames, identity)
+
+
+def condition(
+    jobs: list[Job], order: Order, ready: Ready, stages: Stages
+) -> tuple[dict[str, Identity], dict[Job, Text]]:
+    """The identity in each image by its source, and the text of each job."""
+    cache = EmbeddingCache(cache_folder() / "embeddings") if order.reuse_conditioning else None
+    conditioning = Conditioning(
+        ready.checkpoint, ready.device, ready.dtype, order.machine.offload, cache
+    )
+    with stages.stage("identity"):
+        sources = dict.fromkeys(job.image for job in jobs)
+        identities = conditioning.find_identities(
+            {source: ready.images[source] for source in sources}
+        )
+    guided = order.format.guidance_scale > 1
+    wanted = {"prompt": dict.fromkeys(job.prompt for job in jobs)}
+    if guided:
+        wanted["negative_prompt"] = dict.fromkeys(job.negative_prompt for job in jobs)
+    with stages.stage("text"):
+        embedded = conditioning.embed_texts([text for texts in wanted.values() for text in texts])
+    for name, texts in wanted.items():
+        for text in texts:
+            if embedded[text].lost:
+                logger.warning(
+                    "--%s is longer than %d tokens: without %r",
+                    name,
+                    TEXT_TOKENS,
+                    embedded[text].lost,
+                )
+    return identities, {
+        job: Text(
+            embedded[job.prompt].embeds,
+            embedded[job.negative_prompt].embeds if guided else None,
+        )
+        for job in jobs
+    }
+
+
+def load(order: Order, ready: Ready) -> ConsisIDPipeline:
+    """Transformer, VAE and scheduler, accelerated as the order says."""
+    machine = order.machine
+    pipe = load_pipeline(
+        ready.checkpoint,
+        ready.device,
+        ready.dtype,
+        offload=machine.offload,
+        vae_tiling=machine.vae_tiling,
+        parts=("transformer", "vae"),
+    )
+    attention.use_attention(pipe.transformer, ready.backend)
+    if machine.quantize:
+        acceleration.quantize_fp8(pipe.transformer)
+    if machine.compile:
+        acceleration.compile_transformer(pipe.transformer)
+        if len(ready.jobs) >= acceleration.COMPILED_DECODER_PAYS_FROM:
+            acceleration.compile_decoder(pipe.vae)
+    return pipe
+
+
+def compile_ahead(
+    pipe: ConsisIDPipeline, identity: Identity, text: Text, order: Order, ready: Ready
+) -> None:
+    """Call what is to be compiled once, so that no video's seconds hold the compilation."""
+    start = sampler.prepare(pipe, identity, ready.size, seed=0)
+    guidance_scale = order.format.guidance_scale
+    latents, _ = sampler.denoise(
+        pipe, start, text, ready.size, num_infer_steps=1, guidance_scale=guidance_scale
+    )
+    if acceleration.is_compiled(pipe.vae):
+        with room_to_decode(pipe, ready.size, order.machine.offload, last=False):
+            sampler.decode(pipe, latents)
+
+
+def in_order(jobs: list[Job], digests: dict[str, str]) -> list[Job]:
+    """The jobs, same face and seed adjacent; within them same prompt and steps, threshold 0 first.
+
+    The others of a group are compared with threshold 0.
 
     Args:
-        args: the command's arguments.
-        jobs: what to sample, every threshold known.
-        images: each job's face image, by its source.
-        backend: of the attention, see `teacache.attention.choose_backend`.
-        stages: those that have passed already.
-        say: takes a line for the user.
+        digests: of each image's pixels, by its source.
     """
 
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        jobs: list[Job],
-        checkpoint: Path,
-        images: dict[str, Image.Image],
-        size: VideoSize,
-        device: torch.device,
-        dtype: torch.dtype,
-        backend: str,
-        stages: Stages,
-        say: Callable[[str], None],
-    ):
-        self.args, self.jobs, self.checkpoint, self.images = args, jobs, checkpoint, images
-        self.size, self.device, self.dtype, self.backend = size, device, dtype, backend
-        self.stages, self.say = stages, say
-        self.results: dict[Job, sweep.Result] = {}
-        self._digests = {
-            source: hashlib.sha256(image.tobytes()).hexdigest() for source, image in images.items()
-        }
-        given = sweep.read_baseline(args.baseline, jobs, size) if args.baseline else None
-        self.baselines = sweep.Baselines(self.results, given)
-        if args.resume:
-            self._take_over_finished()
+    def noise(job: Job) -> tuple[object, ...]:
+        return digests[job.image], job.seed
 
-    def sample(self) -> None:
-        """Load what the remaining jobs need, and sample them, writing each as it is done."""
-        to_do = [job for job in sweep.in_order(self.jobs) if job not in self.results]
-        if not to_do:
-            return
-        args = self.args
-        cache = EmbeddingCache(cache_folder() / "embeddings") if args.reuse_conditioning else None
-        conditioning = Conditioning(self.checkpoint, self.device, self.dtype, args.offload, cache)
-        identities, texts = condition(
-            conditioning, to_do, self.images, args.guidance_scale > 1, self.stages
+    def group(job: Job) -> tuple[object, ...]:
+        return *noise(job), job.prompt, job.negative_prompt, job.num_infer_steps
+
+    noises, groups = list(map(noise, jobs)), list(map(group, jobs))
+    return sorted(
+        jobs,
+        key=lambda job: (
+            noises.index(noise(job)),
+            groups.index(group(job)),
+            job.rel_l1_thresh != 0,
+        ),
+    )
+
+
+def _baseline(order: Order, ready: Ready) -> np.ndarray | None:
+    """The frames of `--baseline`, which one group of videos can be compared with."""
+    if order.baseline is None:
+        return None
+    if len({settings_of(job, order, ready).group for job in ready.jobs}) > 1:
+        raise ArgumentError(
+            f"--baseline {order.baseline} is one video, and cannot be compared with those of "
+            "several faces, prompts, seeds or numbers of steps: sample --rel_l1_thresh 0 with them "
+            "instead"
         )
-        with self.stages.stage("loading"):
-            pipe = self._load_pipeline()
-        starts: dict[tuple[str, int], sampler.Start] = {}
-        with apply_teacache(pipe, coefficients=args.coefficients) as handle:
-            if args.compile:
-                with self.stages.stage("compiling"):
-                    start = sampler.prepare(pipe, identities[to_do[0].image], self.size, seed=0)
-                    self._compile(pipe, start, texts[to_do[0]])
-            for job in to_do:
-                own, face_and_noise = Stages(self.say, shared=self.stages), (job.image, job.seed)
-                self._drop_frames_before(job)
-                if len(self.jobs) > 1:
-                    self.say(f"seed {job.seed}, rel_l1_thresh {job.rel_l1_thresh}")
-                with own.stage("encoding"):
-                    if face_and_noise not in starts:  # only those of one group are kept
-                        starts = {
-                            face_and_noise: sampler.prepare(
-                                pipe, identities[job.image], self.size, job.seed
-                            )
-                        }
-                self._sample_one(
-                    *(job, pipe, handle, starts[face_and_noise], texts[job], own),
-                    last=job is to_do[-1],
-                )
-
-    def _load_pipeline(self) -> ConsisIDPipeline:
-        """Transformer, VAE and scheduler, accelerated as the arguments say."""
-        args = self.args
-        pipe = sampler.load_pipeline(
-            *(self.checkpoint, self.device, self.dtype, args.offload, args.vae_tiling),
-            parts=("transformer", "vae"),
-        )
-        attention.use_attention(pipe.transformer, self.backend)
-        if args.quantize:
-            acceleration.quantize_fp8(pipe.transformer)
-        if args.compile:
-            acceleration.compile_transformer(pipe.transformer)
-            if len(self.jobs) >= acceleration.COMPILED_DECODER_PAYS_FROM:
-                acceleration.compile_decoder(pipe.vae)
-        return pipe
-
-    def _compile(self, pipe: ConsisIDPipeline, start: sampler.Start, text: sampler.Text) -> None:
-        """Call what is to be compiled once, so that no video's seconds hold the compilation."""
-        latents, _ = sampler.denoise(
-            *(pipe, start, text, self.size),
-            num_infer_steps=1,
-            guidance_scale=self.args.guidance_scale,
-        )
-        if acceleration.is_compiled(pipe.vae):
-            with self._room_to_decode(pipe, last=False):
-                sampler.decode(pipe, latents)
-
-    def _sample_one(
-        self,
-        job: Job,
-        pipe: ConsisIDPipeline,
-        handle: TeaCacheHandle,
-        start: sampler.Start,
-        text: sampler.Text,
-        stages: Stages,
-        last: bool,
-    ) -> None:
-        """Sample, decode and write one video, and add it to the results."""
-        handle.rel_l1_thresh = job.rel_l1_thresh
-        with (
-            stages.stage("denoising"),
-            denoising_bar(job.num_infer_steps, handle, self.args.quiet) as on_step,
-        ):
-            latents, step_seconds = sampler.denoise(
-                pipe,
-                start,
-                text,
-                self.size,
-                num_infer_steps=job.num_infer_steps,
-                guidance_scale=self.args.guidance_scale,
-                on_step=on_step,
-            )
-
-        def record() -> dict[str, object]:
-            return build_record(
-                self._settings(job),
-                handle.schedule,
-                step_seconds,
-                stages.with_total(),
-                devices.device_name(self.device),
-                devices.peak_memory_bytes(self.device),
-            )
-
-        with rescue.latents_survive(latents, record, stages, self.args):
-            with self._room_to_decode(pipe, last), stages.stage("decoding"):
-                pictures = sampler.decode(pipe, latents)
-            prefix = f"{job.seed}_{job.rel_l1_thresh}"
-            video, written = rescue.write_with_record(pictures, prefix, record, stages, self.args)
-        frames = np.stack([np.array(picture) for picture in pictures])
-        self.results[job] = sweep.Result(job, video, written, frames)
-        if len(self.jobs) > 1 or self.baselines.given is not None:
-            # Only now, and into a record that is whole already: a video that is done is safe.
-            with stages.stage("quality"):
-                written["quality"] = sweep.judge(
-                    frames, *self.baselines.of(job), start.identity, self._analyser
-                )
-            _write_again(written, video)
-        if self.args.quiet:
-            print_now(str(video))
-        elif len(self.jobs) == 1:
-            self.say(summary(video, written))
-
-    def _room_to_decode(self, pipe: ConsisIDPipeline, last: bool) -> AbstractContextManager:
-        """The GPU without the transformer, where it would stand in the VAE's way."""
-        if self.args.offload != "none":  # it has left already
-            return contextlib.nullcontext()
-        stay = not last and (
-            self.device.type == "cpu"
-            or (self.args.keep_loaded and sampler.fits_beside_decoding(self.size, self.device))
-        )
-        return contextlib.nullcontext() if stay else sampler.without_transformer(pipe, last)
-
-    @functools.cached_property
-    def _analyser(self) -> object:
-        return faces.load_analyser(self.checkpoint)
-
-    def report(self, in_full: bool) -> None:
-        """Write the report of a sweep, as far as it got, and show its table.
-
-        Args:
-            in_full: with what takes seconds: decoding videos to compare them, drawing, encoding.
-        """
-        results = [self.results[job] for job in self.jobs if job in self.results]
-        if len(self.jobs) > 1 and results:
-            if in_full:
-                self.baselines.compare_the_rest()
-            table, files = sweep.write_sweep(self.args.output_path, results, self.args.fps, in_full)
-            self.say(f"\n{table}\n")
-            for file in files:
-                self.say(f"sweep       {file}")
-            if len(results) < len(self.jobs):
-                self.say(f"            {len(results)} of {len(self.jobs)} videos: see --resume")
-
-    def _take_over_finished(self) -> None:
-        for job in self.jobs:
-            found = sweep.find_finished(self.args.output_path, job, self._settings(job))
-            if found:
-                self.results[job] = found
-                self.say(f"done before {found.path}")
-                if self.args.quiet:
-                    print_now(str(found.path))
-
-    def _drop_frames_before(self, job: Job) -> None:
-        """In a long list of jobs, keep in memory only the frames of the group under way."""
-        if len(self.jobs) > sweep.MOST_SIDE_BY_SIDE:
-            for other, result in self.results.items():
-                if sweep.group_of(other) != sweep.group_of(job):
-                    self.results[other] = result._replace(own_frames=None)
-
-    def _settings(self, job: Job) -> dict[str, object]:
-        """What goes on record before sampling: the arguments, with what was chosen for them."""
-        args = self.args
-        return {
-            **dataclasses.asdict(job),
-            "image": without_credentials(job.image),
-            "image_sha256": self._digests[job.image],
-            "ckpts_path": args.ckpts_path,
-            "output_path": str(args.output_path),
-            "guidance_scale": args.guidance_scale,
-            **self.size._asdict(),
-            "fps": args.fps,
-            "device": str(self.device),
-            "dtype": devices.dtype_name(self.dtype),
-            "offload": args.offload,
-            "vae_tiling": args.vae_tiling,
-            "attention": attention.short_name(self.backend),
-            "compile": args.compile,
-            "quantize": args.quantize,
-            "approximations": self._approximations(),
-            "keep_loaded": args.keep_loaded,
-            "reuse_conditioning": args.reuse_conditioning,
-            "coefficients": args.coefficients.as_json(),
-        }
-
-    def _approximations(self) -> list[str]:
-        """What makes the video differ from the original sampler's by more than rounding."""
-        found = []
-        if not attention.is_exact(self.backend):
-            found.append(f"attention {attention.short_name(self.backend)}")
-        if self.args.quantize:
-            found.append(f"quantize {self.args.quantize}")
-        return found
+    return read_baseline(order.baseline, ready.size)
 
 
-def _write_again(record: dict[str, object], video: Path) -> None:
-    """The record of a video that has one, with more in it."""
+def _without_finished(
+    jobs: list[Job], order: Order, ready: Ready, console: Console, comparison: Comparison | None
+) -> list[Job]:
+    """The jobs that no video, whole, in the output folder has the settings of; say which have."""
+    left = []
+    for job in jobs:
+        finished = _find_finished(job, order, ready)
+        if finished is None:
+            left.append(job)
+            continue
+        video, record = finished
+        console.done(video, f"done before {video}")
+        if comparison:
+            comparison.add_earlier(ready.jobs.index(job), video, record)
+    return left
+
+
+def _find_finished(job: Job, order: Order, ready: Ready) -> tuple[Path, Record] | None:
+    settings = settings_of(job, order, ready)
+    for path in sorted(order.output_path.glob(f"{job.prefix}_*.json")):
+        video, record = with_ending(path.with_suffix(""), ".mp4"), read_record(path)
+        if record and record.settings == settings and count_frames(video) == settings.num_frames:
+            return video, record
+    return None
+
+
+def _report(comparison: Comparison, order: Order, videos: int, console: Console) -> None:
+    """Write the report of a sweep, as far as it got, and show its table."""
     try:
-        with written_whole(video.with_suffix(""), ".json") as (path,):
-            write_record(record, path)
+        # Decoding videos to compare them, drawing and encoding take seconds: not after a signal.
+        table, files = comparison.report(order.output_path, order.format.fps, in_full=not asked())
     except OSError as error:
-        logger.warning(
-            "%s: its record stays without the figures of quality: %s",
-            *(video, error.strerror or error),
-        )
+        logger.warning("the sweep's report cannot be written: %s", reason(error))
+        return
+    if files:
+        console.say(f"\n{table}\n")
+        for file in files:
+            console.say(f"sweep       {file}")
+        if len(comparison.videos) < videos:
+            console.say(f"            {len(comparison.videos)} of {videos} videos: see --resume")

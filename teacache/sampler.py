@@ -4,50 +4,29 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from diffusers import (
-    AutoencoderKLCogVideoX,
     CogVideoXDPMScheduler,
     ConsisIDPipeline,
-    ConsisIDTransformer3DModel,
 )
 from diffusers.pipelines.consisid.pipeline_consisid import draw_kps
-from transformers import T5EncoderModel
 
 from teacache import device as devices
 from teacache import interruption
 from teacache.errors import SamplingError
-from teacache.loading import load_model, reading
-from teacache.quiet import no_progress_bars
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from teacache.identity import Identity
     from teacache.size import VideoSize
+    from teacache.text import Text
 
-PARTS = ("text_encoder", "transformer", "vae")
 # What decoding takes beyond the weights. From the published peak at 720x480, 37 GB: without text
 # encoder and transformer, 22 GB, it leaves 15 GB; and some more, to be safe.
 DECODING_BYTES_PER_PIXEL = 48 * 1024
-TEXT_TOKENS = 226  # what ConsisIDPipeline fills up or cuts every text to
-
-
-class EmbeddedText(NamedTuple):
-    """embeds: T5's, [1, 226, 4096] at full size; lost: the words that 226 tokens did not hold."""
-
-    embeds: torch.Tensor
-    lost: str
-
-
-class Text(NamedTuple):
-    """Embeddings of prompt and negative prompt; no negative ones without guidance."""
-
-    prompt_embeds: torch.Tensor
-    negative_prompt_embeds: torch.Tensor | None
 
 
 class Denoised(NamedTuple):
@@ -68,61 +47,6 @@ class Start(NamedTuple):
     noise: torch.Tensor
     image_latents: torch.Tensor
     generator_state: torch.Tensor
-
-
-def load_pipeline(
-    checkpoint: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    offload: str = "none",
-    vae_tiling: bool = False,
-    parts: tuple[str, ...] = PARTS,
-) -> ConsisIDPipeline:
-    """Load text encoder, transformer, VAE and scheduler, or of the first three some.
-
-    Weights go from the file to where they belong, in the dtype that they have there.
-
-    Args:
-        offload: `none` keeps every model on the device; `model` brings each one there for its
-            turn; `sequential` brings layer by layer.
-        vae_tiling: encode the face and decode the video in overlapping tiles, with less memory
-            and not bit for bit.
-        parts: those of `PARTS` to load; the pipeline has None for the others.
-
-    Raises:
-        CheckpointError: where files are damaged, or hold other weights than the models have.
-    """
-    classes = {
-        "text_encoder": T5EncoderModel,
-        "transformer": ConsisIDTransformer3DModel,
-        "vae": AutoencoderKLCogVideoX,
-    }
-    place = device if offload == "none" else torch.device("cpu")
-    models = dict.fromkeys(PARTS)
-    with no_progress_bars():
-        for name in parts:
-            models[name] = load_model(classes[name], checkpoint / name, place, dtype)
-        if "text_encoder" not in parts:
-            models["tokenizer"] = None
-        with reading(checkpoint):
-            pipe = ConsisIDPipeline.from_pretrained(checkpoint, local_files_only=True, **models)
-    pipe.set_progress_bar_config(disable=True)
-    if vae_tiling and "vae" in parts:
-        pipe.vae.enable_tiling()
-    if offload == "model":
-        pipe.enable_model_cpu_offload(device=device)
-    elif offload == "sequential":
-        pipe.enable_sequential_cpu_offload(device=device)
-    return pipe
-
-
-@torch.no_grad()
-def embed_text(pipe: ConsisIDPipeline, text: str) -> EmbeddedText:
-    """Embed one text, a prompt or a negative prompt. What is too long for T5 is cut off."""
-    tokens = pipe.tokenizer(text).input_ids
-    lost = tokens[TEXT_TOKENS - 1 : -1] if len(tokens) > TEXT_TOKENS else []  # the last one ends it
-    embeds, _ = pipe.encode_prompt(text, do_classifier_free_guidance=False)
-    return EmbeddedText(embeds, pipe.tokenizer.decode(lost) if lost else "")
 
 
 @torch.no_grad()
@@ -272,26 +196,35 @@ def _predict(
     return without + guidance_scale * (with_prompt - without)
 
 
-def fits_beside_decoding(size: VideoSize, device: torch.device) -> bool:
-    """Whether the GPU has the memory to decode with everything else staying where it is."""
-    return devices.free_memory_bytes(device) > DECODING_BYTES_PER_PIXEL * size.width * size.height
-
-
 @contextlib.contextmanager
-def without_transformer(pipe: ConsisIDPipeline, for_good: bool) -> Iterator[None]:
-    """Free the memory that the transformer's weights take.
+def room_to_decode(
+    pipe: ConsisIDPipeline, size: VideoSize, offload: str, last: bool
+) -> Iterator[None]:
+    """Free the transformer's memory for the VAE, where both do not fit.
 
     Args:
-        for_good: drop them; else they wait in host memory for the end of the block.
+        offload: with any, the transformer has left already.
+        last: whether no other video follows: then its weights are dropped; else they wait in host
+            memory for the end of the block.
     """
-    transformer, device = pipe.transformer, pipe.transformer.device
-    transformer.to("meta" if for_good else "cpu")
+    transformer = pipe.transformer
+    device = transformer.device
+    if offload != "none" or (not last and _fits_beside_decoding(size, device)):
+        yield
+        return
+    transformer.to("meta" if last else "cpu")
     devices.free_cached_memory(device)
     try:
         yield
     finally:
-        if not for_good and not interruption.asked():  # 10 GB, for nothing
+        if not last and not interruption.asked():  # 10 GB, for nothing
             transformer.to(device)
+
+
+def _fits_beside_decoding(size: VideoSize, device: torch.device) -> bool:
+    """Whether a GPU has the memory to decode beside the transformer; on a CPU nothing is gained."""
+    needed = DECODING_BYTES_PER_PIXEL * size.width * size.height
+    return device.type == "cpu" or devices.free_memory_bytes(device) > needed
 
 
 @torch.no_grad()

@@ -3,58 +3,82 @@
 from __future__ import annotations
 
 import textwrap
+from typing import Literal, TypedDict
+
+from teacache.record import Quality, Record, Settings
 
 # Published for TeaCache on ConsisID: 50 steps, 49 frames of 720x480, one H100.
 PUBLISHED_SECONDS = {0.0: 110, 0.1: 70, 0.15: 53, 0.2: 41}
-# What videos share that differ in their threshold alone.
-GROUP = ("image", "prompt", "negative_prompt", "seed", "num_infer_steps")
 
 
-def sweep_rows(videos: list[tuple[str, dict[str, object]]]) -> list[dict[str, object]]:
-    """One row for each video, in the order given.
+class Row(TypedDict):
+    """One video of a sweep, as the tables and the figure show it.
+
+    group: a number that the videos share that differ in their threshold alone; differs_in: in a few
+    words, what tells that group from the others. latency: seconds of denoising and decoding;
+    speedup: that of the video without reuse over its own, None where its group has none.
+    """
+
+    video: str
+    group: int
+    differs_in: str
+    rel_l1_thresh: float
+    computed: int
+    steps: int
+    latency: float
+    speedup: float | None
+    quality: Quality
+
+
+def sweep_rows(videos: list[tuple[str, Record]]) -> list[Row]:
+    """One row for each video, in the order of the list.
 
     Args:
         videos: name and record of each.
-
-    `latency` is what a video costs once everything is loaded, seconds of denoising and decoding,
-    which is what the published figures are of; `speedup` is that of the video without reuse that
-    shares all but the threshold with it, over its own; None where the sweep has none.
     """
-    unaided = {_group(record): _latency(record) for _, record in videos if _is_baseline(record)}
-    groups = list(dict.fromkeys(_group(record) for _, record in videos))
-    rows = []
+    groups = list(dict.fromkeys(record.settings.group for _, record in videos))
+    unaided = {
+        record.settings.group: record.latency
+        for _, record in videos
+        if record.settings.rel_l1_thresh == 0
+    }
+    several = [len(set(column)) > 1 for column in zip(*groups, strict=True)]
+    rows: list[Row] = []
     for name, record in videos:
-        baseline = unaided.get(_group(record))
+        baseline = unaided.get(record.settings.group)
         rows.append(
             {
                 "video": name,
-                "group": groups.index(_group(record)),
-                "differs_in": _differences(record, groups),
-                "rel_l1_thresh": record["rel_l1_thresh"],
-                "computed": len(record["computed_steps"]),
-                "steps": record["num_infer_steps"],
-                "latency": round(_latency(record), 3),
-                "speedup": round(baseline / _latency(record), 3) if baseline else None,
-                "quality": record.get("quality", {}),
+                "group": groups.index(record.settings.group),
+                "differs_in": _differences(record.settings, several),
+                "rel_l1_thresh": record.settings.rel_l1_thresh,
+                "computed": len(record.computed_steps),
+                "steps": record.settings.num_infer_steps,
+                "latency": round(record.latency, 3),
+                "speedup": round(baseline / record.latency, 3) if baseline else None,
+                "quality": record.quality or {},
             }
         )
     return rows
 
 
-def _differences(record: dict[str, object], groups: list[tuple]) -> str:
-    """In a few words, what tells the record's group from the others; empty where it is alone."""
-    forms = {
-        "image": lambda image: str(image).rsplit("/", 1)[-1],
-        "prompt": lambda prompt: f'"{textwrap.shorten(prompt, 28, placeholder="...")}"',
-        "negative_prompt": lambda text: f'not "{textwrap.shorten(text, 28, placeholder="...")}"',
-        "seed": lambda seed: f"seed {seed}",
-        "num_infer_steps": lambda steps: f"{steps} steps",
-    }
-    columns = zip(GROUP, zip(*groups, strict=True), strict=True)
-    return ", ".join(forms[name](record[name]) for name, column in columns if len(set(column)) > 1)
+def _differences(settings: Settings, several: list[bool]) -> str:
+    """What tells a video's group from the others; empty where it is alone.
+
+    Args:
+        several: of each part of a group, whether the groups differ in it.
+    """
+    parts = (
+        settings.image.rsplit("/", 1)[-1],
+        f'"{textwrap.shorten(settings.prompt, 28, placeholder="...")}"',
+        f'not "{textwrap.shorten(settings.negative_prompt, 28, placeholder="...")}"',
+        f"seed {settings.seed}",
+        f"{settings.num_infer_steps} steps",
+    )
+    return ", ".join(part for part, differs in zip(parts, several, strict=True) if differs)
 
 
-def label(row: dict[str, object]) -> str:
+def label(row: Row) -> str:
     """What a video is labelled with, side by side with the others."""
     faster = f", {row['speedup']:.2f}x" if row["speedup"] else ""
     which = f", {row['differs_in']}" if row["differs_in"] else ""
@@ -64,7 +88,7 @@ def label(row: dict[str, object]) -> str:
     )
 
 
-def terminal_table(rows: list[dict[str, object]]) -> str:
+def terminal_table(rows: list[Row]) -> str:
     """The rows in aligned columns; a column that has nothing to show is left out, and why."""
     return "\n".join([aligned(_cells(rows)), *_absences(rows)])
 
@@ -78,7 +102,7 @@ def aligned(lines: list[list[str]]) -> str:
     )
 
 
-def sweep_markdown(rows: list[dict[str, object]], record: dict[str, object]) -> str:
+def sweep_markdown(rows: list[Row], record: Record) -> str:
     """The sweep as Markdown: the published table with this run's seconds, then every figure.
 
     Args:
@@ -86,7 +110,8 @@ def sweep_markdown(rows: list[dict[str, object]], record: dict[str, object]) -> 
     """
     thresholds = sorted({*PUBLISHED_SECONDS, *(row["rel_l1_thresh"] for row in rows)})
     heads = ["ConsisID" if x == 0 else f"TeaCache ({x:g})" for x in thresholds]
-    where = f"{record['device_name']}, {record['width']}x{record['height']}"
+    settings = record.settings
+    where = f"{record.device_name}, {settings.width}x{settings.height}"
     lines = [
         "# Sweep",
         "",
@@ -102,7 +127,7 @@ def sweep_markdown(rows: list[dict[str, object]], record: dict[str, object]) -> 
     for group in dict.fromkeys(row["group"] for row in rows):
         mine = {row["rel_l1_thresh"]: row for row in rows if row["group"] == group}
         any_row = next(iter(mine.values()))
-        name = f"this run: {where}, {record['num_frames']} frames, {any_row['steps']} steps"
+        name = f"this run: {where}, {settings.num_frames} frames, {any_row['steps']} steps"
         which = f", {any_row['differs_in']}" if any_row["differs_in"] else ""
         lines.append(_markdown_line([name + which, *(_own(mine.get(x)) for x in thresholds)]))
     lines += ["", markdown_table(_cells(rows))]
@@ -116,7 +141,7 @@ def markdown_table(lines: list[list[str]]) -> str:
     return "\n".join([_markdown_line(head), rule, *map(_markdown_line, body)])
 
 
-def _remarks(rows: list[dict[str, object]]) -> list[str]:
+def _remarks(rows: list[Row]) -> list[str]:
     return [
         "Seconds are those of denoising and decoding. PSNR, SSIM and LPIPS compare with the video "
         "of threshold 0, or with --baseline, frame by frame before compression; identity is "
@@ -126,7 +151,7 @@ def _remarks(rows: list[dict[str, object]]) -> list[str]:
     ]
 
 
-def _absences(rows: list[dict[str, object]]) -> list[str]:
+def _absences(rows: list[Row]) -> list[str]:
     """What the figures lack, a sentence each."""
     found = [row["quality"] for row in rows]
     missing = {quality.get("lpips_missing") for quality in found} - {None}
@@ -142,7 +167,7 @@ def _absences(rows: list[dict[str, object]]) -> list[str]:
     return absences
 
 
-def _cells(rows: list[dict[str, object]]) -> list[list[str]]:
+def _cells(rows: list[Row]) -> list[list[str]]:
     """Headings, then a line for each row, without the columns that have nothing but dashes."""
     columns = {
         "rel_l1_thresh": [f"{row['rel_l1_thresh']:g}" for row in rows],
@@ -161,7 +186,7 @@ def _cells(rows: list[dict[str, object]]) -> list[list[str]]:
     return [list(shown), *map(list, zip(*shown.values(), strict=True))]
 
 
-def _figure(row: dict[str, object], name: str, form: str) -> str:
+def _figure(row: Row, name: Literal["psnr", "ssim", "lpips", "identity"], form: str) -> str:
     figures = row["quality"].get(name)
     if not figures:
         return "-"
@@ -170,7 +195,7 @@ def _figure(row: dict[str, object], name: str, form: str) -> str:
     return f"{figures['mean']:{form}} ({figures['worst']:{form}})"
 
 
-def _faceless(row: dict[str, object]) -> str:
+def _faceless(row: Row) -> str:
     identity = row["quality"].get("identity")
     if not identity:
         return "-"
@@ -182,7 +207,7 @@ def _published(threshold: float) -> str:
     return f"~{seconds} ({PUBLISHED_SECONDS[0.0] / seconds:.1f}x)" if seconds else ""
 
 
-def _own(row: dict[str, object] | None) -> str:
+def _own(row: Row | None) -> str:
     if row is None:
         return ""
     return f"{row['latency']:.1f}" + (f" ({row['speedup']:.1f}x)" if row["speedup"] else "")
@@ -190,15 +215,3 @@ def _own(row: dict[str, object] | None) -> str:
 
 def _markdown_line(cells: list[str]) -> str:
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
-
-
-def _group(record: dict[str, object]) -> tuple:
-    return tuple(record[name] for name in GROUP)
-
-
-def _is_baseline(record: dict[str, object]) -> bool:
-    return record["rel_l1_thresh"] == 0
-
-
-def _latency(record: dict[str, object]) -> float:
-    return record["seconds"]["denoising"] + record["seconds"]["decoding"]
