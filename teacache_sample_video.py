@@ -4,7 +4,7 @@
 import gc
 import sys
 
-from teacache.main import main
+from teacache.command.main import main
 
 if __name__ == "__main__":
     code = main()

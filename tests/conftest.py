@@ -18,12 +18,12 @@ import pytest
 import torch
 
 import teacache_sample_video
-from teacache import identity as faces
-from teacache import pictures
-from teacache.checkpoint import local_checkpoint
-from teacache.quiet import silence_libraries
-from teacache.sampler import load_pipeline
-from teacache.size import VideoSize
+from teacache.inputs import identity as faces
+from teacache.inputs import photograph as pictures
+from teacache.checkpoint.folder import local_checkpoint
+from teacache.base.quiet import silence_libraries
+from teacache.sampling.sampler import load_pipeline
+from teacache.checkpoint.size import VideoSize
 
 CPU = torch.device("cpu")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -100,7 +100,7 @@ def pipe(make_pipe):
 def sample(identity):
     """Calls the pipeline as its documentation does, and returns latents (or frames).
 
-    Nothing of `teacache.sampler` is in it: what it returns from a plain pipeline is what users
+    Nothing of `teacache.sampling.sampler` is in it: what it returns from a plain pipeline is what users
     have today.
     """
 

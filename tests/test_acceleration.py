@@ -12,11 +12,11 @@ from conftest import CPU
 from diffusers import AutoencoderKLCogVideoX
 from torch._dynamo.utils import counters
 
-from teacache import acceleration
-from teacache.attention import use_attention
-from teacache.errors import DeviceError
-from teacache.tiny import VAE
-from teacache.transformer import apply_teacache
+from teacache.sampling import acceleration
+from teacache.sampling.attention import use_attention
+from teacache.base.errors import DeviceError
+from teacache.embedded.build import VAE
+from teacache.core.forward import apply_teacache
 from teacache_sample_video import main
 
 HEADER = Path(sysconfig.get_paths()["include"]) / "Python.h"

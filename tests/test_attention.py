@@ -7,9 +7,9 @@ import torch
 from conftest import CPU
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 
-from teacache.attention import ConsisIDAttnProcessor, choose_backend, is_exact, use_attention
-from teacache.errors import ArgumentError
-from teacache.transformer import apply_teacache
+from teacache.sampling.attention import ConsisIDAttnProcessor, choose_backend, is_exact, use_attention
+from teacache.base.errors import ArgumentError
+from teacache.core.forward import apply_teacache
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -19,7 +19,7 @@ def test_native_equals_the_processor_it_replaces(make_pipe, sample, threshold, d
     use_attention(ours.transformer, "native")
     with apply_teacache(theirs, threshold), apply_teacache(ours, threshold) as teacache:
         assert torch.equal(sample(ours), sample(theirs))
-    assert bool(teacache.policy.reused_steps) == (threshold > 0)
+    assert bool(teacache.core.rule.reused_steps) == (threshold > 0)
     processors = ours.transformer.attn_processors.values()
     assert all(isinstance(processor, ConsisIDAttnProcessor) for processor in processors)
     before = theirs.transformer.attn_processors.values()

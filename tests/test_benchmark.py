@@ -11,8 +11,9 @@ import pytest
 import torch
 from conftest import CPU, ROOT
 
-from teacache import measure, random_weights
-from teacache.benchmark import main
+from teacache.benchmark.__main__ import measure
+from teacache.benchmark.__main__ import random_weights
+from teacache.benchmark.__main__ import main
 
 
 def run(capsys, tmp_path, *arguments):
@@ -87,7 +88,7 @@ def test_wrong_input_is_one_line(capsys, tmp_path):
 
 def test_help_is_quick_to_come():
     found = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "teacache.benchmark", "--help"],
+        [sys.executable, "-X", "importtime", "-m", "teacache.benchmark.__main__", "--help"],
         capture_output=True, text=True, check=True, cwd=ROOT,
     )  # fmt: skip
     assert "--random_weights" in found.stdout

@@ -16,15 +16,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from teacache import tiny as tiny_module
-from teacache.checkpoint import (
+from teacache.embedded import build as tiny_module
+from teacache.checkpoint.folder import (
     check_checkpoint,
     is_full_size,
     is_whole_safetensors,
     local_checkpoint,
 )
-from teacache.errors import ArgumentError, CheckpointError
-from teacache.size import video_size
+from teacache.base.errors import ArgumentError, CheckpointError
+from teacache.checkpoint.size import video_size
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_of_two_builds_at_once_one_is_kept(tmp_path, monkeypatch):
 
 
 def test_module_command_builds_one_where_wanted(tmp_path, tiny):
-    command = [sys.executable, "-m", "teacache.tiny", str(tmp_path / "here")]
+    command = [sys.executable, "-m", "teacache.embedded.build", str(tmp_path / "here")]
     built = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     assert built.stdout == f"built {tmp_path / 'here'}\n"
     assert built.stderr == ""
@@ -241,7 +241,7 @@ def test_frames_that_the_vae_makes_are_those_that_it_is_asked_for():
     import torch
     from diffusers import AutoencoderKLCogVideoX
 
-    from teacache.size import _check_num_frames
+    from teacache.checkpoint.size import _check_num_frames
 
     torch.manual_seed(0)
     vae = AutoencoderKLCogVideoX(**{**tiny_module.VAE, "temporal_compression_ratio": 4}).eval()

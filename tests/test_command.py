@@ -19,9 +19,9 @@ import pytest
 from conftest import PROMPT, ROOT, main
 from PIL import Image
 
-from teacache import pictures
-from teacache.arguments import parse_arguments
-from teacache.video import read_video, write_video
+from teacache.inputs import photograph as pictures
+from teacache.command.arguments import parse_arguments
+from teacache.results.video import read_video, write_video
 
 COMMAND = [sys.executable, "teacache_sample_video.py"]
 

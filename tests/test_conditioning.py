@@ -10,11 +10,12 @@ import pytest
 import torch
 from conftest import CPU, main
 
-from teacache import conditioning as module
-from teacache import identity as faces
-from teacache import pictures, sampler
-from teacache.cache import EmbeddingCache, fingerprint
-from teacache.conditioning import Conditioning
+from teacache.inputs import conditioning as module
+from teacache.inputs import identity as faces
+from teacache.inputs import photograph as pictures
+from teacache.sampling import sampler
+from teacache.inputs.embedding_cache import EmbeddingCache, fingerprint
+from teacache.inputs.conditioning import Conditioning
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlparse
 import pytest
 from conftest import ROOT
 
-from teacache.checkpoint import check_checkpoint
+from teacache.checkpoint.folder import check_checkpoint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY = "Own/Repo"
@@ -247,7 +247,7 @@ def downloading(here: Path) -> list[Path]:
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended meanwhile
-            if b"teacache.download" in (folder / "cmdline").read_bytes():
+            if b"teacache.checkpoint.download" in (folder / "cmdline").read_bytes():
                 found += [folder] if (folder / "cwd").readlink() == here else []
     return found
 

@@ -20,12 +20,18 @@ from conftest import PROMPT, ROOT, SIZE, handlers_given_back, main
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from teacache import device, interruption, loading, rescue, run, sampler, video
-from teacache import identity as faces
-from teacache.arguments import parse_arguments
-from teacache.errors import SamplingError
+from teacache.base import device
+from teacache.base import interruption
+from teacache.checkpoint.folder import loading
+from teacache import rescue
+from teacache.command import run
+from teacache.sampling import sampler
+from teacache.results import video
+from teacache.inputs import identity as faces
+from teacache.command.arguments import parse_arguments
+from teacache.base.errors import SamplingError
 from teacache.output import check_space
-from teacache.video import read_video
+from teacache.results.video import read_video
 
 SWEEP = (
     *("--ckpts_path", "tiny", "--rel_l1_thresh", 0, 0.2, "--num_infer_steps", 4),

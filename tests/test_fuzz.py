@@ -11,11 +11,12 @@ from conftest import main
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from teacache import errors, run
-from teacache.arguments import build_parser, parse_arguments
-from teacache.errors import ArgumentError
-from teacache.jobs import Job, jobs_of
-from teacache.policy import Coefficients
+from teacache.base import errors
+from teacache.command import run
+from teacache.command.arguments import build_parser, parse_arguments
+from teacache.base.errors import ArgumentError
+from teacache.command.jobs import Job, jobs_of
+from teacache.core.rule import Coefficients
 
 OPTIONS = sorted(
     option

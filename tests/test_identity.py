@@ -11,10 +11,10 @@ import torch
 from conftest import CPU, main
 from PIL import Image
 
-from teacache import identity as faces
-from teacache import pictures
-from teacache.errors import CheckpointError
-from teacache.tiny_faces import FACE_BOX, FACE_KPS
+from teacache.inputs import identity as faces
+from teacache.inputs import photograph as pictures
+from teacache.base.errors import CheckpointError
+from teacache.embedded.faces import FACE_BOX, FACE_KPS
 
 
 @pytest.fixture(scope="module")

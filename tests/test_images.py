@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from teacache import pictures
-from teacache.errors import ImageError
-from teacache.pictures import load_image
+from teacache.inputs import photograph as pictures
+from teacache.base.errors import ImageError
+from teacache.inputs.photograph import load_image
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from teacache.arguments import parse_arguments
-from teacache.errors import ArgumentError
-from teacache.jobs import Job, jobs_of
+from teacache.command.arguments import parse_arguments
+from teacache.base.errors import ArgumentError
+from teacache.command.jobs import Job, jobs_of
 from teacache.sweep import in_order
 
 COMMON = ["--ckpts_path", "tiny", "--prompt", "a man"]

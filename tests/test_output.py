@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from teacache.errors import OutputError
+from teacache.base.errors import OutputError
 from teacache.output import claimed_stem, prepare_folder, written_whole
-from teacache.policy import schedule
+from teacache.core.rule import schedule
 from teacache.report import build_record, write_record
-from teacache.video import read_video, write_video
+from teacache.results.video import read_video, write_video
 
 WRITE_FIVE = """
 import sys

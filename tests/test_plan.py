@@ -13,11 +13,11 @@ import torch
 from conftest import CPU, ROOT, main
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, ConsisIDTransformer3DModel
 
-from teacache import plan
-from teacache.errors import ArgumentError, CheckpointError
-from teacache.policy import COGVIDEOX_5B, RESOLUTION, Coefficients, schedule, smallest_threshold
-from teacache.tiny import TRANSFORMER
-from teacache.transformer import apply_teacache
+from teacache.command import plan
+from teacache.base.errors import ArgumentError, CheckpointError
+from teacache.core.rule import COGVIDEOX_5B, RESOLUTION, Coefficients, schedule, smallest_threshold
+from teacache.embedded.build import TRANSFORMER
+from teacache.core.forward import apply_teacache
 
 THRESHOLDS = [0.0, 0.03, 0.05, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.3, 0.5, 1.0, 3.0]
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
-from teacache.errors import ArgumentError
-from teacache.policy import (
+from teacache.base.errors import ArgumentError
+from teacache.core.rule import (
     COGVIDEOX_5B,
     Coefficients,
     Schedule,
@@ -145,7 +145,7 @@ def test_a_video_that_is_stopped_has_done_a_part():
 @pytest.mark.parametrize("scheduler", [CogVideoXDPMScheduler, CogVideoXDDIMScheduler])
 def test_schedule_of_the_tiny_checkpoint(make_pipe, sample, published_schedule, scheduler, dtype):
     """The sampler's schedule equals one computed from the embeddings alone."""
-    from teacache.transformer import apply_teacache
+    from teacache.core.forward import apply_teacache
 
     pipe = make_pipe(dtype)
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)

@@ -10,12 +10,12 @@ from conftest import CPU, PROMPT, SIZE
 from diffusers import CogVideoXDDIMScheduler, ConsisIDTransformer3DModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from teacache import device as devices
-from teacache import sampler
-from teacache.run import Run
-from teacache.size import VideoSize
-from teacache.tiny import TRANSFORMER
-from teacache.transformer import apply_teacache
+from teacache.base import device as devices
+from teacache.sampling import sampler
+from teacache.command.run import Run
+from teacache.checkpoint.size import VideoSize
+from teacache.embedded.build import TRANSFORMER
+from teacache.core.forward import apply_teacache
 
 
 def embedded(pipe, guidance_scale=6.0, negative=""):

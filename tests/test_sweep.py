@@ -12,11 +12,13 @@ import torch
 from conftest import CPU, main
 from PIL import Image
 
-from teacache import identity as faces
-from teacache import pictures, quality, sampler
-from teacache.figure import draw_sweep
-from teacache.tables import sweep_markdown, sweep_rows, terminal_table
-from teacache.video import read_video, write_grid, write_video
+from teacache.inputs import identity as faces
+from teacache.inputs import photograph as pictures
+from teacache.comparison.comparison import quality
+from teacache.sampling import sampler
+from teacache.comparison.figure import draw_sweep
+from teacache.comparison.tables import sweep_markdown, sweep_rows, terminal_table
+from teacache.results.video import read_video, write_grid, write_video
 
 COMMON = ("--ckpts_path", "tiny", "--num_infer_steps", 20, "--num_frames", 5)
 
@@ -277,7 +279,8 @@ def test_jobs_share_faces_and_prompts(capsys, tmp_path, calls):
 
 def test_a_long_list_keeps_no_frames_but_those_it_compares(capsys, tmp_path, monkeypatch):
     """Past the limit, here set to two: table and records as ever, no figure, no grid."""
-    from teacache import run, sweep
+    from teacache.command import run
+    from teacache import sweep
 
     monkeypatch.setattr(sweep, "MOST_SIDE_BY_SIDE", 2)
     kept, sample_one = [], run.Run._sample_one

@@ -12,10 +12,10 @@ from accelerate.hooks import remove_hook_from_module
 from conftest import SIZE
 from diffusers import CogVideoXDDIMScheduler, ConsisIDTransformer3DModel
 
-from teacache.errors import ArgumentError
-from teacache.policy import Coefficients
-from teacache.tiny import TRANSFORMER, smooth_time_embedding
-from teacache.transformer import _embed_video, apply_teacache
+from teacache.base.errors import ArgumentError
+from teacache.core.rule import Coefficients
+from teacache.embedded.build import TRANSFORMER, smooth_time_embedding
+from teacache.core.forward import _embed_video, apply_teacache
 
 
 class Stop(Exception):
@@ -504,7 +504,7 @@ def test_tells_once_of_distances_that_the_coefficients_do_not_cover(pipe, sample
     with apply_teacache(pipe, 0.2) as handle:
         sample(pipe, steps=8)
         sample(pipe, steps=8)
-    told = [record for record in caplog.records if record.name == "teacache.handle"]
+    told = [record for record in caplog.records if record.name == "teacache.core.handle"]
     assert len(told) == 1
     assert "do not cover" in told[0].getMessage()
     assert handle.schedule.computed_steps == tuple(range(8))

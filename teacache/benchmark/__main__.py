@@ -1,0 +1,231 @@
+"""Measures the plain pipeline, TeaCache and its accelerations side by side, alternating.
+
+`python3 -m teacache.benchmark --help`. With `--random_weights` it needs no checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from typing import TYPE_CHECKING
+
+from teacache.base.files import claimed_stem, written_whole
+from teacache.base.interruption import run_command
+from teacache.base.quiet import silence_libraries
+from teacache.command import readers
+from teacache.command.arguments import OneLineParser, add_device, add_output_path
+from teacache.comparison.tables import markdown_table
+from teacache.results.output_folder import ENDINGS, prepare_folder
+from teacache.results.record import versions, write_json
+
+if TYPE_CHECKING:
+    from teacache.benchmark.measure import Bench, Measured, Variant
+
+# The table's columns, and their units.
+COLUMNS = {
+    "computed step": "s",
+    "reused step": "ms",
+    "denoising": "s",
+    "encoding": "s",
+    "decoding": "s",
+    "writing": "s",
+    "whole video": "s",
+    "peak memory": "GiB",
+}
+UNITS = {"s": 1.0, "ms": 1e-3, "GiB": 2.0**30}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark. Returns its exit code, as the sampler's command does."""
+    args = _parse(argv)
+    silence_libraries()
+    return run_command(lambda: _benchmark(args))
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = OneLineParser(
+        prog="python3 -m teacache.benchmark",
+        description="Measure the plain pipeline, TeaCache and its accelerations side by side, "
+        "alternating, in one run.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument("--ckpts_path", metavar="PATH", help="checkpoint folder, or tiny")
+    weights.add_argument(
+        "--random_weights",
+        choices=("full", "half", "small"),
+        help="ConsisID with random weights made on the device: as large as the real one, half as "
+        "wide and deep, or small enough for a CPU (default: small)",
+    )
+    add(
+        "--rel_l1_thresh",
+        type=readers.not_negative,
+        nargs="+",
+        default=[0.15],
+        metavar="X",
+        help="thresholds, with a checkpoint (default: 0.15)",
+    )
+    add(
+        "--computed_steps",
+        type=readers.positive,
+        metavar="N",
+        help="with random weights: compute so many steps, evenly spread, whatever the rule would "
+        "(default: 44 %% of them, as about threshold 0.15 does)",
+    )
+    add(
+        "--num_infer_steps", type=readers.positive, metavar="N", help="(default: 50, with small 12)"
+    )
+    add(
+        "--attention",
+        default="auto",
+        metavar="BACKEND",
+        help="measure this attention too, where it is not native (default: auto)",
+    )
+    add("--compile", action="store_true", help="measure compiled layers too")
+    add("--quantize", choices=("fp8",), help="measure float8 layers too")
+    add("--rounds", type=readers.positive, default=3, metavar="N", help="(default: %(default)s)")
+    add_device(parser)
+    add_output_path(parser, "benchmark_{index:04d}.md and .json")
+    args = parser.parse_args(argv)
+    if not args.ckpts_path and not args.random_weights:
+        args.random_weights = "small"
+    if args.num_infer_steps is None:
+        args.num_infer_steps = 12 if args.random_weights == "small" else 50
+    if args.random_weights and args.computed_steps is None:
+        args.computed_steps = max(2, round(0.44 * args.num_infer_steps))
+    if args.computed_steps and not args.random_weights:
+        parser.error("--computed_steps is for --random_weights: a checkpoint has its own schedule")
+    if args.computed_steps and not 2 <= args.computed_steps <= args.num_infer_steps:
+        parser.error(f"--computed_steps must be from 2 to {args.num_infer_steps}")
+    return args
+
+
+def _benchmark(args: argparse.Namespace) -> None:
+    prepare_folder(args.output_path)
+    from teacache.base.device import choose_device, choose_dtype
+    from teacache.sampling.acceleration import prepare_acceleration
+
+    device = choose_device(args.device, full_size=args.random_weights in ("full", "half"))
+    dtype = choose_dtype(args.dtype, device)
+    prepare_acceleration(args.compile, args.quantize, "none", device, dtype)
+    from teacache.benchmark import measure
+    from teacache.sampling.attention import choose_backend
+
+    backend = choose_backend(args.attention, device, dtype)
+    if args.random_weights:
+        bench = measure.of_random_weights(
+            args.random_weights, args.num_infer_steps, args.computed_steps, device, dtype
+        )
+    else:
+        bench = measure.of_checkpoint(args.ckpts_path, args.num_infer_steps, device, dtype)
+    # With a schedule that is given, the threshold has no say: one is enough.
+    thresholds = args.rel_l1_thresh[:1] if args.random_weights else args.rel_l1_thresh
+    variants = measure.variants(thresholds, backend, args.compile, args.quantize)
+
+    compiling = {variant: bench.warm_up(variant) for variant in variants}
+    measured: dict[Variant, list[Measured]] = {variant: [] for variant in variants}
+    for n in range(args.rounds):
+        for variant in variants:
+            print(f"round {n + 1} of {args.rounds}: {variant.name}", file=sys.stderr, flush=True)
+            measured[variant].append(bench.sample(variant))
+
+    rows = [_row(variant, measured[variant], compiling[variant]) for variant in variants]
+    for row in rows:
+        for name in ("computed step", "whole video"):
+            row["ratios"][name] = rows[0][name]["median"] / row[name]["median"]
+    about = _about(args, bench)
+    report = _markdown(about, rows)
+    print(report)
+    with (
+        claimed_stem(args.output_path, "benchmark", ENDINGS) as stem,
+        written_whole(stem, ".md", ".json") as (table, figures),
+    ):
+        table.write_text(report + "\n", encoding="utf-8")
+        write_json({"about": about, "rows": rows}, figures)
+    print(f"{stem}.md\n{stem}.json", file=sys.stderr)
+
+
+def _row(variant: Variant, videos: list[Measured], compiling: float) -> dict[str, object]:
+    """A variant's figures: median, lowest and highest, over steps or over videos."""
+    samples = {
+        "computed step": [second for video in videos for second in video.computed_steps],
+        "reused step": [second for video in videos for second in video.reused_steps],
+        "peak memory": [video.peak_memory_bytes for video in videos if video.peak_memory_bytes],
+    }
+    for name in ("denoising", "encoding", "decoding", "writing"):
+        samples[name] = [video.seconds[name] for video in videos]
+    samples["whole video"] = [sum(video.seconds.values()) for video in videos]
+    return {
+        "variant": variant.name,
+        "settings": variant._asdict(),
+        "steps": [len(videos[0].computed_steps), len(videos[0].reused_steps)],
+        **{name: _spread(samples[name]) for name in COLUMNS},
+        "compiling": compiling,
+        "ratios": {},
+    }
+
+
+def _spread(values: list[float]) -> dict[str, float] | None:
+    if not values:
+        return None
+    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+
+
+def _markdown(about: dict[str, object], rows: list[dict[str, object]]) -> str:
+    heads = [
+        "",
+        "steps computed, reused",
+        *(f"{name} ({unit})" for name, unit in COLUMNS.items()),
+        "compiling (s)",
+        "computed step",
+        "whole video",
+    ]
+    lines = [heads]
+    for row in rows:
+        lines.append(
+            [
+                row["variant"],
+                "{}, {}".format(*row["steps"]),
+                *(_cell(row[name], UNITS[unit]) for name, unit in COLUMNS.items()),
+                f"{row['compiling']:.1f}" if row["settings"]["compile"] else "-",
+                *(f"{row['ratios'][name]:.2f}x" for name in ("computed step", "whole video")),
+            ]
+        )
+    title = "\n".join(f"- {name}: {value}" for name, value in about.items())
+    return (
+        f"# Benchmark\n\n{title}\n\n{markdown_table(lines)}\n\n"
+        "Medians, and (lowest to highest); the last two columns are ratios of medians to the first "
+        "row. A warm-up comes before; what it takes longer than a second one is `compiling`."
+    )
+
+
+def _cell(figures: dict[str, float] | None, unit: float) -> str:
+    if figures is None:
+        return "-"
+    median, lowest, highest = (figures[n] / unit for n in ("median", "lowest", "highest"))
+    return f"{median:.3g} ({lowest:.3g} to {highest:.3g})"
+
+
+def _about(args: argparse.Namespace, bench: Bench) -> dict[str, object]:
+    """What the figures hold for."""
+    from teacache.base import device as devices
+
+    weights = f"random, {args.random_weights}" if args.random_weights else args.ckpts_path
+    given = ", computed steps given" if args.random_weights else ""
+    size = bench.material.size
+    return {
+        "device": devices.device_name(bench.device),
+        "dtype": devices.dtype_name(bench.dtype),
+        "weights": weights,
+        "video": f"{size.num_frames} frames of {size.width}x{size.height}",
+        "denoising steps": f"{args.num_infer_steps}{given}",
+        "rounds": args.rounds,
+        "versions": ", ".join(f"{package} {version}" for package, version in versions().items()),
+        **bench.before_the_loop,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,247 @@
+"""What the benchmark measures: videos of several variants on one set of weights, in turn."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from teacache.base import device as devices
+from teacache.base.errors import CheckpointError
+from teacache.benchmark import random_weights
+from teacache.benchmark.random_weights import Material
+from teacache.checkpoint import folder as checkpoint
+from teacache.checkpoint.pipeline import load_pipeline
+from teacache.checkpoint.size import video_size
+from teacache.command.arguments import DEFAULT_PROMPT
+from teacache.command.preflight import find_checkpoint
+from teacache.core.forward import apply_teacache
+from teacache.core.handle import TeaCacheHandle
+from teacache.inputs import photograph as pictures
+from teacache.inputs.conditioning import Conditioning
+from teacache.inputs.text import Text
+from teacache.results.video import write_video
+from teacache.sampling import acceleration, attention, sampler
+
+GUIDANCE_SCALE = 6.0
+FPS = 8
+SEED = 42
+
+
+class Variant(NamedTuple):
+    """One way to sample. `threshold` None is the plain diffusers pipeline."""
+
+    name: str
+    threshold: float | None
+    attention: str = "native"
+    compile: bool = False
+    quantize: str | None = None
+
+
+class Measured(NamedTuple):
+    """One video: seconds of its steps and of its stages, and the GPU's peak; None on a CPU."""
+
+    computed_steps: list[float]
+    reused_steps: list[float]
+    seconds: dict[str, float]
+    peak_memory_bytes: int | None
+
+
+def variants(
+    thresholds: list[float], backend: str, compiling: bool, quantize: str | None
+) -> list[Variant]:
+    """The plain pipeline, and each threshold with one acceleration more each time."""
+    found = [Variant("plain pipeline", None)]
+    for threshold in thresholds:
+        variant = Variant(f"TeaCache {threshold:g}", threshold)
+        found.append(variant)
+        changes = [{"attention": backend}] if backend != "native" else []
+        changes += [{"compile": True}] if compiling else []
+        changes += [{"quantize": quantize}] if quantize else []
+        for change in changes:
+            (what,) = change
+            word = {"attention": attention.short_name(backend), "quantize": quantize}.get(
+                what, what
+            )
+            variant = variant._replace(name=f"{variant.name} + {word}", **change)
+            found.append(variant)
+    return found
+
+
+def of_random_weights(
+    name: str, num_infer_steps: int, computed_steps: int, device: torch.device, dtype: torch.dtype
+) -> Bench:
+    """A bench on `teacache.benchmark.random_weights`, with listed steps to compute."""
+    material = random_weights.random_material(name, device, dtype)
+    given = frozenset(random_weights.spread(computed_steps, num_infer_steps))
+    return Bench(material, num_infer_steps, given, device, dtype)
+
+
+def of_checkpoint(
+    name: str, num_infer_steps: int, device: torch.device, dtype: torch.dtype
+) -> Bench:
+    """A bench on a checkpoint that is here already, with the photograph of the astronaut."""
+    folder = find_checkpoint(name)
+    if folder is None:
+        raise CheckpointError(f"--ckpts_path {name}: there is no such folder here")
+    checkpoint.check_checkpoint(folder)
+    conditioning = Conditioning(folder, device, dtype, "none", cache=None)
+    seconds = {}
+    with _timed(seconds, "identity", device):
+        identity = conditioning.find_identities({"": pictures.load_image("astronaut")})[""]
+    with _timed(seconds, "text", device):
+        embedded = conditioning.embed_texts([DEFAULT_PROMPT, ""])
+    with _timed(seconds, "loading", device):
+        pipe = load_pipeline(folder, device, dtype, parts=("transformer", "vae"))
+    text = Text(embedded[DEFAULT_PROMPT].embeds, embedded[""].embeds)
+    material = Material(pipe, identity, text, video_size(folder, None, None, None))
+    bench = Bench(material, num_infer_steps, None, device, dtype)
+    bench.before_the_loop = {name: f"{value:.1f} s" for name, value in seconds.items()}
+    return bench
+
+
+class Bench:
+    """Samples videos in any variant, and leaves the models as they were.
+
+    Args:
+        given: the steps to compute, or None where the rule decides.
+
+    Attributes:
+        before_the_loop: seconds that are the same for every variant, by stage.
+    """
+
+    def __init__(
+        self,
+        material: Material,
+        num_infer_steps: int,
+        given: frozenset[int] | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        self.material, self.num_infer_steps, self.given = material, num_infer_steps, given
+        self.device, self.dtype = device, dtype
+        self.before_the_loop: dict[str, str] = {}
+        self._plain = material.pipe.transformer
+        self._float8 = None
+
+    def warm_up(self, variant: Variant) -> float:
+        """Sample three steps twice; seconds that the first time took longer, for compiling."""
+        first, second = (
+            self._sample(variant, num_infer_steps=3, given=frozenset({0, 2})) for _ in range(2)
+        )
+        return max(0.0, sum(first.seconds.values()) - sum(second.seconds.values()))
+
+    def sample(self, variant: Variant) -> Measured:
+        """Sample a video, from its image to its file."""
+        return self._sample(variant, self.num_infer_steps, self.given)
+
+    def _sample(
+        self, variant: Variant, num_infer_steps: int, given: frozenset[int] | None
+    ) -> Measured:
+        seconds: dict[str, float] = {}
+        pipe = self.material.pipe
+        with self._ready(variant) as handle, tempfile.TemporaryDirectory() as folder:
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
+            if handle is None:
+                latents, steps = self._plain_latents(num_infer_steps, seconds)
+                computed, reused = steps, []
+            else:
+                handle.follow(given)
+                latents, steps = self._latents(num_infer_steps, seconds)
+                computed = [steps[n] for n in handle.schedule.computed_steps]
+                reused = [steps[n] for n in handle.schedule.reused_steps]
+            room: contextlib.AbstractContextManager = contextlib.nullcontext()
+            if handle:  # the plain pipeline keeps its transformer
+                room = sampler.room_to_decode(pipe, self.material.size, "none", last=False)
+            with room, _timed(seconds, "decoding", self.device):
+                frames = sampler.decode(pipe, latents)
+            with _timed(seconds, "writing", self.device):
+                write_video(frames, Path(folder) / "video.mp4", FPS)
+            on_gpu = self.device.type == "cuda"
+            peak = devices.peak_memory_bytes(self.device) if on_gpu else None
+        return Measured(computed, reused, seconds, peak)
+
+    def _plain_latents(self, num_infer_steps: int, seconds: dict[str, float]) -> sampler.Denoised:
+        """`ConsisIDPipeline.__call__`; what it does before its first step counts as encoding."""
+        material, marks = self.material, [devices.mark(self.device)]
+        hook = material.pipe.transformer.register_forward_pre_hook(
+            lambda module, args: marks.append(devices.mark(self.device))
+        )
+        try:
+            latents = material.pipe(
+                image=material.identity.face,
+                **material.size._asdict(),
+                num_inference_steps=num_infer_steps,
+                guidance_scale=GUIDANCE_SCALE,
+                prompt_embeds=material.text.prompt_embeds,
+                negative_prompt_embeds=material.text.negative_prompt_embeds,
+                id_cond=material.identity.id_cond,
+                id_vit_hidden=material.identity.id_vit_hidden,
+                kps_cond=material.identity.kps,
+                generator=torch.Generator(self.device).manual_seed(SEED),
+                output_type="latent",
+            ).frames
+        finally:
+            hook.remove()
+        encoding, *steps = devices.seconds_between([*marks, devices.mark(self.device)])
+        seconds.update(encoding=encoding, denoising=sum(steps))
+        return sampler.Denoised(latents, steps)
+
+    def _latents(self, num_infer_steps: int, seconds: dict[str, float]) -> sampler.Denoised:
+        material = self.material
+        with _timed(seconds, "encoding", self.device):
+            start = sampler.prepare(material.pipe, material.identity, material.size, SEED)
+        with _timed(seconds, "denoising", self.device):
+            return sampler.denoise(
+                *(material.pipe, start, material.text, material.size),
+                num_infer_steps=num_infer_steps,
+                guidance_scale=GUIDANCE_SCALE,
+            )
+
+    @contextlib.contextmanager
+    def _ready(self, variant: Variant) -> Iterator[TeaCacheHandle | None]:
+        """The pipeline as the variant has it."""
+        pipe = self.material.pipe
+        transformer = self._only_on_device(variant.quantize)
+        pipe.transformer, processors = transformer, transformer.attn_processors
+        if variant.threshold is None:
+            yield None
+            return
+        attention.use_attention(transformer, variant.attention)
+        if variant.compile:
+            acceleration.compile_transformer(transformer)
+        try:
+            with apply_teacache(pipe, variant.threshold) as handle:
+                yield handle
+        finally:
+            acceleration.undo_compile(transformer)
+            transformer.set_attn_processor(processors)
+
+    def _only_on_device(self, quantize: str | None) -> torch.nn.Module:
+        """The transformer, or its copy with float8 layers, with the other in host memory."""
+        if quantize and self._float8 is None:
+            # Never two of them on the device: they are copied in host memory.
+            self._float8 = copy.deepcopy(self._plain.to("cpu")).to(self.device)
+            acceleration.quantize_fp8(self._float8)
+        wanted, other = (self._float8, self._plain) if quantize else (self._plain, self._float8)
+        if other is not None:
+            other.to("cpu")
+            devices.free_cached_memory(self.device)
+        return wanted.to(self.device)
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], name: str, device: torch.device) -> Iterator[None]:
+    """Add the seconds of the block, with all that it has given the device to do."""
+    before = time.perf_counter()
+    yield
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds[name] = time.perf_counter() - before

@@ -1,0 +1,131 @@
+"""ConsisID at its real size, or smaller, with random weights: what it costs without what it knows.
+
+A matrix product takes as long over random numbers as over trained ones. The models are made where
+they run, in the dtype that they run in, and need no files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDPMScheduler,
+    ConsisIDPipeline,
+    ConsisIDTransformer3DModel,
+)
+from PIL import Image
+
+from teacache.checkpoint.size import VideoSize
+from teacache.embedded import build as tiny
+from teacache.inputs.identity import Identity
+from teacache.inputs.text import Text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+FULL = {
+    "num_attention_heads": 48,
+    "attention_head_dim": 64,
+    "num_layers": 42,
+    "in_channels": 32,
+    "out_channels": 16,
+    "time_embed_dim": 512,
+    "text_embed_dim": 4096,
+    "sample_width": 90,
+    "sample_height": 60,
+    "sample_frames": 49,
+    "use_rotary_positional_embeddings": True,
+    "use_learned_positional_embeddings": True,
+    "is_train_face": True,
+    # Of the face extractor and the identity cross-attention, diffusers' defaults are the real ones.
+}
+# Half as wide and half as deep: an eighth of the linear layers' work, a quarter of attention's.
+HALF = {**FULL, "num_attention_heads": 24, "num_layers": 21, "LFE_output_dim": 1024}
+SMALL = {
+    **FULL,
+    "num_attention_heads": 12,
+    "num_layers": 12,
+    "text_embed_dim": 512,
+    "max_text_seq_length": 64,
+    "sample_width": 12,
+    "sample_height": 8,
+    "sample_frames": 17,
+    "cross_attn_num_heads": 4,
+    "LFE_vit_dim": 256,
+    "LFE_num_heads": 4,
+    "LFE_output_dim": 512,
+}
+FULL_VAE = {
+    "block_out_channels": (128, 256, 256, 512),
+    "down_block_types": ("CogVideoXDownBlock3D",) * 4,
+    "up_block_types": ("CogVideoXUpBlock3D",) * 4,
+    "layers_per_block": 3,
+    "latent_channels": 16,
+    "norm_num_groups": 32,
+    "temporal_compression_ratio": 4,
+    "sample_height": 480,
+    "sample_width": 720,
+    "scaling_factor": 0.7,
+}
+SMALL_VAE = {**tiny.VAE, "temporal_compression_ratio": 4}
+CONFIGS = {"full": (FULL, FULL_VAE), "half": (HALF, FULL_VAE), "small": (SMALL, SMALL_VAE)}
+
+
+class Material(NamedTuple):
+    """A pipeline without text encoder, and what to sample with it."""
+
+    pipe: ConsisIDPipeline
+    identity: Identity
+    text: Text
+    size: VideoSize
+
+
+def random_material(name: str, device: torch.device, dtype: torch.dtype) -> Material:
+    """Everything that a video needs, random.
+
+    Args:
+        name: one of `CONFIGS`.
+    """
+    transformer_config, vae_config = CONFIGS[name]
+    torch.manual_seed(0)
+    with made_in_place(device, dtype):
+        transformer = ConsisIDTransformer3DModel(**transformer_config).eval().to(dtype)
+        vae = AutoencoderKLCogVideoX(**vae_config).eval().to(dtype)
+        config = transformer.config
+        text = Text(
+            *(torch.randn(1, config.max_text_seq_length, config.text_embed_dim) for _ in range(2))
+        )
+        hidden = [torch.randn(1, 577, config.LFE_vit_dim) for _ in range(5)]
+        id_cond = torch.randn(1, config.LFE_id_dim)
+    face = Image.fromarray(np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8))
+    pipe = ConsisIDPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae,
+        transformer=transformer,
+        scheduler=CogVideoXDPMScheduler(**tiny.SCHEDULER),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    size = VideoSize(config.sample_width * 8, config.sample_height * 8, config.sample_frames)
+    return Material(pipe, Identity(id_cond, hidden, face, np.zeros((5, 2))), text, size)
+
+
+def spread(computed_steps: int, num_infer_steps: int) -> list[int]:
+    """So many computed steps among all, as evenly as a steady embedding spreads them."""
+    return np.linspace(0, num_infer_steps - 1, computed_steps).round().astype(int).tolist()
+
+
+@contextlib.contextmanager
+def made_in_place(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Let tensors that are made without saying where and of what be made there and of that."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,119 @@
+"""The relative L1 distances of a run before it, from a few of the checkpoint's numbers.
+
+The timestep embedding depends on the timestep alone, so which steps are computed follows from the
+time embedding's weights, the scheduler's timesteps, the threshold, the coefficients and the dtype.
+Timesteps and embeddings are computed by the classes of diffusers that the pipeline computes them
+with.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+
+from teacache.base.errors import ArgumentError, CheckpointError
+from teacache.checkpoint.folder import is_whole_safetensors, read_json, weight_files, whole_number
+from teacache.core.rule import distances_between
+
+SCHEDULERS = {kind.__name__: kind for kind in (CogVideoXDPMScheduler, CogVideoXDDIMScheduler)}
+
+
+def scheduler_timesteps(checkpoint: Path, num_infer_steps: int) -> torch.Tensor:
+    """The timesteps of a run, falling, [num_infer_steps].
+
+    Raises:
+        ArgumentError: where there are more steps than the scheduler was trained with.
+    """
+    path = checkpoint / "scheduler" / "scheduler_config.json"
+    config = read_json(path, "not a scheduler")
+    trained = whole_number(path, config, "num_train_timesteps", 1000)
+    if num_infer_steps > trained:
+        raise ArgumentError(
+            f"--num_infer_steps {num_infer_steps}: the scheduler knows {trained} timesteps"
+        )
+    kind = SCHEDULERS.get(config.get("_class_name", ""), CogVideoXDPMScheduler)
+    scheduler = kind.from_config(config)
+    scheduler.set_timesteps(num_infer_steps)
+    return scheduler.timesteps
+
+
+def distances_of(
+    checkpoint: Path, guidance_scale: float, device: torch.device, dtype: torch.dtype
+) -> Callable[[int], tuple[float | None, ...]]:
+    """A memoised function: number of denoising steps -> relative L1 distance of each step."""
+    return functools.cache(
+        functools.partial(step_distances, checkpoint, guidance_scale, device, dtype)
+    )
+
+
+def step_distances(
+    checkpoint: Path,
+    guidance_scale: float,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_infer_steps: int,
+) -> tuple[float | None, ...]:
+    """The relative L1 distance of each step, None for the first, as the sampler will measure it.
+
+    Args:
+        guidance_scale: above 1 the embedding is computed for a batch of two, which may round
+            differently from one.
+    """
+    sinusoids, embed = _time_embedding(checkpoint, device, dtype)
+    batch = 2 if guidance_scale > 1 else 1
+    timesteps = scheduler_timesteps(checkpoint, num_infer_steps).to(device)
+    with torch.no_grad():
+        return distances_between([embed(sinusoids(t.expand(batch)).to(dtype)) for t in timesteps])
+
+
+def _time_embedding(
+    checkpoint: Path, device: torch.device, dtype: torch.dtype
+) -> tuple[Timesteps, TimestepEmbedding]:
+    """The transformer's sinusoids and the two layers behind them, with the checkpoint's weights."""
+    path = checkpoint / "transformer" / "config.json"
+    config = read_json(path, "not a transformer")
+    inner_dim = whole_number(path, config, "num_attention_heads", 30) * whole_number(
+        path, config, "attention_head_dim", 64
+    )
+    freq_shift = whole_number(path, config, "freq_shift", 0, least=0)
+    time_embed_dim = whole_number(path, config, "time_embed_dim", 512)
+    weights = _time_embedding_weights(checkpoint, device, dtype)
+    with torch.device("meta"):
+        try:
+            embed = TimestepEmbedding(
+                inner_dim, time_embed_dim, config.get("timestep_activation_fn", "silu")
+            )
+            embed.load_state_dict(weights, assign=True)
+        except (RuntimeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{path} does not describe the weights beside it") from error
+    return Timesteps(inner_dim, config.get("flip_sin_to_cos", True), freq_shift), embed
+
+
+def _time_embedding_weights(
+    checkpoint: Path, device: torch.device, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Weights and biases of the two layers, read from wherever among the shards they are."""
+    from safetensors import safe_open
+
+    prefix = "time_embedding."
+    weights = {}
+    for path in weight_files(checkpoint / "transformer"):
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing: a plan reads the time embedding in it")
+        if not is_whole_safetensors(path):
+            raise CheckpointError(f"{path} is cut short or damaged")
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no dict
+                if name.startswith(prefix):
+                    # Copied only where the pipeline's loader copies too: with operands that are
+                    # aligned differently in memory a matrix product may round differently.
+                    weights[name.removeprefix(prefix)] = file.get_tensor(name).to(device, dtype)
+    missing = {f"linear_{n}.{kind}" for n in (1, 2) for kind in ("weight", "bias")} - set(weights)
+    if missing:
+        raise CheckpointError(f"{checkpoint}/transformer lacks {prefix}{min(missing)}")
+    return weights

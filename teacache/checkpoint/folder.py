@@ -1,0 +1,232 @@
+"""Finding and checking a checkpoint folder. Nothing here loads a model."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import threading
+import zipfile
+from pathlib import Path
+
+from teacache.base.errors import CheckpointError
+
+# What the face stack of diffusers reads below `face_encoder/`. What is missing of the first three
+# it would fetch from the network, unasked, in the middle of a run.
+FACE_FILES = (
+    "detection_Resnet50_Final.pth",
+    "parsing_bisenet.pth",
+    "parsing_parsenet.pth",
+    "EVA02_CLIP_L_336_psz14_s6B.pt",
+    "models/antelopev2/glintr100.onnx",
+    "models/antelopev2/scrfd_10g_bnkps.onnx",
+)
+# Weights of more than this are not sampled with on a CPU by mistake. ConsisID-preview has 23 GB.
+FULL_SIZE_BYTES = 4 * 2**30
+MOST_HEADER_BYTES = 100 * 10**6  # of a safetensors file, by its library
+
+
+def local_checkpoint(name: str) -> Path | None:
+    """The folder that a name means, or None where it has to be downloaded first.
+
+    Args:
+        name: a folder, or a Hugging Face repository, `owner/name`.
+
+    Raises:
+        CheckpointError: where it is none of these.
+    """
+    folder = Path(name)
+    try:
+        if folder.is_dir():
+            return folder
+    except OSError as error:  # a name too long, a folder that may not be looked into
+        raise CheckpointError(f"--ckpts_path {name[:80]}: {error.strerror}") from error
+    if folder.exists():
+        single = (
+            " with weights" if folder.suffix in (".safetensors", ".ckpt", ".pt", ".bin") else ""
+        )
+        raise CheckpointError(
+            f"--ckpts_path {name} is a single file{single}: a checkpoint is a folder with a "
+            "model_index.json"
+        )
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith(("./", "../")):
+        raise CheckpointError(
+            f"--ckpts_path {name}: there is no such folder. "
+            "Name one, or a Hugging Face repository as owner/name, or tiny"
+        )
+    return None
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Raise CheckpointError unless `folder` holds every file that sampling reads, each whole."""
+    try:
+        if not (folder / "model_index.json").is_file():
+            raise CheckpointError(
+                f"{folder} has no model_index.json: it holds {_what_instead(folder)}"
+            )
+        index = read_json(folder / "model_index.json", "not a checkpoint")
+        found = index.get("_class_name")
+        if found != "ConsisIDPipeline":
+            raise CheckpointError(f"{folder} holds a {found}, not a ConsisIDPipeline")
+        needed = _needed(folder)
+        missing = [name for name in needed if _is_missing(folder / name)]
+        short = [name for name in needed if name not in missing and not _is_whole(folder / name)]
+    except OSError as error:
+        raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from error
+    if missing or short:
+        told = [
+            f"{what}: {', '.join(names)}"
+            for what, names in (("missing or empty", missing), ("cut short or damaged", short))
+            if names
+        ]
+        raise CheckpointError(f"{folder} is not whole, {'; '.join(told)}")
+
+
+def lacking(folder: Path) -> list[str]:
+    """The files that sampling reads and the folder does not have, or has empty.
+
+    Of weights in shards, their names are known once their index is there.
+    """
+    return [name for name in _needed(folder) if _is_missing(folder / name)]
+
+
+def _is_missing(path: Path) -> bool:
+    return not path.is_file() or path.stat().st_size == 0
+
+
+def _needed(folder: Path) -> list[str]:
+    """All that sampling reads of a checkpoint, as paths below it."""
+    models = [folder / name for name in ("text_encoder", "transformer", "vae")]
+    weights = [str(path.relative_to(folder)) for model in models for path in weight_files(model)]
+    return [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "tokenizer/spiece.model",
+        *(f"face_encoder/{name}" for name in FACE_FILES),
+        *(f"{model.name}/config.json" for model in models),
+        *weights,
+    ]
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file that is there has all of its content, as far as its kind lets that be seen."""
+    return is_whole_safetensors(path) if path.suffix == ".safetensors" else _is_whole_archive(path)
+
+
+def is_whole_safetensors(path: Path) -> bool:
+    """Whether a file is as long as its safetensors header says, without reading the weights.
+
+    Raises:
+        CheckpointError: where the system does not let it be read.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            size = path.stat().st_size
+            if not 0 < length <= min(size - 8, MOST_HEADER_BYTES):
+                return False
+            header = json.loads(file.read(length))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name[:2] != "__"]
+        return bool(ends) and 8 + length + max(ends) == size
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        return False
+
+
+def _is_whole_archive(path: Path) -> bool:
+    """Whether a file that torch has saved as a zip archive still has the end of one."""
+    with path.open("rb") as file:
+        is_archive = path.suffix in (".pth", ".pt") and file.read(2) == b"PK"
+    return not is_archive or zipfile.is_zipfile(path)
+
+
+def _what_instead(folder: Path) -> str:
+    """What a folder that is no pipeline holds, in a few words."""
+    names = {path.name for path in folder.iterdir()}
+    if names & {"pytorch_lora_weights.safetensors", "adapter_config.json"}:
+        return "a LoRA, which goes with a checkpoint"
+    if "config.json" in names:
+        found = read_json(folder / "config.json", "no model")
+        found = found.get("_class_name") or found.get("architectures") or "unknown"
+        found = found[0] if isinstance(found, list) else found
+        return f"one model, {found}, where a checkpoint has several"
+    files = sorted(name for name in names if name.endswith((".safetensors", ".ckpt", ".pt")))
+    if files:
+        return f"single files such as {files[0]}, where a checkpoint has a folder for each model"
+    return "nothing of a checkpoint" if names else "nothing"
+
+
+def is_full_size(folder: Path) -> bool:
+    """Whether the weights are of a size that nobody wants to sample with on a CPU by mistake."""
+    files = [path for path in folder.rglob("*.safetensors") if path.is_file()]
+    return sum(path.stat().st_size for path in files) > FULL_SIZE_BYTES
+
+
+def weight_files(component: Path) -> list[Path]:
+    """The safetensors files of one model: its shards where there is an index, else the one file."""
+    for index in component.glob("*.safetensors.index.json"):
+        weight_map = read_json(index, "not a shard index").get("weight_map")
+        shards = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+        if not shards or any(not shard or Path(shard).name != shard for shard in shards):
+            raise CheckpointError(f"{index} does not name shards beside it")
+        return [component / shard for shard in sorted(shards)]
+    single = "model" if component.name == "text_encoder" else "diffusion_pytorch_model"
+    return [component / f"{single}.safetensors"]
+
+
+def read_ahead(components: list[Path]) -> None:
+    """Read the models' weights, in the background, to where the system keeps files in memory.
+
+    What computes meanwhile waits for no disk when it loads them. That memory is the system's to
+    take back at any time.
+    """
+    files = [path for component in components for path in weight_files(component)]
+    threading.Thread(target=_read_through, args=(files,), daemon=True).start()
+
+
+def _read_through(files: list[Path]) -> None:
+    buffer = bytearray(2**23)
+    with contextlib.suppress(OSError):  # whoever loads the file will tell of it
+        for path in files:
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+
+
+def whole_number(path: Path, config: dict, name: str, default: int, least: int = 1) -> int:
+    """An entry of a configuration; JSON may write 4 as 4.0.
+
+    Args:
+        path: where the configuration comes from, for the error.
+
+    Raises:
+        CheckpointError: where it is no whole number, or less than `least`.
+    """
+    value = config.get(name, default)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (is_number and least <= value < 2**31 and value == int(value)):
+        raise CheckpointError(f"{path}: {name} is {value!r}, no whole number from {least} on")
+    return int(value)
+
+
+def read_json(path: Path, otherwise: str) -> dict:
+    """What a JSON file of the checkpoint holds.
+
+    Args:
+        otherwise: what its folder is, where the file is missing.
+
+    Raises:
+        CheckpointError: where it is missing, or no JSON.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: {path.parent} is {otherwise}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return found

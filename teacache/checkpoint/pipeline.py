@@ -1,0 +1,60 @@
+"""The pipeline of a checkpoint folder, or some of its models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLCogVideoX, ConsisIDPipeline, ConsisIDTransformer3DModel
+from transformers import T5EncoderModel
+
+from teacache.base.quiet import no_progress_bars
+from teacache.checkpoint.loading import load_model, reading
+
+PARTS = ("text_encoder", "transformer", "vae")
+
+
+def load_pipeline(
+    checkpoint: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    offload: str = "none",
+    vae_tiling: bool = False,
+    parts: tuple[str, ...] = PARTS,
+) -> ConsisIDPipeline:
+    """Load text encoder, transformer, VAE and scheduler, or of the first three some.
+
+    Weights go from the file to where they belong, in the dtype that they have there.
+
+    Args:
+        offload: `none` keeps every model on the device; `model` brings each one there for its
+            turn; `sequential` brings layer by layer.
+        vae_tiling: encode the face and decode the video in overlapping tiles, with less memory
+            and not bit for bit.
+        parts: those of `PARTS` to load; the pipeline has None for the others.
+
+    Raises:
+        CheckpointError: where files are damaged, or hold other weights than the models have.
+    """
+    classes = {
+        "text_encoder": T5EncoderModel,
+        "transformer": ConsisIDTransformer3DModel,
+        "vae": AutoencoderKLCogVideoX,
+    }
+    place = device if offload == "none" else torch.device("cpu")
+    models = dict.fromkeys(PARTS)
+    with no_progress_bars():
+        for name in parts:
+            models[name] = load_model(classes[name], checkpoint / name, place, dtype)
+        if "text_encoder" not in parts:
+            models["tokenizer"] = None
+        with reading(checkpoint):
+            pipe = ConsisIDPipeline.from_pretrained(checkpoint, local_files_only=True, **models)
+    pipe.set_progress_bar_config(disable=True)
+    if vae_tiling and "vae" in parts:
+        pipe.vae.enable_tiling()
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif offload == "sequential":
+        pipe.enable_sequential_cpu_offload(device=device)
+    return pipe

@@ -1,0 +1,295 @@
+"""The command's arguments: their names, defaults and help, and what each of them refuses."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from teacache.base.errors import one_line, without_credentials
+from teacache.command import readers
+from teacache.core.rule import COGVIDEOX_5B
+
+DEFAULT_CHECKPOINT = "BestWishYsh/ConsisID-preview"
+DEFAULT_THRESHOLD = 0.1
+DEFAULT_FPS = 8
+PLANNED_THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
+DEFAULT_IMAGE = (
+    "https://github.com/PKU-YuanGroup/ConsisID/blob/main/asserts/example_images/2.png?raw=true"
+)
+DEFAULT_PROMPT = (
+    "The video captures a boy walking along a city street, filmed in black and white on a classic "
+    "35mm camera. His expression is thoughtful, his brow slightly furrowed as if he's lost in "
+    "contemplation. The film grain adds a textured, timeless quality to the image, evoking a sense "
+    "of nostalgia. Around him, the cityscape is filled with vintage buildings, cobblestone "
+    "sidewalks, and softly blurred figures passing by, their outlines faint and indistinct. "
+    "Streetlights cast a gentle glow, while shadows play across the boy's path, adding depth to "
+    "the scene. The lighting highlights the boy's subtle smile, hinting at a fleeting moment of "
+    "curiosity. The overall cinematic atmosphere, complete with classic film still aesthetics and "
+    "dramatic contrasts, gives the scene an evocative and introspective feel."
+)
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; exit with 2 and one line where an argument is wrong.
+
+    Defaults that hang on other arguments are filled in. With `--latents`, `ckpts_path` and `fps`
+    may stay None: those of the latents' record are meant.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.target_speedup and args.rel_l1_thresh:
+        parser.error("argument --target_speedup: not allowed with argument --rel_l1_thresh")
+    for other in ("plan", "jobs", "resume", "baseline", "rel_l1_thresh", "target_speedup"):
+        if args.latents and getattr(args, other):
+            parser.error(f"argument --{other}: not allowed with argument --latents")
+    if args.rel_l1_thresh is None:
+        args.rel_l1_thresh = list(PLANNED_THRESHOLDS) if args.plan else [DEFAULT_THRESHOLD]
+    if not args.latents:
+        args.ckpts_path = args.ckpts_path or DEFAULT_CHECKPOINT
+        args.fps = args.fps or DEFAULT_FPS
+    if args.image is None:
+        args.image = "astronaut" if args.ckpts_path == "tiny" else DEFAULT_IMAGE
+    return args
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are a line each."""
+
+    def error(self, message: str) -> None:
+        """One line: the usage, thirty lines of it, is what --help is for."""
+        self.exit(2, f"error: {one_line(without_credentials(message))} (see --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser, published arguments first."""
+    parser = OneLineParser(
+        prog="teacache_sample_video.py",
+        description="Sample an identity-preserving video with ConsisID and TeaCache.",
+        allow_abbrev=False,
+    )
+    _add_published(parser.add_argument_group("as published"))
+    _add_video(parser.add_argument_group("the video"))
+    machine = parser.add_argument_group("the machine")
+    _add_machine(machine)
+    _add_acceleration(machine)
+    _add_sweep(parser.add_argument_group("several videos, and what to expect of one"))
+    return parser
+
+
+def _add_published(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--rel_l1_thresh",
+        type=readers.not_negative,
+        nargs="+",
+        metavar="X",
+        help="threshold on the accumulated distance; 0 is the original sampler, higher is faster; "
+        f"several make a sweep (default: {DEFAULT_THRESHOLD})",
+    )
+    add(
+        "--ckpts_path",
+        type=readers.name,
+        metavar="PATH",
+        help="checkpoint folder; or a Hugging Face repository, downloaded into a folder of its "
+        "name; or tiny, a small synthetic checkpoint for machines without a GPU "
+        f"(default: {DEFAULT_CHECKPOINT})",
+    )
+    add(
+        "--image",
+        type=readers.image,
+        metavar="IMAGE",
+        help="URL or path of the face image, or astronaut, scikit-image's photograph "
+        "(default: the boy of the ConsisID examples; with --ckpts_path tiny the astronaut)",
+    )
+    add(
+        "--prompt",
+        type=readers.prompt,
+        default=DEFAULT_PROMPT,
+        metavar="TEXT",
+        help="what the video shows (default: the published one, a boy in a city street)",
+    )
+    add(
+        "--seed",
+        type=readers.seed,
+        nargs="+",
+        default=[42],
+        metavar="N",
+        help="seed of everything random; several make a sweep (default: 42)",
+    )
+    add(
+        "--num_infer_steps",
+        type=readers.positive,
+        default=50,
+        metavar="N",
+        help="denoising steps (default: %(default)s)",
+    )
+    add_output_path(group, "the results, {seed}_{rel_l1_thresh}_{index:04d}.mp4 and .json")
+
+
+def _add_video(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--negative_prompt",
+        type=readers.text,
+        default="",
+        metavar="TEXT",
+        help="what the video should not show (default: empty)",
+    )
+    add(
+        "--guidance_scale",
+        type=readers.not_negative,
+        default=6.0,
+        metavar="X",
+        help="classifier-free guidance; 1 samples without it, in half the time "
+        "(default: %(default)s)",
+    )
+    for name, what in (
+        ("--num_frames", "frames"),
+        ("--height", "height in pixels"),
+        ("--width", "width in pixels"),
+    ):
+        add(
+            name,
+            type=readers.positive,
+            metavar="N",
+            help=f"{what} (default: what the checkpoint was trained at)",
+        )
+    add(
+        "--fps",
+        type=readers.fps,
+        metavar="N",
+        help=f"frames a second (default: {DEFAULT_FPS})",
+    )
+
+
+def add_device(group: argparse._ActionsContainer) -> None:
+    """`--device` and `--dtype`, of every command that computes."""
+    add = group.add_argument
+    add(
+        "--device",
+        type=readers.device,
+        default="auto",
+        metavar="DEVICE",
+        help="auto (CUDA where there is one, else the CPU), cuda, cuda:N or cpu (default: auto)",
+    )
+    add(
+        "--dtype",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        default="auto",
+        help="auto is bfloat16 on CUDA and float32 on a CPU (default: auto)",
+    )
+
+
+def add_output_path(group: argparse._ActionsContainer, what: str) -> None:
+    """`--output_path`.
+
+    Args:
+        what: the files that come there.
+    """
+    group.add_argument(
+        "--output_path",
+        type=readers.path,
+        default=Path("./teacache_results"),
+        metavar="DIR",
+        help=f"folder of {what} (default: %(default)s)",
+    )
+
+
+def _add_machine(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add_device(group)
+    add(
+        "--offload",
+        choices=("none", "model", "sequential"),
+        default="none",
+        help="keep weights in host memory and bring them to the GPU model by model, or layer by "
+        "layer: less GPU memory, more time (default: %(default)s)",
+    )
+    add(
+        "--vae_tiling",
+        action="store_true",
+        help="run the VAE in tiles: less memory, not bit for bit",
+    )
+    add(
+        "--coefficients",
+        type=readers.coefficients,
+        default=COGVIDEOX_5B,
+        metavar="FILE",
+        help="JSON with other coefficients of the rescaling polynomial: values, highest power "
+        f"first, and fitted_range (default: {COGVIDEOX_5B.source})",
+    )
+    add(
+        "--quiet",
+        action="store_true",
+        help="print nothing on standard output but the videos' paths",
+    )
+
+
+def _add_acceleration(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--attention",
+        default="auto",
+        metavar="BACKEND",
+        help="attention of diffusers' dispatcher: native, cudnn, flash, flash3, sage (not exact) "
+        "and others; auto, the default, is cudnn on GPUs from Hopper on, else native",
+    )
+    add(
+        "--compile",
+        action="store_true",
+        help="compile the transformer's layers, and from 8 videos on the decoder's: some minutes "
+        "the first time, seconds later; not bit for bit",
+    )
+    add(
+        "--quantize",
+        choices=("fp8",),
+        help="fp8: float8 linear layers, on GPUs from Hopper on; not exact; needs torchao",
+    )
+    add(
+        "--no_reuse_conditioning",
+        dest="reuse_conditioning",
+        action="store_false",
+        help="compute the embeddings of face and prompt anew, not from the cache folder",
+    )
+
+
+def _add_sweep(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--jobs",
+        type=readers.path,
+        metavar="FILE",
+        help="a video for each line of a CSV file or of JSON lines, with any of image, prompt, "
+        "negative_prompt, seed, rel_l1_thresh, num_infer_steps; the rest as on the command line",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="skip the videos whose records in --output_path have the same settings",
+    )
+    add(
+        "--latents",
+        type=readers.file,
+        metavar="FILE",
+        help="make the video of latents that a run has kept when it failed or was ended before "
+        "there was one; --ckpts_path and --fps default to that run's",
+    )
+    add(
+        "--baseline",
+        type=readers.file,
+        metavar="VIDEO",
+        help="an earlier video to compare with, where a sweep has none of threshold 0",
+    )
+    add(
+        "--plan",
+        action="store_true",
+        help="print which steps would be computed, and exit; thresholds "
+        f"{' '.join(map(str, PLANNED_THRESHOLDS))} unless others are given",
+    )
+    add(
+        "--target_speedup",
+        type=readers.speedup,
+        metavar="X",
+        help="instead of --rel_l1_thresh: the smallest threshold at which the denoising loop is "
+        "planned to be X times as fast",
+    )

@@ -1,0 +1,52 @@
+"""The command: three ways to go, and how each ends."""
+
+from __future__ import annotations
+
+from teacache.base import interruption
+from teacache.base.console import Console, Stages
+from teacache.base.quiet import allow_any_encoding, silence_libraries
+from teacache.command.arguments import parse_arguments
+from teacache.command.order import LatentsOrder, Order
+from teacache.command.preflight import preflight
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command. Returns its exit code, see `teacache.base.interruption.run_command`."""
+    args = parse_arguments(argv)
+    silence_libraries()
+    allow_any_encoding()
+    console = Console(args.quiet)
+
+    def work() -> None:
+        if args.latents:
+            decode(LatentsOrder.of(args), console)
+        elif args.plan:
+            show_plan(Order.of(args))
+        else:
+            sample(Order.of(args), console)
+
+    return interruption.run_command(work)
+
+
+def sample(order: Order, console: Console) -> None:
+    """Every job, stage by stage: what is cheap to check comes before what is slow to load."""
+    stages = Stages(console)
+    ready = preflight(order, stages)
+    with stages.stage("diffusers"):
+        from teacache.command.run import run
+    run(order, ready, stages, console)
+
+
+def decode(order: LatentsOrder, console: Console) -> None:
+    """Make the video of latents that an earlier run has kept."""
+    stages = Stages(console)
+    with stages.stage("latents"):
+        from teacache.command.decode import decode_latents
+    decode_latents(order, stages, console)
+
+
+def show_plan(order: Order) -> None:
+    """Print which steps each threshold computes, without sampling."""
+    from teacache.command.plan import show
+
+    show(order)

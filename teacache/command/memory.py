@@ -1,0 +1,59 @@
+"""Running out of memory, explained: the stage, what was asked for, and which flags take less."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+from teacache.base.console import Console
+from teacache.base.device import is_out_of_memory, is_the_gpus
+from teacache.base.errors import DeviceError
+from teacache.command.order import Machine
+
+# The stages of a run in which a flag takes less memory: in others it is not worth a word.
+WITH_VAE = ("compiling", "encoding", "decoding")
+OFFLOADED = {
+    # The text encoder is alone on the GPU: bringing it there model by model changes nothing.
+    "model": ("loading", "compiling", "encoding", "denoising", "decoding"),
+    "sequential": ("text", "loading", "compiling", "encoding", "denoising", "decoding"),
+}
+
+
+@contextlib.contextmanager
+def explained_out_of_memory(machine: Machine, console: Console) -> Iterator[None]:
+    """Say in one line where memory ran out in the block, and which flags take less.
+
+    Raises:
+        DeviceError: instead of the error of whoever found no memory.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = out_of_memory(error, console.under_way, machine)
+        told = [advice, *getattr(error, "__notes__", ())]
+        raise DeviceError(". ".join(told)) from error
+
+
+def out_of_memory(error: BaseException, stage: str, machine: Machine) -> str:
+    """What to do about it, in one line: the flags that take less, those first that cost little.
+
+    Args:
+        stage: as `teacache.base.console.Stages` names it.
+        machine: what has been tried already.
+    """
+    asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
+    amount = f" (asked for {asked[1]})" if asked else ""
+    flags = []
+    if stage in WITH_VAE and not machine.vae_tiling:
+        flags.append("--vae_tiling")
+    if is_the_gpus(error):
+        steps = ("none", "model", "sequential")
+        untried = steps[steps.index(machine.offload) + 1 :]
+        if machine.compile or machine.quantize:
+            untried = tuple(step for step in untried if step != "sequential")  # refused with these
+        flags += [f"--offload {step}" for step in untried if stage in OFFLOADED[step]]
+    advice = f"Try, in this order: {', '.join(flags)}" if flags else "No further flag takes less"
+    return f"out of memory while {stage}{amount}. {advice}"

@@ -1,0 +1,117 @@
+"""What the user asks for, as frozen values: here the command's arguments end."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+
+from teacache.command.jobs import FIELDS, Job, read_jobs
+from teacache.core.rule import Coefficients
+
+
+@dataclass(frozen=True)
+class Format:
+    """The form of the videos; what is None is the checkpoint's own."""
+
+    width: int | None
+    height: int | None
+    num_frames: int | None
+    guidance_scale: float
+    fps: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What to compute on and how, by the names of the arguments."""
+
+    device: str
+    dtype: str
+    attention: str
+    compile: bool
+    quantize: str | None
+    offload: str
+    vae_tiling: bool
+
+
+@dataclass(frozen=True)
+class Order:
+    """Everything that a run is asked for. A job's threshold is None until a plan has found it."""
+
+    jobs: tuple[Job, ...]
+    format: Format
+    machine: Machine
+    coefficients: Coefficients
+    target_speedup: float | None
+    ckpts_path: str
+    output_path: Path
+    baseline: Path | None
+    resume: bool
+    reuse_conditioning: bool
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Order:
+        """What the parsed arguments ask for, see `teacache.command.arguments`.
+
+        Raises:
+            ArgumentError: naming the line of `--jobs` and what is wrong with it.
+        """
+        return cls(
+            jobs=_jobs_of(args),
+            format=Format(args.width, args.height, args.num_frames, args.guidance_scale, args.fps),
+            machine=machine_of(args),
+            coefficients=args.coefficients,
+            target_speedup=args.target_speedup,
+            ckpts_path=args.ckpts_path,
+            output_path=args.output_path,
+            baseline=args.baseline,
+            resume=args.resume,
+            reuse_conditioning=args.reuse_conditioning,
+        )
+
+
+@dataclass(frozen=True)
+class LatentsOrder:
+    """A video to be made of latents; what is None is their record's own."""
+
+    latents: Path
+    ckpts_path: str | None
+    fps: int | None
+    output_path: Path
+    machine: Machine
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> LatentsOrder:
+        """What the parsed arguments ask for."""
+        return cls(args.latents, args.ckpts_path, args.fps, args.output_path, machine_of(args))
+
+
+def machine_of(args: argparse.Namespace) -> Machine:
+    """The part of the arguments that says what to compute on."""
+    return Machine(
+        device=args.device,
+        dtype=args.dtype,
+        attention=args.attention,
+        compile=args.compile,
+        quantize=args.quantize,
+        offload=args.offload,
+        vae_tiling=args.vae_tiling,
+    )
+
+
+def _jobs_of(args: argparse.Namespace) -> tuple[Job, ...]:
+    """Every video asked for: each line of --jobs, each seed, each threshold.
+
+    What a line leaves out comes from the command line, where seeds and thresholds may be several.
+    """
+    lines = read_jobs(args.jobs) if args.jobs else [{}]
+    thresholds = [None] if args.target_speedup else args.rel_l1_thresh
+    jobs = []
+    for line in lines:
+        seeds = [line["seed"]] if "seed" in line else args.seed
+        each = [line["rel_l1_thresh"]] if "rel_l1_thresh" in line else thresholds
+        for seed, threshold in itertools.product(seeds, each):
+            values = {name: line.get(name, getattr(args, name)) for name in FIELDS}
+            jobs.append(Job(**{**values, "seed": seed, "rel_l1_thresh": threshold}))
+    return tuple(dict.fromkeys(jobs))

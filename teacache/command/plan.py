@@ -1,0 +1,53 @@
+"""`--plan`: which steps each threshold would compute."""
+
+from __future__ import annotations
+
+from teacache.base.console import print_now
+from teacache.base.device import choose_device, choose_dtype
+from teacache.base.errors import CheckpointError
+from teacache.checkpoint.folder import is_full_size
+from teacache.checkpoint.size import video_size
+from teacache.command.order import Order
+from teacache.command.preflight import find_checkpoint, plan_jobs
+from teacache.comparison.tables import aligned
+from teacache.core.rule import Schedule
+
+
+def show(order: Order) -> None:
+    """Print which steps each threshold computes, without sampling.
+
+    Raises:
+        CheckpointError: where the checkpoint is not here.
+    """
+    checkpoint = find_checkpoint(order.ckpts_path)
+    if checkpoint is None:
+        raise CheckpointError(
+            f"--plan reads a checkpoint folder: {order.ckpts_path} is not here yet"
+        )
+    device = choose_device(order.machine.device)
+    # A full-size checkpoint is planned for the GPU that it will be sampled on, wherever this is.
+    for_gpu = order.machine.dtype == "auto" and is_full_size(checkpoint)
+    dtype = choose_dtype("bfloat16" if for_gpu else order.machine.dtype, device)
+    form = order.format
+    video_size(checkpoint, form.width, form.height, form.num_frames)  # refuses what cannot be
+    planned = plan_jobs(order, checkpoint, device, dtype)
+    print_now(describe(list(dict.fromkeys(planned.values()))))
+
+
+def describe(schedules: list[Schedule]) -> str:
+    """The planned schedules as a table: a line for each, its cells filled where it computes."""
+    lines = [["rel_l1_thresh", "computed", "speed-up", "schedule"]]
+    for schedule in schedules:
+        computed, steps = set(schedule.computed_steps), schedule.num_steps
+        lines.append(
+            [
+                f"{schedule.rel_l1_thresh:g}",
+                f"{len(computed)} of {steps}",
+                f"{schedule.speedup:.2f}x",
+                "".join("■" if step in computed else "□" for step in range(steps)),
+            ]
+        )
+    remarks = ["speed-up: of the denoising loop over threshold 0, a reused step taken as free"]
+    if any(schedule.extrapolated_steps for schedule in schedules):
+        remarks.append("some distances lie outside what the coefficients cover: computed")
+    return "\n".join([aligned(lines), "", *remarks])

@@ -1,0 +1,138 @@
+"""Every refusal that costs little, the cheapest first, before anything big is loaded.
+
+The order has its reasons: the output folder and files of the checkpoint need nothing imported;
+torch comes next, for the device; then what compiling needs, which settles on a folder before
+diffusers is imported; an image is fetched before 20 GB are downloaded; the size of the video is
+known from the checkpoint alone; timesteps, schedules and attention need parts of diffusers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from teacache.base.console import Stages
+from teacache.checkpoint.download import download_checkpoint
+from teacache.checkpoint.folder import check_checkpoint, is_full_size, local_checkpoint
+from teacache.checkpoint.size import VideoSize, check_memory, video_size
+from teacache.command.jobs import Job
+from teacache.command.order import Order
+from teacache.core.rule import Schedule, schedule, smallest_threshold
+from teacache.inputs.photograph import load_image
+from teacache.results.output_folder import check_space, prepare_folder
+from teacache.results.video import check_encoder
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What an order comes to on this machine.
+
+    Attributes:
+        checkpoint: its folder, whole.
+        images: each job's photograph, by its source.
+        digests: sha256 of the pixels of each image, by its source.
+        backend: of the attention, see `teacache.sampling.attention.choose_backend`.
+        schedules: of each job, which then has its threshold.
+    """
+
+    checkpoint: Path
+    images: dict[str, Image.Image]
+    digests: dict[str, str]
+    size: VideoSize
+    device: torch.device
+    dtype: torch.dtype
+    backend: str
+    schedules: dict[Job, Schedule]
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Every video, in the order asked for."""
+        return list(self.schedules)
+
+
+def preflight(order: Order, stages: Stages) -> Ready:
+    """Check and prepare all that comes before the loading of models.
+
+    Raises:
+        TeaCacheError: in one line, for whatever is found to be wrong.
+    """
+    machine, form = order.machine, order.format
+    prepare_folder(order.output_path)
+    check_encoder()
+    with stages.stage("checkpoint"):
+        found = find_checkpoint(order.ckpts_path)
+        if found is not None:
+            check_checkpoint(found)
+    full_size = found is None or is_full_size(found)
+    with stages.stage("torch"):
+        from teacache.base.device import choose_device, choose_dtype
+        from teacache.sampling.acceleration import prepare_acceleration
+
+        device = choose_device(machine.device, full_size, machine.offload)
+        dtype = choose_dtype(machine.dtype, device)
+        prepare_acceleration(machine.compile, machine.quantize, machine.offload, device, dtype)
+    with stages.stage("image"):
+        sources = dict.fromkeys(job.image for job in order.jobs)
+        images = {source: load_image(source) for source in sources}
+    if found is None:
+        with stages.stage("download"):
+            checkpoint = download_checkpoint(order.ckpts_path)
+    else:
+        checkpoint = found
+    size = video_size(checkpoint, form.width, form.height, form.num_frames)
+    check_memory(size)
+    check_space(order.output_path, size.width * size.height, size.num_frames, len(order.jobs))
+    with stages.stage("schedule"):
+        schedules = plan_jobs(order, checkpoint, device, dtype)
+        from teacache.sampling.attention import choose_backend
+
+        backend = choose_backend(machine.attention, device, dtype)
+    digests = {
+        source: hashlib.sha256(image.tobytes()).hexdigest() for source, image in images.items()
+    }
+    return Ready(checkpoint, images, digests, size, device, dtype, backend, schedules)
+
+
+def find_checkpoint(name: str) -> Path | None:
+    """The folder that `--ckpts_path` means, or None where it has to be downloaded first.
+
+    Args:
+        name: `tiny`, a folder, or a Hugging Face repository, `owner/name`.
+
+    Raises:
+        CheckpointError: where it is none of these.
+    """
+    if name == "tiny":
+        from teacache.embedded.build import cached_tiny_checkpoint
+
+        return cached_tiny_checkpoint()
+    return local_checkpoint(name)
+
+
+def plan_jobs(
+    order: Order, checkpoint: Path, device: torch.device, dtype: torch.dtype
+) -> dict[Job, Schedule]:
+    """The schedule of each job; one without a threshold gets the smallest that is fast enough.
+
+    Raises:
+        ArgumentError: where the scheduler has not so many steps, or no threshold is fast enough.
+    """
+    from teacache.checkpoint.distances import distances_of
+
+    distances = distances_of(checkpoint, order.format.guidance_scale, device, dtype)
+    planned = {}
+    for job in order.jobs:
+        known, threshold = distances(job.num_infer_steps), job.rel_l1_thresh
+        if threshold is None:
+            assert order.target_speedup is not None
+            threshold = smallest_threshold(known, order.target_speedup, order.coefficients)
+        job = dataclasses.replace(job, rel_l1_thresh=threshold)
+        planned[job] = schedule(known, threshold, order.coefficients)
+    return planned

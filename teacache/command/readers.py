@@ -1,0 +1,163 @@
+"""Readers of the command's arguments, and of the same fields of a jobs file, one value each.
+
+Each takes the text that the user wrote, and raises ArgumentTypeError, in a few words, where it is
+no value of its kind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import re
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from teacache.base.errors import ArgumentError
+from teacache.core.rule import Coefficients
+
+
+def text(given: str) -> str:
+    """Any text that can be written down again: UTF-8, without control characters but white space.
+
+    Args:
+        given: may hold surrogates, which stand for bytes of the command line that are not UTF-8.
+    """
+    for character in given:
+        category = unicodedata.category(character)
+        if category == "Cs":
+            raise argparse.ArgumentTypeError("holds bytes that are not UTF-8")
+        if category == "Cc" and character not in "\t\n\r":
+            raise argparse.ArgumentTypeError(f"holds the control character U+{ord(character):04X}")
+    return given
+
+
+def prompt(given: str) -> str:
+    """A text that says something."""
+    if not given.strip():
+        raise argparse.ArgumentTypeError("is empty: say what the video shows")
+    return text(given)
+
+
+def name(given: str) -> str:
+    """A text that is not empty."""
+    return text(_not_empty(given))
+
+
+def path(given: str) -> Path:
+    """A path that can be written down again."""
+    return Path(name(given))
+
+
+def _not_empty(given: str) -> str:
+    """What a shell's variable that is not set becomes is no path: not the current folder either."""
+    if not given:
+        raise argparse.ArgumentTypeError("is empty")
+    return given
+
+
+@contextlib.contextmanager
+def _refused_by_the_system(name: str) -> Iterator[None]:
+    """Say what the system says of a name that it cannot look for, such as one too long."""
+    try:
+        yield
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{name[:80]}: {error.strerror}") from error
+
+
+def file(given: str) -> Path:
+    """A path at which there is a file."""
+    with _refused_by_the_system(_not_empty(given)):
+        if not Path(given).is_file():
+            raise argparse.ArgumentTypeError(f"{given}: there is no such file")
+    return Path(given)
+
+
+def speedup(text: str) -> float:
+    return _number(text, float, lambda x: math.isfinite(x) and x >= 1, "a number, 1 or more")
+
+
+def image(given: str) -> str:
+    """An image's source: http or https; of a path, that there is such a file.
+
+    What is wrong with a URL is told with the whole of it: whoever prints it masks credentials.
+    """
+    source = name(given)
+    path = Path(source)
+    if "://" in source:
+        try:
+            scheme, host = urlsplit(source).scheme.lower(), urlsplit(source).hostname
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{source}: {error}") from error
+        if scheme not in ("http", "https"):
+            raise argparse.ArgumentTypeError(f"{source} is neither http nor https")
+        if not host:
+            raise argparse.ArgumentTypeError(f"{source} names no host")
+    elif source != "astronaut":
+        with _refused_by_the_system(source):
+            if path.is_dir():
+                raise argparse.ArgumentTypeError(f"{source} is a folder, not an image")
+            if not path.exists():
+                raise argparse.ArgumentTypeError(f"{source}: there is no such file")
+    return source
+
+
+def not_negative(text: str) -> float:
+    """A finite number, 0 or more."""
+    number = _number(text, float, lambda x: math.isfinite(x) and x >= 0, "a number, 0 or more")
+    return abs(number)  # -0.0 is 0 or more as well, and would show in the file name
+
+
+def positive(text: str) -> int:
+    """A whole number, 1 or more."""
+    return _number(text, int, lambda n: n >= 1, "a whole number, 1 or more")
+
+
+def fps(text: str) -> int:
+    """Frames a second, no more than any video has: an mp4 ends at some ten thousand."""
+    return _number(text, int, lambda n: 1 <= n <= 1000, "a whole number from 1 to 1000")
+
+
+def seed(text: str) -> int:
+    """A seed that torch takes: a whole number from 0 to 2^63 - 1."""
+    return _number(text, int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 - 1")
+
+
+def _number(text, convert, allowed, wanted):
+    try:
+        value = convert(text)
+    except ValueError:
+        value = None
+    if value is None or not allowed(value):
+        shown = text if len(text) < 40 else f"{text[:30]}..."
+        raise argparse.ArgumentTypeError(f"{shown!r} is not {wanted}")
+    return value
+
+
+def device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not auto, cpu, cuda or cuda:N")
+    return text
+
+
+def coefficients(given: str) -> Coefficients:
+    """What a coefficients file holds."""
+    try:
+        content = Path(_not_empty(given)).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{given} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # not UTF-8, or a path that no file can have
+        raise argparse.ArgumentTypeError(f"{given}: {error}") from error
+    try:
+        data = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{given} is no JSON: {error}") from error
+    try:
+        found = Coefficients.from_json(data)
+        text(found.source)
+    except (ArgumentError, argparse.ArgumentTypeError) as error:
+        raise argparse.ArgumentTypeError(f"{given}: {error}") from error
+    return found

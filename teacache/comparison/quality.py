@@ -1,0 +1,106 @@
+"""How much of a video is left: likeness to the video without reuse, and to the face."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from teacache.results.record import Figures, IdentityFigures, Quality
+
+# Of LPIPS, the part that its package does not bring along; torchvision keeps it here.
+LPIPS_BACKBONE = "alexnet-owt-7be5be79.pth"
+
+
+def compare(frames: np.ndarray, baseline: np.ndarray) -> Quality:
+    """PSNR, SSIM and, where it is installed, LPIPS of each frame against the baseline's.
+
+    Args:
+        frames, baseline: [frames, height, width, 3], uint8.
+
+    Returns:
+        for each figure its `mean` and `worst` over the frames and `per_frame`; a frame that equals
+        the baseline's has no PSNR (null), and `mean` and `worst` are over the others. LPIPS is
+        null where it cannot be computed, and `lpips_missing` says why.
+    """
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+    psnr, ssim = [], []
+    for frame, reference in zip(frames, baseline, strict=True):
+        same = np.array_equal(frame, reference)
+        psnr.append(math.nan if same else peak_signal_noise_ratio(reference, frame, data_range=255))
+        ssim.append(structural_similarity(reference, frame, channel_axis=-1, data_range=255))
+    missing = lpips_missing()
+    return {
+        "psnr": _figures(psnr, worst=min),
+        "ssim": _figures(ssim, worst=min),
+        "lpips": None if missing else _figures(_lpips(frames, baseline), worst=max),
+        "lpips_missing": missing,
+    }
+
+
+def identity_similarity(
+    frames: np.ndarray, reference: np.ndarray, analyser: object
+) -> IdentityFigures:
+    """ArcFace's cosine similarity between the reference face and the face in each frame.
+
+    Args:
+        frames: [frames, height, width, 3], uint8 RGB.
+        reference: [512], ArcFace's embedding of the face in the photograph.
+        analyser: insightface's detector and recogniser in one.
+
+    Returns:
+        `mean`, `worst` and `per_frame` (null where a frame shows no face), and
+        `frames_without_face`.
+    """
+    similarities = []
+    for frame in frames:
+        faces = analyser.get(np.ascontiguousarray(frame[:, :, ::-1]))
+        if not faces:
+            similarities.append(math.nan)
+            continue
+        # The largest one, as for the photograph.
+        face = max(faces, key=lambda face: np.prod(face.bbox[2:] - face.bbox[:2]))
+        norms = np.linalg.norm(face.embedding) * np.linalg.norm(reference)
+        similarities.append(float(face.embedding @ reference / norms))
+    without = sum(map(math.isnan, similarities))
+    return {**_figures(similarities, worst=min), "frames_without_face": without}
+
+
+def lpips_missing() -> str | None:
+    """Why LPIPS cannot be computed here, or None where it can. Nothing is ever downloaded."""
+    if importlib.util.find_spec("lpips") is None:
+        return "the package lpips is not installed"
+    from torch import hub
+
+    if not (Path(hub.get_dir()) / "checkpoints" / LPIPS_BACKBONE).is_file():
+        return f"its weights {LPIPS_BACKBONE} are not in torch's cache"
+    return None
+
+
+def _lpips(frames: np.ndarray, baseline: np.ndarray) -> list[float]:
+    import lpips
+    import torch
+
+    model = lpips.LPIPS(net="alex", verbose=False).eval()
+
+    def tensor(frame: np.ndarray) -> torch.Tensor:  # [1, 3, height, width], from -1 to 1
+        return torch.from_numpy(frame.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+    with torch.no_grad():
+        return [
+            model(tensor(frame), tensor(reference)).item()
+            for frame, reference in zip(frames, baseline, strict=True)
+        ]
+
+
+def _figures(values: list[float], worst: Callable[[list[float]], float]) -> Figures:
+    known = [value for value in values if not math.isnan(value)]
+    return {
+        "mean": float(np.mean(known)) if known else None,
+        "worst": float(worst(known)) if known else None,
+        "per_frame": [None if math.isnan(value) else float(value) for value in values],
+    }

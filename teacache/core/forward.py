@@ -1,0 +1,185 @@
+"""The forward of the ConsisID transformer with TeaCache in it, and how it is put in place."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import ConsisIDTransformer3DModel
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.utils import apply_lora_scale
+
+from teacache.base.errors import ArgumentError
+from teacache.core.handle import TeaCacheHandle, embed_timestep
+from teacache.core.patch import innermost_forward, put_in_place
+from teacache.core.rule import COGVIDEOX_5B, Coefficients, Schedule
+
+if TYPE_CHECKING:
+    from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, ConsisIDPipeline
+    from diffusers.models.embeddings import CogVideoXPatchEmbed
+
+
+def apply_teacache(
+    pipe_or_transformer: ConsisIDPipeline | ConsisIDTransformer3DModel,
+    rel_l1_thresh: float = 0.1,
+    *,
+    schedule: Schedule | Iterable[int] | None = None,
+    coefficients: Coefficients = COGVIDEOX_5B,
+    scheduler: CogVideoXDPMScheduler | CogVideoXDDIMScheduler | None = None,
+) -> TeaCacheHandle:
+    """Patch one ConsisID transformer's forward with TeaCache.
+
+    With every step computed, the output equals the unpatched forward's bit for bit. Sampling only:
+    nothing here is meant to be differentiated through.
+
+    Args:
+        pipe_or_transformer: a ConsisIDPipeline, or its transformer alone.
+        rel_l1_thresh: threshold on the accumulated distance; 0 is the original sampler.
+        schedule: in place of a threshold, the steps to compute; see `TeaCacheHandle.follow`.
+        coefficients: the polynomial that rescales the distance.
+        scheduler: for a transformer that stands alone, whose timesteps a video has. One who writes
+            his own loop calls its `set_timesteps` before each video.
+
+    Returns:
+        The handle: `handle.schedule` is the schedule of the last video, `handle.remove()` undoes
+        the patch, and `with apply_teacache(...)` undoes it at the end of the block.
+
+    Raises:
+        ArgumentError: for what is no ConsisID transformer, has TeaCache already, or has been
+            wrapped in a way that the patch could not be undone from.
+    """
+    transformer = getattr(pipe_or_transformer, "transformer", pipe_or_transformer)
+    if not isinstance(transformer, ConsisIDTransformer3DModel):
+        raise ArgumentError(
+            "apply_teacache needs a ConsisIDPipeline or a ConsisIDTransformer3DModel, "
+            f"found {type(pipe_or_transformer).__name__}"
+        )
+    if (transformer is pipe_or_transformer) != (scheduler is not None):
+        raise ArgumentError("a scheduler is needed for a transformer alone: a pipeline has its own")
+    current = innermost_forward(transformer)
+    if isinstance(current, functools.partial) and current.func is _dispatch:
+        raise ArgumentError("this transformer has TeaCache already: remove() the first one")
+
+    def timesteps() -> torch.Tensor:
+        # Looked up at each step: a pipeline's scheduler may be exchanged between videos.
+        owner = pipe_or_transformer.scheduler if scheduler is None else scheduler
+        return owner.timesteps
+
+    handle = TeaCacheHandle(transformer, rel_l1_thresh, coefficients, timesteps)
+    handle.follow(schedule)
+    handle.forward = functools.partial(_dispatch, transformer, handle)
+    put_in_place(transformer, handle.forward)
+    return handle
+
+
+def _dispatch(transformer: ConsisIDTransformer3DModel, handle: TeaCacheHandle, *args, **kwargs):
+    """What stands in the place of the transformer's forward."""
+    if handle.removed:
+        return type(transformer).forward(transformer, *args, **kwargs)
+    return _forward(transformer, handle, *args, **kwargs)
+
+
+@apply_lora_scale("attention_kwargs")
+def _forward(
+    self: ConsisIDTransformer3DModel,
+    handle: TeaCacheHandle,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    timestep: torch.Tensor,
+    timestep_cond: torch.Tensor | None = None,
+    image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    attention_kwargs: dict[str, Any] | None = None,
+    id_cond: torch.Tensor | None = None,
+    id_vit_hidden: list[torch.Tensor] | None = None,
+    return_dict: bool = True,
+) -> tuple[torch.Tensor] | Transformer2DModelOutput:
+    """`ConsisIDTransformer3DModel.forward`, with the block stack computed or reused.
+
+    Follows diffusers 0.42.1, models/transformers/consisid_transformer_3d.py, operation for
+    operation where a step is computed.
+
+    Args:
+        hidden_states: [batch, latent frames, channels, height, width].
+        encoder_hidden_states: [batch, text tokens, text embed dim].
+        timestep: [batch].
+        id_cond, id_vit_hidden: the identity, see `TeaCacheHandle.face_embedding`.
+    """
+    batch_size, num_frames, _, height, width = hidden_states.shape
+    text_seq_length = encoder_hidden_states.shape[1]
+
+    emb = embed_timestep(self, timestep, hidden_states.dtype, timestep_cond)
+
+    if handle.begin_step(batch_size, hidden_states.dtype):
+        embedded = self.embedding_dropout(self.patch_embed(encoder_hidden_states, hidden_states))
+        # Contiguous, as the blocks return them: to a compiler the first block is one like the rest.
+        text = embedded[:, :text_seq_length].contiguous()  # [batch, text tokens, inner dim]
+        video = embedded[:, text_seq_length:].contiguous()  # [batch, video tokens, inner dim]
+        del embedded
+        face = None
+        if self.is_train_face:
+            face = handle.face_embedding(id_cond, id_vit_hidden, video.device, video.dtype)
+        out = _blocks(self, video, text, emb, image_rotary_emb, face)
+        handle.keep_residual(before=video, after=out)
+        video = out
+    else:
+        video = handle.reuse_residual(_embed_video(self.patch_embed, hidden_states))
+
+    # The text tokens end here: norms and projection work on each token alone.
+    video = self.norm_final(video)
+    video = self.norm_out(video, temb=emb)
+    video = self.proj_out(video)  # [batch, video tokens, patch x patch x out channels]
+
+    handle.end_step()
+
+    p = self.config.patch_size
+    video = video.reshape(batch_size, num_frames, height // p, width // p, -1, p, p)
+    output = video.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
+    return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+
+def _embed_video(patch_embed: CogVideoXPatchEmbed, hidden_states: torch.Tensor) -> torch.Tensor:
+    """The video tokens of `patch_embed(text, hidden_states)`, bit for bit, without the text.
+
+    A reused step reads no text tokens, and to project them costs as much as the rest of the step.
+
+    Args:
+        hidden_states: [batch, latent frames, channels, height, width].
+
+    Returns:
+        [batch, video tokens, inner dim].
+    """
+    batch_size, num_frames, _, height, width = hidden_states.shape
+    patches = patch_embed.proj(hidden_states.flatten(0, 1))  # [batch x frames, inner dim, h, w]
+    video = patches.flatten(2).transpose(1, 2).unflatten(0, (batch_size, num_frames)).flatten(1, 2)
+    if patch_embed.use_positional_embeddings or patch_embed.use_learned_positional_embeddings:
+        frames = (num_frames - 1) * patch_embed.temporal_compression_ratio + 1
+        trained = (patch_embed.sample_height, patch_embed.sample_width, patch_embed.sample_frames)
+        positions = patch_embed.pos_embedding  # [1, text and video tokens, inner dim]
+        if (height, width, frames) != trained:
+            positions = patch_embed._get_positional_embeddings(height, width, frames, video.device)
+        video = video + positions[:, patch_embed.max_text_seq_length :].to(video.dtype)
+    return video
+
+
+def _blocks(
+    transformer: ConsisIDTransformer3DModel,
+    video: torch.Tensor,
+    text: torch.Tensor,
+    emb: torch.Tensor,
+    image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None,
+    face: torch.Tensor | None,
+) -> torch.Tensor:
+    """The block stack, with identity cross-attention after every `cross_attn_interval`-th block."""
+    for index, block in enumerate(transformer.transformer_blocks):
+        video, text = block(
+            hidden_states=video,
+            encoder_hidden_states=text,
+            temb=emb,
+            image_rotary_emb=image_rotary_emb,
+        )
+        if face is not None and index % transformer.cross_attn_interval == 0:
+            attend = transformer.perceiver_cross_attention[index // transformer.cross_attn_interval]
+            video = video + transformer.local_face_scale * attend(face, video)
+    return video

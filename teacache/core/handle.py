@@ -1,0 +1,241 @@
+"""TeaCache on one transformer: the video under way, and putting the forward in place and back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import torch
+
+from teacache.base.errors import ArgumentError
+from teacache.core.patch import take_away
+from teacache.core.rule import (
+    Coefficients,
+    Schedule,
+    check_threshold,
+    distances_between,
+    listed_schedule,
+    schedule,
+)
+
+if TYPE_CHECKING:
+    from diffusers import ConsisIDTransformer3DModel
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Video:
+    """The state of one video. Another video gets another of these: nothing is carried over.
+
+    Attributes:
+        timesteps: the scheduler's own tensor. `set_timesteps` makes a new one for each video, so
+            another tensor means another video.
+        plan: its schedule, made before its first step.
+        step: index of the step that the next forward is.
+        residual: [batch, video tokens, inner dim], what the block stack added at the last computed
+            step, where a later step reuses it.
+        face: the local facial extractor's inputs, and its output [1, queries, output dim].
+    """
+
+    timesteps: torch.Tensor
+    plan: Schedule
+    step: int = 0
+    residual: torch.Tensor | None = None
+    face: tuple[list[torch.Tensor], torch.Tensor] | None = None
+
+
+class TeaCacheHandle:
+    """TeaCache on one transformer: what the next video follows, its state, its undoing.
+
+    Made by `apply_teacache`. As a context manager it undoes itself at the end of the block.
+
+    Args:
+        transformer: the transformer that is patched.
+        timesteps: gives the scheduler's timesteps, the tensor itself and not a copy.
+    """
+
+    def __init__(
+        self,
+        transformer: ConsisIDTransformer3DModel,
+        rel_l1_thresh: float,
+        coefficients: Coefficients,
+        timesteps: Callable[[], torch.Tensor],
+    ):
+        self.transformer, self.coefficients = transformer, coefficients
+        self.rel_l1_thresh = rel_l1_thresh
+        self.forward: Callable | None = None
+        self.removed = False
+        self._timesteps = timesteps
+        self._followed: Schedule | tuple[int, ...] | None = None
+        self._video: Video | None = None
+        self._warned = False
+
+    @property
+    def rel_l1_thresh(self) -> float:
+        """Threshold on the accumulated distance. Setting it takes effect with the next video."""
+        return self._rel_l1_thresh
+
+    @rel_l1_thresh.setter
+    def rel_l1_thresh(self, value: float) -> None:
+        self._rel_l1_thresh = check_threshold(value)
+
+    def follow(self, steps: Schedule | Iterable[int] | None) -> None:
+        """Compute these steps from the next video on, whatever the threshold; None ends that.
+
+        Args:
+            steps: a schedule, or a list of the steps to compute, to which the first and the last
+                are added.
+        """
+        listed = steps is not None and not isinstance(steps, Schedule)
+        self._followed = tuple(steps) if listed else steps
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """The schedule of the last video, or of the one under way, as far as it was followed.
+
+        None before the first video.
+        """
+        return self._video and self._video.plan.until(self._video.step)
+
+    def counts(self) -> dict[str, int]:
+        """Steps done so far in the video under way, computed and reused."""
+        done = self.video.plan.until(self.video.step)
+        return {"computed": len(done.computed_steps), "reused": len(done.reused_steps)}
+
+    @property
+    def video(self) -> Video:
+        """The video under way, or the last one."""
+        if self._video is None:
+            raise RuntimeError("no video has begun")
+        return self._video
+
+    def remove(self) -> None:
+        """Undo the patch and drop what is cached. A second call does nothing.
+
+        Where something else has wrapped the patched forward since, the patch stays underneath and
+        calls the plain forward.
+        """
+        take_away(self.transformer, self.forward)
+        self.removed = True
+        self._forget()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def begin_step(self, batch: int, dtype: torch.dtype) -> bool:
+        """Whether this step is computed. A video's first step plans all of it.
+
+        Args:
+            batch, dtype: of the transformer's input: with them the timestep embedding may round
+                differently.
+        """
+        timesteps, video = self._timesteps(), self._video
+        if video is None or video.timesteps is not timesteps or video.step == len(timesteps):
+            self._forget()
+            video = self._video = Video(timesteps, self._plan(timesteps, batch, dtype))
+        return video.step in video.plan.computed_steps
+
+    def end_step(self) -> None:
+        """Count a step that is done. After the last one the memory is the VAE's."""
+        self.video.step += 1
+        if self.video.step == len(self.video.timesteps):
+            self._forget()
+
+    def keep_residual(self, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Keep what the block stack added, where the next step reuses it.
+
+        Args:
+            before, after: [batch, video tokens, inner dim], into and out of the block stack.
+        """
+        if self.video.step + 1 in self.video.plan.reused_steps:
+            self.video.residual = after - before
+
+    def reuse_residual(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[batch, video tokens, inner dim] with the cached residual in place of the blocks."""
+        return hidden_states + self.video.residual
+
+    def face_embedding(
+        self,
+        id_cond: torch.Tensor,
+        id_vit_hidden: list[torch.Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """The local facial extractor's output, [1, queries, output dim], once for each video.
+
+        Args:
+            id_cond: [1, 1280].
+            id_vit_hidden: five of [1, 577, ViT width].
+        """
+        inputs, video = [id_cond, *id_vit_hidden], self.video
+        if video.face is None or not _same_tensors(inputs, video.face[0]):
+            id_cond, *id_vit_hidden = (tensor.to(device=device, dtype=dtype) for tensor in inputs)
+            video.face = inputs, self.transformer.local_facial_extractor(id_cond, id_vit_hidden)
+        return video.face[1]
+
+    def _plan(self, timesteps: torch.Tensor, batch: int, dtype: torch.dtype) -> Schedule:
+        """The schedule of the video that begins: the timestep embeddings are all there is to it."""
+        plan = self._followed
+        if not isinstance(plan, Schedule):
+            distances = distances_between(
+                [embed_timestep(self.transformer, t.expand(batch), dtype) for t in timesteps]
+            )
+            if plan is None:
+                plan = schedule(distances, self.rel_l1_thresh, self.coefficients)
+            else:
+                plan = listed_schedule(plan, distances, self.coefficients)
+        elif plan.num_steps != len(timesteps):
+            raise ArgumentError(
+                f"a schedule of {plan.num_steps} steps cannot be followed in {len(timesteps)}"
+            )
+        self._warn_of_extrapolation(plan)
+        return plan
+
+    def _warn_of_extrapolation(self, plan: Schedule) -> None:
+        inner = [step for step in plan.extrapolated_steps if step < plan.num_steps - 1]
+        # At threshold 0, and of listed steps, nobody asks for what the coefficients cover.
+        if inner and plan.rel_l1_thresh and not self._warned:
+            self._warned = True
+            logger.warning(
+                "step %d: the timestep embedding moved by %.4f, which the coefficients (%s) do not "
+                "cover: such steps are computed",
+                inner[0],
+                plan.distances[inner[0]],
+                plan.coefficients.source,
+            )
+
+    def _forget(self) -> None:
+        """Free what the last video has cached; what it did stays known."""
+        if self._video is not None:
+            self._video.residual = self._video.face = None
+
+
+def embed_timestep(
+    transformer: ConsisIDTransformer3DModel,
+    timestep: torch.Tensor,
+    dtype: torch.dtype,
+    timestep_cond: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The timestep embedding, [batch, time_embed_dim], as the transformer's forward makes it.
+
+    The sinusoids are float32 whatever the model is; the embedding runs in the sampling dtype.
+
+    Args:
+        timestep: [batch].
+    """
+    sinusoids = transformer.time_proj(timestep).to(dtype)
+    return transformer.time_embedding(sinusoids, timestep_cond)
+
+
+def _same_tensors(inputs: list[torch.Tensor], known: list[torch.Tensor]) -> bool:
+    # Offload hooks may hand over fresh copies at every step: then the values decide.
+    return all(
+        a is b or (a.device == b.device and a.shape == b.shape and torch.equal(a, b))
+        for a, b in zip(inputs, known, strict=True)
+    )

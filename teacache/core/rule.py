@@ -1,0 +1,311 @@
+"""The TeaCache rule: which denoising steps are computed, and which reuse the cached residual.
+
+The rule needs one number a step, the relative L1 distance between the timestep embeddings of this
+step and of the one before. A polynomial fitted on the model rescales it to an estimate of how far
+the model's output has moved; the estimates are added up, and while the sum stays below the
+threshold the residual of the last computed step is good enough to be used again.
+
+For ConsisID the timestep embedding depends on the timestep alone. So all distances of a video are
+known before its first step, and with them its whole schedule: a value, made by a pure function.
+
+Source: Liu et al., "Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model",
+arXiv:2411.19108.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from teacache.base.errors import ArgumentError
+
+if TYPE_CHECKING:
+    import torch
+
+DEGREE = 4
+UNBOUNDED = (0.0, math.inf)
+# `smallest_threshold` finds a multiple of this: fine enough, and short in a file name.
+RESOLUTION = 0.0001
+HIGHEST = 1e9  # Coefficients may be of any size. No such threshold is higher.
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """The polynomial that rescales a relative L1 distance.
+
+    Args:
+        values: the coefficients, highest power first.
+        fitted_range: the distances that the fit speaks for, ends included. Outside of it the
+            polynomial is an extrapolation, which may well be below zero.
+        source: where the coefficients come from.
+    """
+
+    values: tuple[float, ...]
+    fitted_range: tuple[float, float]
+    source: str
+
+    def rescale(self, distance: float) -> float:
+        """The polynomial at `distance`: Horner's rule in float64, as `numpy.poly1d` does it."""
+        result = 0.0
+        for value in self.values:
+            result = result * distance + value
+        return result
+
+    def covers(self, distance: float) -> bool:
+        """Whether the fit speaks for `distance`: inside its range, and a number from 0 on."""
+        low, high = self.fitted_range
+        return low <= distance <= high and 0.0 <= self.rescale(distance) < math.inf
+
+    def as_json(self) -> dict[str, object]:
+        """What `from_json` reads back."""
+        bounded = self.fitted_range != UNBOUNDED
+        return {
+            "values": list(self.values),
+            "fitted_range": list(self.fitted_range) if bounded else None,
+            "source": self.source,
+        }
+
+    @classmethod
+    def from_json(cls, data: object) -> Coefficients:
+        """Read what a coefficients file holds: `values`, `fitted_range` and `source`.
+
+        Args:
+            data: a JSON object. `values` (five numbers) is required; without `fitted_range`, or
+                with null, every distance counts at which the polynomial is not negative.
+
+        Raises:
+            ArgumentError: naming the key that is wrong.
+        """
+        if not isinstance(data, dict):
+            raise ArgumentError('the file must hold an object such as {"values": [a, b, c, d, e]}')
+        unknown = sorted(set(data) - {"values", "fitted_range", "source"})
+        if unknown:
+            raise ArgumentError(f"unknown key {unknown[0]!r}; known: values, fitted_range, source")
+        values = _finite_numbers(data.get("values"), "values", DEGREE + 1)
+        fitted_range = UNBOUNDED
+        if data.get("fitted_range") is not None:
+            low, high = _finite_numbers(data["fitted_range"], "fitted_range", 2)
+            if not 0 <= low < high:
+                raise ArgumentError("fitted_range must be two rising distances, 0 or more")
+            fitted_range = (low, high)
+        source = data.get("source", "a coefficients file")
+        if not isinstance(source, str):
+            raise ArgumentError(f"source must be text, found {source!r}")
+        return cls(values, fitted_range, source)
+
+
+def _finite_numbers(value: object, key: str, count: int) -> tuple[float, ...]:
+    numbers = value if isinstance(value, list) else []
+    usable = [n for n in numbers if isinstance(n, (int, float)) and not isinstance(n, bool)]
+    try:
+        finite = all(map(math.isfinite, usable))
+    except OverflowError:  # a whole number beyond all floats
+        finite = False
+    if len(numbers) != count or len(usable) != count or not finite:
+        raise ArgumentError(f"{key} must be a list of {count} finite numbers, found {value!r}")
+    return tuple(float(number) for number in usable)
+
+
+# TeaCache's for CogVideoX-5B, fitted at 50 steps; ConsisID, which was trained from it, takes them
+# over without a new fit: ali-vilab/TeaCache, TeaCache4ConsisID/teacache_sample_video.py, line 82.
+# The range is where the polynomial is positive.
+COGVIDEOX_5B = Coefficients(
+    values=(-1.53880483e03, 8.43202495e02, -1.34363087e02, 7.97131516e00, -5.23162339e-02),
+    fitted_range=(0.00746, 0.32997),
+    source="TeaCache for CogVideoX-5B, fitted at 50 steps",
+)
+
+
+def relative_l1(embedding: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+    """How far the timestep embedding has moved: mean(|e_t - e_(t-1)|) / mean(|e_(t-1)|).
+
+    Args:
+        embedding: [batch, time_embed_dim], this step's output of `time_embedding`.
+        previous: the same of the step before, whether that one was computed or reused.
+
+    Returns:
+        one number on the tensors' device, in their own dtype: with bfloat16 the rounding is part of
+        the published rule.
+    """
+    return (embedding - previous).abs().mean() / previous.abs().mean()
+
+
+def distances_between(embeddings: Sequence[torch.Tensor]) -> tuple[float | None, ...]:
+    """The relative L1 distance of each step to the one before; None for the first.
+
+    All of them are read from the device at once, so that a GPU is waited for once.
+
+    Args:
+        embeddings: of each denoising step, [batch, time_embed_dim].
+    """
+    import torch
+
+    pairs = itertools.pairwise(embeddings)
+    moved = [relative_l1(embedding, previous) for previous, embedding in pairs]
+    return (None, *torch.stack(moved).tolist()) if moved else (None,)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which denoising steps of one video are computed; the others reuse the cached residual.
+
+    Attributes:
+        distances: one entry a step, None for the first, which has no step before it.
+        computed_steps: rising step indices.
+        rel_l1_thresh: the threshold that they follow from; None where they were listed.
+        coefficients: the polynomial that rescales the distances.
+    """
+
+    distances: tuple[float | None, ...]
+    computed_steps: tuple[int, ...]
+    rel_l1_thresh: float | None
+    coefficients: Coefficients = COGVIDEOX_5B
+
+    @property
+    def num_steps(self) -> int:
+        """Denoising steps in all."""
+        return len(self.distances)
+
+    @property
+    def reused_steps(self) -> tuple[int, ...]:
+        """Rising step indices."""
+        computed = set(self.computed_steps)
+        return tuple(step for step in range(self.num_steps) if step not in computed)
+
+    @property
+    def rescaled(self) -> tuple[float | None, ...]:
+        """p(x) of each step's distance x; None where there is no distance."""
+        return tuple(x if x is None else self.coefficients.rescale(x) for x in self.distances)
+
+    @property
+    def extrapolated_steps(self) -> tuple[int, ...]:
+        """The steps whose distances the coefficients do not cover."""
+        return tuple(
+            step
+            for step, x in enumerate(self.distances)
+            if x is not None and not self.coefficients.covers(x)
+        )
+
+    @property
+    def speedup(self) -> float:
+        """How much faster the denoising loop is than with every step computed.
+
+        A reused step, some hundredths of a computed one, counts as free: so the speed-up depends
+        on the checkpoint alone, and not on what some machine has measured.
+        """
+        return self.num_steps / len(self.computed_steps)
+
+    def until(self, step: int) -> Schedule:
+        """What was done of it when a video was stopped before `step`."""
+        done = tuple(computed for computed in self.computed_steps if computed < step)
+        return replace(self, distances=self.distances[:step], computed_steps=done)
+
+    def why_nothing_was_reused(self) -> str | None:
+        """The reason, in a few words, or None where a step was reused or none had to be."""
+        if not self.rel_l1_thresh or self.reused_steps:
+            return None
+        inner = self.distances[1:-1]
+        if not inner:
+            return "the first and the last step are always computed"
+        covered = [x for x in inner if x is not None and self.coefficients.covers(x)]
+        if not covered:
+            low, high = self.coefficients.fitted_range
+            found = [x for x in inner if x is not None]
+            return (
+                f"the coefficients cover distances from {low:g} to {high:g}, "
+                f"this run's are {min(found):.4f} to {max(found):.4f}"
+            )
+        smallest = min(map(self.coefficients.rescale, covered))
+        return f"the smallest rescaled distance, {smallest:.4f}, is not below the threshold"
+
+
+def schedule(
+    distances: Sequence[float | None],
+    rel_l1_thresh: float,
+    coefficients: Coefficients = COGVIDEOX_5B,
+) -> Schedule:
+    """The published rule, over a video whose distances are known.
+
+    The first and the last step are computed; between them a step is computed when the rescaled
+    distances since the last computed one add up to the threshold. Two deviations, both where the
+    published rule would give garbage: a step whose distance the coefficients do not cover is
+    computed, where the rule would add a value that may be below zero; and threshold 0 never reuses,
+    which needs no case, since no sum of covered values is below it.
+
+    Args:
+        distances: see `distances_between`.
+
+    Raises:
+        ArgumentError: where the threshold is negative or not finite.
+    """
+    check_threshold(rel_l1_thresh)
+    last, computed, accumulated = len(distances) - 1, [], 0.0
+    for step, distance in enumerate(distances):
+        covered = distance is not None and coefficients.covers(distance)
+        if distance is not None and covered:
+            accumulated += coefficients.rescale(distance)
+        if step in (0, last) or not covered or not accumulated < rel_l1_thresh:
+            computed.append(step)
+            accumulated = 0.0
+    return Schedule(tuple(distances), tuple(computed), rel_l1_thresh, coefficients)
+
+
+def listed_schedule(
+    steps: Iterable[int],
+    distances: Sequence[float | None],
+    coefficients: Coefficients = COGVIDEOX_5B,
+) -> Schedule:
+    """The schedule that computes the listed steps, and the first and the last in any case.
+
+    Raises:
+        ArgumentError: where the video has no such step.
+    """
+    last = len(distances) - 1
+    computed = sorted({0, last, *steps})
+    if computed[0] < 0 or computed[-1] > last:
+        wrong = computed[0] if computed[0] < 0 else computed[-1]
+        raise ArgumentError(f"step {wrong} cannot be computed: the video has {last + 1} steps")
+    return Schedule(tuple(distances), tuple(computed), None, coefficients)
+
+
+def smallest_threshold(
+    distances: Sequence[float | None], target_speedup: float, coefficients: Coefficients
+) -> float:
+    """The smallest multiple of 0.0001 whose schedule reaches the speed-up.
+
+    A higher threshold puts no computed step earlier, so the number of computed steps never rises
+    with it and bisection finds the first one.
+
+    Raises:
+        ArgumentError: where none does, naming the highest speed-up there is.
+    """
+
+    def reached(multiple: int) -> float:
+        return schedule(distances, round(multiple * RESOLUTION, 4), coefficients).speedup
+
+    covered = [x for x in distances if x is not None and coefficients.covers(x)]
+    total = min(sum(map(coefficients.rescale, covered)), HIGHEST)
+    everything = math.ceil(total / RESOLUTION) + 1
+    best = reached(everything)
+    low, high = 0, everything
+    while low < high:
+        middle = (low + high) // 2
+        enough = reached(middle) >= min(target_speedup, best)
+        low, high = (low, middle) if enough else (middle + 1, high)
+    threshold = round(low * RESOLUTION, 4)
+    if best < target_speedup:
+        raise ArgumentError(
+            f"--target_speedup {target_speedup:g} cannot be reached: the nearest is {best:.2f}, "
+            f"from --rel_l1_thresh {threshold} on"
+        )
+    return threshold
+
+
+def check_threshold(rel_l1_thresh: float) -> float:
+    """Return the threshold, or raise ArgumentError where it is negative or not finite."""
+    if not (math.isfinite(rel_l1_thresh) and rel_l1_thresh >= 0):
+        raise ArgumentError(f"rel_l1_thresh must be 0 or more, and finite: found {rel_l1_thresh}")
+    return float(rel_l1_thresh)

@@ -1,0 +1,250 @@
+"""The synthetic ConsisID checkpoint: the real folder layout and the real classes on small weights.
+
+It samples 13 frames of 144x96 in seconds on a CPU, so that every line of the way from a photograph
+to a video can run where there is neither a GPU nor the 20 GB of the real weights. Its videos are
+coloured noise: nothing here was trained. `python3 -m teacache.embedded DIR` builds one in DIR.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import random
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from teacache.base.errors import CheckpointError
+from teacache.base.quiet import no_progress_bars, silence_libraries
+from teacache.inputs.embedding_cache import cache_folder
+
+if TYPE_CHECKING:
+    from diffusers import ConsisIDTransformer3DModel
+
+SEED = 20241126
+TIME_EMBEDDING_SEED = 2
+
+# 144x96 and 13 frames, at the eightfold spatial and twofold temporal compression of the VAE below.
+# The real VAE compresses time fourfold; so would this one turn 13 frames into 4 latent frames, and
+# an even number of those decodes to 4 frames each, the first one included: 16 in all.
+TRANSFORMER = {
+    "num_attention_heads": 6,
+    "attention_head_dim": 16,
+    "num_layers": 4,
+    "in_channels": 32,
+    "out_channels": 16,
+    "time_embed_dim": 64,
+    "text_embed_dim": 64,
+    "sample_width": 18,
+    "sample_height": 12,
+    "sample_frames": 13,
+    "temporal_compression_ratio": 2,
+    "use_rotary_positional_embeddings": True,
+    "use_learned_positional_embeddings": True,
+    "is_train_face": True,
+    "is_kps": False,
+    "cross_attn_dim_head": 16,
+    "cross_attn_num_heads": 4,
+    "LFE_id_dim": 1280,
+    "LFE_vit_dim": 128,
+    "LFE_depth": 10,
+    "LFE_dim_head": 16,
+    "LFE_num_heads": 4,
+    # The identity cross-attention reads keys and values of two thirds of the inner width.
+    "LFE_output_dim": 64,
+    "LFE_num_scale": 5,
+}
+VAE = {
+    "block_out_channels": (16, 16, 32, 32),
+    "down_block_types": ("CogVideoXDownBlock3D",) * 4,
+    "up_block_types": ("CogVideoXUpBlock3D",) * 4,
+    "layers_per_block": 1,
+    "latent_channels": 16,
+    "norm_num_groups": 8,
+    "temporal_compression_ratio": 2,
+    # Tiles are half of this, and their overlaps must fall on whole latents: of 144 they do not.
+    "sample_height": 96,
+    "sample_width": 160,
+    "scaling_factor": 0.7,
+}
+SCHEDULER = {
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+    "rescale_betas_zero_snr": True,
+    "snr_shift_scale": 1.0,
+    "clip_sample": False,
+}
+
+
+# The words of prompts such as ConsisID's examples: one of their length must fit into 226 tokens.
+WORDS = """
+    The video captures a boy girl man woman astronaut walking standing laughing along a city street,
+    filmed in black and white on a classic 35mm camera. His Her expression is thoughtful, smiling,
+    brow slightly furrowed as if he's she's lost in contemplation. film grain adds textured,
+    timeless quality to the image, evoking sense of nostalgia. Around him, her, the cityscape
+    filled with vintage buildings, cobblestone sidewalks, and softly blurred figures passing by,
+    their outlines faint and indistinct. Streetlights cast gentle glow, while shadows play across
+    boy's path, adding depth scene. lighting highlights subtle smile, hinting at fleeting moment of
+    curiosity. overall cinematic atmosphere, complete with still aesthetics dramatic contrasts,
+    gives an evocative introspective feel. portrait of young old face light sea trees
+""".split()
+
+
+def cached_tiny_checkpoint() -> Path:
+    """The synthetic checkpoint in the user's cache folder, built there if it is not yet.
+
+    The folder's name carries a digest of the code that builds it, so that a newer version of the
+    package never samples from an older build.
+    """
+    code = b"".join(
+        Path(__file__).with_name(name).read_bytes() for name in ("build.py", "faces.py")
+    )
+    folder = cache_folder() / f"tiny-{hashlib.sha256(code).hexdigest()[:12]}"
+    if not folder.is_dir():
+        build_tiny_checkpoint(folder)
+    return folder
+
+
+def build_tiny_checkpoint(folder: Path) -> None:
+    """Build the synthetic checkpoint in `folder`, which must not exist or be empty.
+
+    It is written to a folder beside and renamed, so that an interrupted build leaves nothing
+    half-made; of two builds at the same moment one is kept.
+
+    Raises:
+        CheckpointError: where the folder cannot be made, or holds something already.
+    """
+    folder = folder.resolve()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists already: name a folder that does not, or an empty")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {folder.parent}: {error.strerror}") from error
+    try:
+        _write_checkpoint(beside)
+        beside.chmod(0o755)
+        try:
+            beside.rename(folder)
+        except OSError as error:
+            if not (folder / "model_index.json").is_file():
+                raise CheckpointError(f"cannot write to {folder}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _write_checkpoint(folder: Path) -> None:
+    import torch
+    from diffusers import (
+        AutoencoderKLCogVideoX,
+        CogVideoXDPMScheduler,
+        ConsisIDTransformer3DModel,
+    )
+    from transformers import T5Config, T5EncoderModel
+
+    from teacache.embedded import faces as tiny_faces
+
+    with torch.random.fork_rng(devices=[]), no_progress_bars():
+        torch.manual_seed(SEED)
+        vocabulary = _write_tokenizer(folder / "tokenizer")
+        text_encoder = T5EncoderModel(
+            T5Config(
+                vocab_size=vocabulary,
+                d_model=TRANSFORMER["text_embed_dim"],
+                d_kv=16,
+                d_ff=128,
+                num_layers=2,
+                num_heads=4,
+                feed_forward_proj="gated-gelu",
+            )
+        )
+        text_encoder.save_pretrained(folder / "text_encoder")
+        transformer = ConsisIDTransformer3DModel(**TRANSFORMER)
+        smooth_time_embedding(transformer)
+        transformer.save_pretrained(folder / "transformer")
+        AutoencoderKLCogVideoX(**VAE).save_pretrained(folder / "vae")
+        CogVideoXDPMScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
+        tiny_faces.write_face_encoder(folder / "face_encoder", TRANSFORMER["LFE_vit_dim"])
+
+    index = {
+        "_class_name": "ConsisIDPipeline",
+        "scheduler": ["diffusers", "CogVideoXDPMScheduler"],
+        "text_encoder": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "T5Tokenizer"],
+        "transformer": ["diffusers", "ConsisIDTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLCogVideoX"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def smooth_time_embedding(transformer: ConsisIDTransformer3DModel) -> None:
+    """Give it a random time embedding that moves as little from step to step as a trained one.
+
+    Between two of 50 steps the timestep falls by 20, and a sinusoid of frequency f turns by 20 f.
+    A random first layer reads the fast ones as loudly as the slow ones, which puts the relative L1
+    distance around 0.5, far above what the coefficients were fitted on; so it is made deaf to
+    those that turn by more than 0.15. The seed is one of those whose distances then spread widely
+    enough for the usual thresholds to give as different schedules as on the trained model.
+    """
+    import torch
+
+    embedding = transformer.time_embedding
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(TIME_EMBEDDING_SEED)
+        embedding.linear_1.reset_parameters()
+        embedding.linear_2.reset_parameters()
+        weight = embedding.linear_1.weight  # [time_embed_dim, inner dim]
+        half = weight.shape[1] // 2
+        frequencies = 10000.0 ** (-torch.arange(half) / half)
+        fast = (20 * frequencies > 0.15).repeat(2)  # cosines, then sines of the same frequencies
+        weight[:, fast] = 0.0
+
+
+def _write_tokenizer(folder: Path) -> int:
+    """Train a SentencePiece model on random sentences; return the number of its tokens."""
+    import sentencepiece
+
+    # In random order, so that what repeats, and becomes a piece, is the word and not the phrase.
+    order = random.Random(SEED)
+    sentences = [" ".join(order.sample(WORDS, 12)) for _ in range(500)]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=400,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    folder.mkdir(parents=True)
+    (folder / "spiece.model").write_bytes(model.getvalue())
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size()
+    return pieces + 100  # T5's tokenizer adds a hundred <extra_id_...>
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Build the checkpoint in the folder named on the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python3 -m teacache.embedded",
+        description="Build a synthetic ConsisID checkpoint: real layout, small random weights.",
+    )
+    parser.add_argument("folder", type=Path, help="where to build it; must not exist, or be empty")
+    folder = parser.parse_args(argv).folder
+    silence_libraries()
+    try:
+        build_tiny_checkpoint(folder)
+    except CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"built {folder}")
+    return 0

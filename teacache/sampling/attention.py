@@ -1,0 +1,133 @@
+"""Self-attention of the ConsisID blocks through diffusers' dispatcher, which has many backends."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb
+
+from teacache.base.errors import ArgumentError
+
+logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    from diffusers import ConsisIDTransformer3DModel
+    from diffusers.models.attention_processor import Attention
+
+# Short names for `--attention`; any other backend of diffusers goes by its own name.
+BACKENDS = {
+    "cudnn": "_native_cudnn",
+    "flash3": "_flash_3",
+}
+# These compute with fewer bits than the sampling dtype has; the others differ in rounding alone.
+INEXACT = "sage"
+
+
+class ConsisIDAttnProcessor:
+    """`CogVideoXAttnProcessor2_0`, but through the dispatcher, and in the layout that it takes.
+
+    With the backend `native` its output equals that of the processor it replaces, bit for bit. The
+    two class attributes are those that `set_attention_backend` of a diffusers model looks for.
+    """
+
+    _attention_backend: AttentionBackendName | None = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend over text and video tokens together; the rotary embedding turns the video's.
+
+        Args:
+            hidden_states: [batch, video tokens, inner dim].
+            encoder_hidden_states: [batch, text tokens, inner dim].
+
+        Returns:
+            both, in the same order and shapes.
+        """
+        text_tokens = encoder_hidden_states.shape[1]
+        tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        if attn.fused_projections:
+            projected = attn.to_qkv(tokens).chunk(3, dim=-1)
+        else:
+            projected = (attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens))
+        # [batch, tokens, heads, head dim] each: what the dispatcher takes, without a transposition
+        query, key, value = (each.unflatten(2, (attn.heads, -1)) for each in projected)
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        if image_rotary_emb is not None:
+            for turned in (query, key):
+                turned[:, text_tokens:] = apply_rotary_emb(
+                    turned[:, text_tokens:], image_rotary_emb, sequence_dim=1
+                )
+        attended = dispatch_attention_fn(query, key, value, backend=self._attention_backend)
+        out = attn.to_out[1](attn.to_out[0](attended.flatten(2, 3)))
+        text, video = out.split([text_tokens, out.shape[1] - text_tokens], dim=1)
+        return video, text
+
+
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The dispatcher's name of the backend that `--attention` asks for.
+
+    `auto` is the fastest exact one: cuDNN's on GPUs from Hopper on in half precision, else torch's
+    own choice, `native`.
+
+    Raises:
+        ArgumentError: for a name that diffusers does not know, or a backend that the machine lacks.
+    """
+    if name == "auto":
+        half = dtype in (torch.bfloat16, torch.float16)
+        hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        if not (half and hopper):
+            return "native"
+        try:
+            return choose_backend("cudnn", device, dtype)
+        except ArgumentError as error:
+            logger.warning("%s; torch's own is taken", error)
+            return "native"
+    backend = BACKENDS.get(name, name)
+    known = {member.value for member in AttentionBackendName}
+    if backend not in known:
+        names = ", ".join(sorted({"auto", *BACKENDS, *(n for n in known if n[0] != "_")}))
+        raise ArgumentError(f"--attention {name}: diffusers knows {names}")
+    _try_out(name, backend, device, dtype)
+    return backend
+
+
+def short_name(backend: str) -> str:
+    """What `--attention` calls a backend of the dispatcher's."""
+    return {value: name for name, value in BACKENDS.items()}.get(backend, backend)
+
+
+def is_exact(backend: str) -> bool:
+    """Whether a backend differs from torch's own in rounding alone."""
+    return INEXACT not in backend
+
+
+def use_attention(transformer: ConsisIDTransformer3DModel, backend: str) -> None:
+    """Let every block of the transformer attend through `backend`, a name of the dispatcher."""
+    transformer.set_attn_processor(
+        {name: ConsisIDAttnProcessor() for name in transformer.attn_processors}
+    )
+    transformer.set_attention_backend(backend)
+
+
+def _try_out(name: str, backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Attend once over next to nothing: whatever a backend lacks shows before 20 GB are loaded."""
+    from diffusers.models.attention_dispatch import attention_backend
+
+    try:
+        tokens = torch.randn(1, 128, 2, 64, device=device, dtype=dtype)
+        with attention_backend(backend):
+            dispatch_attention_fn(tokens, tokens, tokens)
+    except Exception as error:
+        # Each backend is another package's, with errors of its own: any of them means not here.
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise ArgumentError(f"--attention {name} does not work here: {reason[0]}") from error
