@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
+from conftest import main
 from PIL import Image
 
-from teacache import video
+from teacache import readers, video
 
 
 def noise_frames(count: int, width: int = 64, height: int = 48) -> list[Image.Image]:
@@ -25,3 +30,52 @@ def test_folders_that_ffmpeg_or_imageio_could_take_for_something_else(
     assert video.count_frames(path) == 5
     assert video.read_video(path).frames.shape == (5, 48, 64, 3)
     assert [p.name for p in tmp_path.iterdir()] == [path.parent.name]
+
+
+def test_the_command_takes_a_time_stamp_for_a_folder(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ("--ckpts_path", "tiny", "--num_infer_steps", 1, "--num_frames", 1, "--quiet")
+    asked = (*arguments, "--output_path", "2026-11-24T10:33", "--rel_l1_thresh", 0, 0.1)
+    assert main(capsys, *asked)[0] == 0
+    code, *_ = main(capsys, *asked, "--resume")
+    assert code == 0
+    assert {path.suffix for path in (tmp_path / "2026-11-24T10:33").iterdir()} == {
+        *(".mp4", ".json", ".md", ".png")
+    }
+    assert len(list((tmp_path / "2026-11-24T10:33").glob("42_*.mp4"))) == 2, "found again"
+
+
+@pytest.mark.parametrize("read", [readers.path, readers.file, readers.image, readers.name])
+def test_the_home_directory_is_put_in_once_for_every_path(tmp_path, monkeypatch, read):
+    """bash does it for `--output_path ~/x`, and not for `--output_path=~/x`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x y").write_text("")
+    assert str(read("~/x y")) == str(tmp_path / "x y")
+    monkeypatch.chdir(tmp_path)
+    Path("~nobodyhere").mkdir()
+    (tmp_path / "~nobodyhere" / "x").write_text("")
+    assert str(read("~nobodyhere/x")) == "~nobodyhere/x", "as bash leaves it"
+
+
+def test_the_home_directory_of_a_user_and_of_a_coefficients_file(tmp_path, monkeypatch):
+    import pwd
+
+    me = pwd.getpwuid(os.getuid())
+    assert readers.path(f"~{me.pw_name}/videos") == Path(me.pw_dir) / "videos"
+    assert readers.path("a~/b") == Path("a~/b")
+    assert readers.image("https://host/~me/face.png") == "https://host/~me/face.png"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    content = {"values": [0, 0, 0, 1, 0], "fitted_range": [0, 1], "source": "here"}
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    assert readers.coefficients("~/c.json").source == "here"
+
+
+def test_the_command_makes_no_folder_named_for_the_home_directory(capsys, tmp_path, monkeypatch):
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    arguments = ("--ckpts_path", "tiny", "--num_infer_steps", 1, "--num_frames", 1, "--quiet")
+    code, output, _ = main(capsys, *arguments, "--output_path=~/results")
+    assert code == 0
+    assert output == f"{tmp_path}/home/results/42_0.1_0000.mp4\n"
+    assert not (tmp_path / "~").exists()
