@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     import torch
 
 logger = logging.getLogger(__name__)
@@ -63,24 +65,28 @@ class EmbeddingCache:
     def __init__(self, folder: Path, most_bytes: int = MOST_BYTES):
         self.folder, self.most_bytes = folder, most_bytes
 
-    def get(self, key: dict[str, str]) -> dict[str, torch.Tensor] | None:
-        """What was put under the key, on the CPU; None where nothing is, or not what was put."""
-        from safetensors.torch import load
+    def get(
+        self, key: dict[str, str], names: Collection[str] | None = None
+    ) -> dict[str, torch.Tensor] | None:
+        """What was put under the key, on the CPU; None where nothing is, or not what was put.
 
+        Args:
+            names: of the tensors that the caller needs, no more and no less; None takes any.
+        """
         path = self._path(key)
         try:
             content = path.read_bytes()
         except OSError:
             return None
-        body = content[DIGEST_BYTES:]
-        if hashlib.sha256(body).digest() != content[:DIGEST_BYTES]:
+        tensors = _read_entry(content)
+        if tensors is None or (names is not None and set(tensors) != set(names)):
             logger.warning("%s is damaged, and is made anew", path)
             with contextlib.suppress(OSError):
                 path.unlink()
             return None
         with contextlib.suppress(OSError):  # gone already, or not ours to touch
             os.utime(path)
-        return load(body)
+        return tensors
 
     def put(self, key: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
         """Keep tensors under the key."""
@@ -120,3 +126,17 @@ class EmbeddingCache:
                 break
             path.unlink(missing_ok=True)
             total -= size
+
+
+def _read_entry(content: bytes) -> dict[str, torch.Tensor] | None:
+    """The tensors of an entry, or None where it is not what was written."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    body = content[DIGEST_BYTES:]
+    if hashlib.sha256(body).digest() != content[:DIGEST_BYTES]:
+        return None
+    try:
+        return load(body)
+    except (SafetensorError, KeyError, ValueError, RuntimeError):  # its header's; torch's
+        return None

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import main
 from PIL import Image
+from safetensors.torch import save
 
+from teacache import identity as faces
 from teacache import readers, video
+from teacache.cache import EmbeddingCache
 
 
 def noise_frames(count: int, width: int = 64, height: int = 48) -> list[Image.Image]:
@@ -79,3 +84,43 @@ def test_the_command_makes_no_folder_named_for_the_home_directory(capsys, tmp_pa
     assert code == 0
     assert output == f"{tmp_path}/home/results/42_0.1_0000.mp4\n"
     assert not (tmp_path / "~").exists()
+
+
+NAMES = ("embeds", "lost")
+
+
+def forge(cache: EmbeddingCache, key: dict[str, str], body: bytes) -> Path:
+    """An entry with this body under the right digest."""
+    cache.put(key, {name: torch.zeros(3) for name in NAMES})
+    (entry,) = cache.folder.iterdir()
+    entry.write_bytes(hashlib.sha256(body).digest() + body)
+    return entry
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        save({"other": torch.zeros(3)}),
+        save({"embeds": torch.zeros(3)}),
+        save({name: torch.zeros(3) for name in (*NAMES, "more")}),
+        (2**62).to_bytes(8, "little") + b"{}",
+        (8).to_bytes(8, "little") + b"{}" * 4,
+        b"",
+    ],
+    ids=["other names", "too few", "too many", "header too large", "no JSON", "nothing"],
+)
+def test_an_entry_of_something_else_is_made_anew(tmp_path, caplog, body):
+    cache, key = EmbeddingCache(tmp_path / "cache"), {"text": "one"}
+    entry = forge(cache, key, body)
+    assert cache.get(key, NAMES) is None
+    assert caplog.text.count("is damaged, and is made anew") == 1
+    assert not entry.exists()
+    cache.put(key, {name: torch.ones(3) for name in NAMES})
+    assert set(cache.get(key, NAMES)) == set(NAMES)
+
+
+def test_the_names_of_a_face_are_those_that_are_kept(identity, tmp_path):
+    cache = EmbeddingCache(tmp_path)
+    cache.put({"face": "one"}, faces.as_tensors(identity))
+    kept = faces.from_tensors(cache.get({"face": "one"}, faces.TENSORS), torch.device("cpu"))
+    assert torch.equal(kept.id_cond, identity.id_cond)
