@@ -8,10 +8,12 @@ go first, once there are too many.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
 import os
+import stat
 import tempfile
 import time
 from pathlib import Path
@@ -32,8 +34,29 @@ SAMPLED_BYTES = 2**20
 
 
 def cache_folder() -> Path:
-    """This package's folder below the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "teacache-consisid"
+    """This package's folder below the user's cache folder, or else in the temporary one."""
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # the system does not know the user, as in some containers
+        return _without_home()
+    return caches / "teacache-consisid"
+
+
+@functools.cache
+def _without_home() -> Path:
+    """This user's folder in the temporary one, which is everybody's: so only where it is our own.
+
+    Compiled code is kept in it, and would be run.
+    """
+    folder = Path(tempfile.gettempdir()) / f"teacache-consisid-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    status = folder.lstat()
+    ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+    if not ours or status.st_mode & 0o022:
+        folder = Path(tempfile.mkdtemp(prefix=f"{folder.name}-"))
+    logger.warning("this user has no home directory: what is kept for later runs is in %s", folder)
+    return folder
 
 
 def fingerprint(files: list[Path]) -> str:

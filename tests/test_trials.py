@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pwd
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import main
+from conftest import ROOT, main
 from PIL import Image
 from safetensors.torch import save
 
+from teacache import cache, readers, video
 from teacache import identity as faces
-from teacache import readers, video
 from teacache.cache import EmbeddingCache
 
 
@@ -63,8 +67,6 @@ def test_the_home_directory_is_put_in_once_for_every_path(tmp_path, monkeypatch,
 
 
 def test_the_home_directory_of_a_user_and_of_a_coefficients_file(tmp_path, monkeypatch):
-    import pwd
-
     me = pwd.getpwuid(os.getuid())
     assert readers.path(f"~{me.pw_name}/videos") == Path(me.pw_dir) / "videos"
     assert readers.path("a~/b") == Path("a~/b")
@@ -89,10 +91,10 @@ def test_the_command_makes_no_folder_named_for_the_home_directory(capsys, tmp_pa
 NAMES = ("embeds", "lost")
 
 
-def forge(cache: EmbeddingCache, key: dict[str, str], body: bytes) -> Path:
+def forge(kept: EmbeddingCache, key: dict[str, str], body: bytes) -> Path:
     """An entry with this body under the right digest."""
-    cache.put(key, {name: torch.zeros(3) for name in NAMES})
-    (entry,) = cache.folder.iterdir()
+    kept.put(key, {name: torch.zeros(3) for name in NAMES})
+    (entry,) = kept.folder.iterdir()
     entry.write_bytes(hashlib.sha256(body).digest() + body)
     return entry
 
@@ -110,17 +112,78 @@ def forge(cache: EmbeddingCache, key: dict[str, str], body: bytes) -> Path:
     ids=["other names", "too few", "too many", "header too large", "no JSON", "nothing"],
 )
 def test_an_entry_of_something_else_is_made_anew(tmp_path, caplog, body):
-    cache, key = EmbeddingCache(tmp_path / "cache"), {"text": "one"}
-    entry = forge(cache, key, body)
-    assert cache.get(key, NAMES) is None
+    kept, key = EmbeddingCache(tmp_path / "cache"), {"text": "one"}
+    entry = forge(kept, key, body)
+    assert kept.get(key, NAMES) is None
     assert caplog.text.count("is damaged, and is made anew") == 1
     assert not entry.exists()
-    cache.put(key, {name: torch.ones(3) for name in NAMES})
-    assert set(cache.get(key, NAMES)) == set(NAMES)
+    kept.put(key, {name: torch.ones(3) for name in NAMES})
+    assert set(kept.get(key, NAMES)) == set(NAMES)
 
 
 def test_the_names_of_a_face_are_those_that_are_kept(identity, tmp_path):
-    cache = EmbeddingCache(tmp_path)
-    cache.put({"face": "one"}, faces.as_tensors(identity))
-    kept = faces.from_tensors(cache.get({"face": "one"}, faces.TENSORS), torch.device("cpu"))
-    assert torch.equal(kept.id_cond, identity.id_cond)
+    kept = EmbeddingCache(tmp_path)
+    kept.put({"face": "one"}, faces.as_tensors(identity))
+    found = faces.from_tensors(kept.get({"face": "one"}, faces.TENSORS), torch.device("cpu"))
+    assert torch.equal(found.id_cond, identity.id_cond)
+
+
+HOMELESS = """
+import logging, os, pwd
+from teacache.cache import cache_folder
+logging.basicConfig(format="%(message)s")
+os.setuid(54321)
+print(cache_folder())
+assert cache_folder() == cache_folder()
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root becomes another user")
+def test_a_user_without_a_home_directory_has_a_cache_in_the_temporary_folder():
+    """As in containers that run under some number for which /etc/passwd has no line."""
+
+    def run(temporary: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", HOMELESS],
+            cwd=ROOT,
+            env={"TMPDIR": temporary, "PATH": os.environ["PATH"]},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        assert done.stderr.count("\n") == 1
+        assert "no home directory" in done.stderr
+        return done.stdout.strip()
+
+    with tempfile.TemporaryDirectory() as temporary:  # pytest's own are closed to other users
+        os.chmod(temporary, 0o777)
+        own = Path(temporary) / "teacache-consisid-54321"
+        assert [run(temporary), run(temporary)] == [str(own)] * 2
+        assert (own.stat().st_uid, own.stat().st_mode & 0o777) == (54321, 0o700)
+        # What another user has put there under that name is not to be read.
+        os.chown(own, 54322, -1)
+        first, second = run(temporary), run(temporary)
+        assert len({str(own), first, second}) == 3
+        assert Path(first).stat().st_mode & 0o777 == 0o700
+        own.rmdir()
+        own.symlink_to(first)
+        assert run(temporary) not in (str(own), first)
+
+
+def test_without_a_home_directory_one_warning(tmp_path, monkeypatch, caplog):
+    """The same for a user who cannot become another: the system does not know this one."""
+
+    def unknown(uid):
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    cache._without_home.cache_clear()
+    found = cache.cache_folder()
+    assert found == cache.cache_folder() == tmp_path / f"teacache-consisid-{os.getuid()}"
+    assert len(caplog.records) == 1
+    monkeypatch.undo()
+    cache._without_home.cache_clear()
