@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import pwd
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +22,10 @@ from conftest import ROOT, main
 from PIL import Image
 from safetensors.torch import save
 
-from teacache import cache, readers, video
+from teacache import cache, pictures, readers, video
 from teacache import identity as faces
 from teacache.cache import EmbeddingCache
+from teacache.errors import ImageError
 
 
 def noise_frames(count: int, width: int = 64, height: int = 48) -> list[Image.Image]:
@@ -187,3 +192,86 @@ def test_without_a_home_directory_one_warning(tmp_path, monkeypatch, caplog):
     assert len(caplog.records) == 1
     monkeypatch.undo()
     cache._without_home.cache_clear()
+
+
+@pytest.fixture
+def fifo(tmp_path):
+    os.mkfifo(tmp_path / "face.png")
+    return tmp_path / "face.png"
+
+
+def write_later(path: Path, content: bytes, pause: float = 0.2) -> threading.Thread:
+    def write() -> None:
+        with contextlib.suppress(BrokenPipeError), path.open("wb") as file:
+            for start in range(0, len(content), 50_000):
+                time.sleep(pause)
+                file.write(content[start : start + 50_000])
+                file.flush()
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    return thread
+
+
+def png(width: int = 200, height: int = 150) -> bytes:
+    file = io.BytesIO()
+    noise_frames(1, width, height)[0].save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_fifo_that_nobody_writes_to(capsys, fifo, monkeypatch):
+    assert pictures.READ_SECONDS == 30
+    monkeypatch.setattr(pictures, "READ_SECONDS", 0.5)
+    arguments = ("--ckpts_path", "tiny", "--image", fifo, "--output_path", fifo.parent)
+    code, _, error = main(capsys, *arguments)
+    assert code == 2
+    assert error == f"error: --image {fifo}: nothing to read from it for 0.5 s\n"
+    held_open = os.open(fifo, os.O_RDWR)  # also by somebody who opens it and says nothing
+    with pytest.raises(ImageError, match=r"nothing to read from it for 0\.5 s"):
+        pictures.load_image(str(fifo))
+    os.close(held_open)
+
+
+def test_a_fifo_with_a_picture(fifo, monkeypatch):
+    """It comes in pieces, one each 0.2 s: only silence is limited."""
+    monkeypatch.setattr(pictures, "READ_SECONDS", 0.5)
+    content = png(300, 300)
+    assert len(content) > 4 * 50_000
+    thread = write_later(fifo, content)
+    found = pictures.load_image(str(fifo))
+    assert np.array_equal(np.asarray(found), np.asarray(Image.open(io.BytesIO(content))))
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [(b"", "is empty"), (b"no picture", "is no image"), (b"x" * 200_000, "is larger than 0 MB")],
+)
+def test_a_fifo_without_a_picture(fifo, monkeypatch, content, told):
+    monkeypatch.setattr(pictures, "MOST_BYTES", 100_000)
+    write_later(fifo, content)
+    with pytest.raises(ImageError, match=told):
+        pictures.load_image(str(fifo))
+
+
+def test_process_substitution(tmp_path):
+    """As `--image <(cat face.png)` of bash: a pipe by the name of a descriptor."""
+    (tmp_path / "face.png").write_bytes(png())
+    script = (
+        "from teacache.pictures import load_image; import sys; print(load_image(sys.argv[1]).size)"
+    )
+    done = subprocess.run(
+        ["bash", "-c", f'"{sys.executable}" -c "{script}" <(cat "{tmp_path}/face.png")'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("(200, 150)\n", "")
+
+
+def test_a_device_without_end(monkeypatch):
+    monkeypatch.setattr(pictures, "MOST_BYTES", 10**6)
+    with pytest.raises(ImageError, match="is larger than 1 MB"):
+        pictures.load_image("/dev/zero")
