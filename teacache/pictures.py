@@ -9,9 +9,8 @@ import re
 import select
 import stat
 import struct
-import threading
+import time
 import zlib
-from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -117,34 +116,16 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _fetch(url: str, name: str) -> bytes:
-    """What is at a URL, whole within FETCH_SECONDS.
-
-    A server can drag out every part of its answer, its name's look-up and redirections included:
-    so it is read in a thread, for which nobody waits longer, nor at the end of the process.
+    """What is at a URL: connecting and each read have a limit of their own, and so has the whole.
 
     Args:
         name: of the image, in an error.
     """
-    answer: Future[bytes] = Future()
-
-    def read() -> None:
-        try:
-            answer.set_result(_body(url, name))
-        except Exception as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=read, daemon=True).start()
-    try:
-        return answer.result(timeout=FETCH_SECONDS)
-    except TimeoutError as error:
-        raise ImageError(f"{name} does not arrive within {FETCH_SECONDS} s") from error
-
-
-def _body(url: str, name: str) -> bytes:
     import requests
     import urllib3
 
     body = bytearray()
+    last = time.monotonic() + FETCH_SECONDS
     try:
         with requests.get(url, timeout=(CONNECT_SECONDS, READ_SECONDS), stream=True) as answer:
             if not answer.ok:
@@ -156,6 +137,8 @@ def _body(url: str, name: str) -> bytes:
             # As it comes: to wait for a block of some size is to wait as long as the server likes.
             while piece := answer.raw.read1(2**16, decode_content=True):
                 body += piece
+                if time.monotonic() > last:
+                    raise ImageError(f"{name} does not arrive within {FETCH_SECONDS} s")
                 if len(body) > MOST_BYTES:
                     raise ImageError(f"{name} is larger than {MOST_BYTES // 10**6} MB")
     except (requests.Timeout, urllib3.exceptions.TimeoutError) as error:
