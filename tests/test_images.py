@@ -231,14 +231,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_response(200)
             self.end_headers()
             self.pour(b"x", times=1000, pause=0.05)
-        elif self.path == "/slow-headers":
-            self.pour(b"HTTP/1.0 200 OK\r\nX-Slow: ", times=1)
-            self.pour(b"x", times=1000, pause=0.05)
-        elif self.path.startswith("/slow-loop"):
-            time.sleep(0.3)
-            self.send_response(302)
-            self.send_header("Location", "/slow-loop")
-            self.end_headers()
         elif self.path == "/announced":
             self.answer(200, "image/png", b"", length=10**12)
             time.sleep(2)
@@ -304,8 +296,6 @@ def test_from_a_server(server, capsys, tmp_path):
         ("/loop", "redirects again and again"),
         ("/large", "is larger than 50 MB"),
         ("/drip", "does not arrive within 1 s"),
-        ("/slow-headers", "does not arrive within 1 s"),
-        ("/slow-loop", "does not arrive within 1 s"),
         ("/silence", "no answer from the server within 10 s to connect and 0.7 s to read"),
         ("/half", "cannot be fetched"),
         ("/announced", "is larger than 50 MB"),

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -43,8 +44,8 @@ def prompt(given: str) -> str:
 
 
 def name(given: str) -> str:
-    """A text that is not empty."""
-    return text(_not_empty(given))
+    """A path, or another name of the thing, that is not empty and can be written down again."""
+    return text(_at_home(_not_empty(given)))
 
 
 def path(given: str) -> Path:
@@ -59,6 +60,14 @@ def _not_empty(given: str) -> str:
     return given
 
 
+def _at_home(given: str) -> str:
+    """With the home directory for a leading `~` or `~user`, which bash leaves after an `=`.
+
+    Where there is no such user it stays, as in bash.
+    """
+    return os.path.expanduser(given)
+
+
 @contextlib.contextmanager
 def _refused_by_the_system(name: str) -> Iterator[None]:
     """Say what the system says of a name that it cannot look for, such as one too long."""
@@ -70,10 +79,11 @@ def _refused_by_the_system(name: str) -> Iterator[None]:
 
 def file(given: str) -> Path:
     """A path at which there is a file."""
-    with _refused_by_the_system(_not_empty(given)):
-        if not Path(given).is_file():
+    found = Path(_at_home(_not_empty(given)))
+    with _refused_by_the_system(given):
+        if not found.is_file():
             raise argparse.ArgumentTypeError(f"{given}: there is no such file")
-    return Path(given)
+    return found
 
 
 def speedup(text: str) -> float:
@@ -146,7 +156,7 @@ def device(text: str) -> str:
 def coefficients(given: str) -> Coefficients:
     """What a coefficients file holds."""
     try:
-        content = Path(_not_empty(given)).read_text(encoding="utf-8-sig")
+        content = Path(_at_home(_not_empty(given))).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{given} cannot be read: {error.strerror}") from error
     except ValueError as error:  # not UTF-8, or a path that no file can have

@@ -8,16 +8,20 @@ go first, once there are too many.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
 import os
+import stat
 import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     import torch
 
 logger = logging.getLogger(__name__)
@@ -30,8 +34,29 @@ SAMPLED_BYTES = 2**20
 
 
 def cache_folder() -> Path:
-    """This package's folder below the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "teacache-consisid"
+    """This package's folder below the user's cache folder, or else in the temporary one."""
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # the system does not know the user, as in some containers
+        return _without_home()
+    return caches / "teacache-consisid"
+
+
+@functools.cache
+def _without_home() -> Path:
+    """This user's folder in the temporary one, which is everybody's: so only where it is our own.
+
+    Compiled code is kept in it, and would be run.
+    """
+    folder = Path(tempfile.gettempdir()) / f"teacache-consisid-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    status = folder.lstat()
+    ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+    if not ours or status.st_mode & 0o022:
+        folder = Path(tempfile.mkdtemp(prefix=f"{folder.name}-"))
+    logger.warning("this user has no home directory: what is kept for later runs is in %s", folder)
+    return folder
 
 
 def fingerprint(files: list[Path]) -> str:
@@ -63,24 +88,28 @@ class EmbeddingCache:
     def __init__(self, folder: Path, most_bytes: int = MOST_BYTES):
         self.folder, self.most_bytes = folder, most_bytes
 
-    def get(self, key: dict[str, str]) -> dict[str, torch.Tensor] | None:
-        """What was put under the key, on the CPU; None where nothing is, or not what was put."""
-        from safetensors.torch import load
+    def get(
+        self, key: dict[str, str], names: Collection[str] | None = None
+    ) -> dict[str, torch.Tensor] | None:
+        """What was put under the key, on the CPU; None where nothing is, or not what was put.
 
+        Args:
+            names: of the tensors that the caller needs, no more and no less; None takes any.
+        """
         path = self._path(key)
         try:
             content = path.read_bytes()
         except OSError:
             return None
-        body = content[DIGEST_BYTES:]
-        if hashlib.sha256(body).digest() != content[:DIGEST_BYTES]:
+        tensors = _read_entry(content)
+        if tensors is None or (names is not None and set(tensors) != set(names)):
             logger.warning("%s is damaged, and is made anew", path)
             with contextlib.suppress(OSError):
                 path.unlink()
             return None
         with contextlib.suppress(OSError):  # gone already, or not ours to touch
             os.utime(path)
-        return load(body)
+        return tensors
 
     def put(self, key: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
         """Keep tensors under the key."""
@@ -120,3 +149,17 @@ class EmbeddingCache:
                 break
             path.unlink(missing_ok=True)
             total -= size
+
+
+def _read_entry(content: bytes) -> dict[str, torch.Tensor] | None:
+    """The tensors of an entry, or None where it is not what was written."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    body = content[DIGEST_BYTES:]
+    if hashlib.sha256(body).digest() != content[:DIGEST_BYTES]:
+        return None
+    try:
+        return load(body)
+    except (SafetensorError, KeyError, ValueError, RuntimeError):  # its header's; torch's
+        return None

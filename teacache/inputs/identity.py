@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 EVA_CLIP = "EVA02-CLIP-L-14-336"
+HIDDEN_STATES = 5  # of EVA-CLIP's 24 layers, those that ConsisID reads
+# What an identity consists of, as `as_tensors` names it.
+TENSORS = ("id_cond", *(f"id_vit_hidden_{n}" for n in range(HIDDEN_STATES)), "face", "kps")
 SMALL_FACE_PIXELS = 64
 UPSTREAM_PIXELS = 1024
 
@@ -73,10 +76,9 @@ def from_tensors(tensors: dict[str, torch.Tensor], device: torch.device) -> Iden
     """The identity that `as_tensors` took apart, its embeddings on the device."""
     from PIL import Image
 
-    hidden = sorted(name for name in tensors if name.startswith("id_vit_hidden_"))
     return Identity(
         id_cond=tensors["id_cond"].to(device),
-        id_vit_hidden=[tensors[name].to(device) for name in hidden],
+        id_vit_hidden=[tensors[f"id_vit_hidden_{n}"].to(device) for n in range(HIDDEN_STATES)],
         face=Image.fromarray(tensors["face"].numpy()),
         kps=tensors["kps"].numpy(),
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
+import select
+import stat
 import struct
-import threading
+import time
 import zlib
-from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +26,7 @@ _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error,
 _BROKEN += (TypeError, LookupError, OverflowError)
 
 CONNECT_SECONDS, READ_SECONDS, FETCH_SECONDS = 10, 30, 60
-MOST_BYTES = 50 * 10**6  # of an image that is fetched
+MOST_BYTES = 50 * 10**6  # of an image that is fetched, or comes through a pipe
 MOST_PIXELS = 100 * 10**6  # of any image; decoded, they take 300 MB
 MOST_ELONGATED = 20  # Panoramas are less. Detectors scale a picture down, and a strip to nothing.
 
@@ -44,8 +46,8 @@ def load_image(source: str) -> Image.Image:
 
         return Image.fromarray(skimage.data.astronaut())
     name = f"--image {without_credentials(source)}"
-    file = io.BytesIO(_fetch(source, name)) if "://" in source else Path(source)
     try:
+        file = _open(source, name)
         with Image.open(file) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise Image.DecompressionBombError
@@ -63,12 +65,39 @@ def load_image(source: str) -> Image.Image:
             f"{name} has more than {MOST_PIXELS // 10**6} million pixels: make it smaller"
         ) from None
     except UnidentifiedImageError as error:
-        empty = isinstance(file, Path) and file.stat().st_size == 0
-        what = "is empty" if empty else "is no image that can be read"
+        size = file.stat().st_size if isinstance(file, Path) else file.getbuffer().nbytes
+        what = "is empty" if size == 0 else "is no image that can be read"
         raise ImageError(f"{name} {what}") from error
     except _BROKEN as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ImageError(f"{name} cannot be read as an image: {reason}") from error
+
+
+def _open(source: str, name: str) -> Path | io.BytesIO:
+    """A file by its path, since of a picture too large the header is enough; else all there is.
+
+    Args:
+        name: of the image, in an error.
+    """
+    if "://" in source:
+        return io.BytesIO(_fetch(source, name))
+    path = Path(source)
+    return path if stat.S_ISREG(path.stat().st_mode) else io.BytesIO(_read_pipe(path, name))
+
+
+def _read_pipe(path: Path, name: str) -> bytes:
+    """What somebody writes to a FIFO, or to the pipe of a process substitution, to its end."""
+    content = bytearray()
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # else it waits for a writer
+    with open(descriptor, "rb", buffering=0) as pipe:
+        while len(content) <= MOST_BYTES:
+            if not select.select([pipe], [], [], READ_SECONDS)[0]:
+                raise ImageError(f"{name}: nothing to read from it for {READ_SECONDS} s")
+            piece = pipe.read(2**16)
+            if piece == b"":
+                return bytes(content)
+            content += piece or b""  # None: somebody else was quicker
+    raise ImageError(f"{name} is larger than {MOST_BYTES // 10**6} MB")
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
@@ -87,34 +116,16 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _fetch(url: str, name: str) -> bytes:
-    """What is at a URL, whole within FETCH_SECONDS.
-
-    A server can drag out every part of its answer, its name's look-up and redirections included:
-    so it is read in a thread, for which nobody waits longer, nor at the end of the process.
+    """What is at a URL: connecting and each read have a limit of their own, and so has the whole.
 
     Args:
         name: of the image, in an error.
     """
-    answer: Future[bytes] = Future()
-
-    def read() -> None:
-        try:
-            answer.set_result(_body(url, name))
-        except Exception as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=read, daemon=True).start()
-    try:
-        return answer.result(timeout=FETCH_SECONDS)
-    except TimeoutError as error:
-        raise ImageError(f"{name} does not arrive within {FETCH_SECONDS} s") from error
-
-
-def _body(url: str, name: str) -> bytes:
     import requests
     import urllib3
 
     body = bytearray()
+    last = time.monotonic() + FETCH_SECONDS
     try:
         with requests.get(url, timeout=(CONNECT_SECONDS, READ_SECONDS), stream=True) as answer:
             if not answer.ok:
@@ -126,6 +137,8 @@ def _body(url: str, name: str) -> bytes:
             # As it comes: to wait for a block of some size is to wait as long as the server likes.
             while piece := answer.raw.read1(2**16, decode_content=True):
                 body += piece
+                if time.monotonic() > last:
+                    raise ImageError(f"{name} does not arrive within {FETCH_SECONDS} s")
                 if len(body) > MOST_BYTES:
                     raise ImageError(f"{name} is larger than {MOST_BYTES // 10**6} MB")
     except (requests.Timeout, urllib3.exceptions.TimeoutError) as error:

@@ -43,7 +43,7 @@ def write_video(frames: list[Image.Image], path: Path, fps: int) -> None:
 
     with silent_programs() as last_said:
         with contextlib.suppress(OSError):  # a pipe to an encoder that has ended: it tells why
-            export_to_video(frames, str(path), fps=fps)
+            export_to_video(frames, _unmistakable(path), fps=fps)
         written = count_frames(path)
         if written != len(frames):
             # ffmpeg names the part of it that speaks: [out#0/mp4 @ 0x55d0c8a1] ...
@@ -58,9 +58,18 @@ def count_frames(path: Path) -> int:
     from imageio_ffmpeg import count_frames_and_secs
 
     try:
-        return count_frames_and_secs(path)[0]
+        return count_frames_and_secs(_unmistakable(path))[0]
     except (OSError, RuntimeError):
         return 0
+
+
+def _unmistakable(path: Path) -> str:
+    """The path in a form that is taken for nothing else.
+
+    Of a relative one ffmpeg takes for a protocol what stands before a colon, as in a time stamp,
+    and imageio for a home directory a folder that is named `~`.
+    """
+    return str(path.absolute())
 
 
 def check_encoder() -> None:
@@ -81,7 +90,7 @@ def read_video(path: Path) -> Video:
     import imageio
     import numpy as np
 
-    with imageio.get_reader(path, "ffmpeg") as reader:
+    with imageio.get_reader(_unmistakable(path), "ffmpeg") as reader:
         return Video(np.stack(list(reader.iter_data())), reader.get_meta_data()["fps"])
 
 

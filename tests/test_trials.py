@@ -1,0 +1,277 @@
+"""What a newcomer and a hostile user tried, and what they get now: a video, or one line."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import pwd
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, main
+from PIL import Image
+from safetensors.torch import save
+
+from teacache import cache, pictures, readers, video
+from teacache import identity as faces
+from teacache.cache import EmbeddingCache
+from teacache.errors import ImageError
+
+
+def noise_frames(count: int, width: int = 64, height: int = 48) -> list[Image.Image]:
+    numbers = np.random.default_rng(0).integers(0, 256, (count, height, width, 3), np.uint8)
+    return [Image.fromarray(frame) for frame in numbers]
+
+
+@pytest.mark.parametrize("folder", ["2026-11-24T10:33", "file:x", "./a:b", "imageio:x", "~", "-y"])
+def test_folders_that_ffmpeg_or_imageio_could_take_for_something_else(
+    tmp_path, monkeypatch, folder
+):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path.joinpath(folder).relative_to(tmp_path) / "video.mp4"
+    path.parent.mkdir()
+    video.write_video(noise_frames(5), path, fps=8)
+    assert video.count_frames(path) == 5
+    assert video.read_video(path).frames.shape == (5, 48, 64, 3)
+    assert [p.name for p in tmp_path.iterdir()] == [path.parent.name]
+
+
+def test_the_command_takes_a_time_stamp_for_a_folder(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ("--ckpts_path", "tiny", "--num_infer_steps", 1, "--num_frames", 1, "--quiet")
+    asked = (*arguments, "--output_path", "2026-11-24T10:33", "--rel_l1_thresh", 0, 0.1)
+    assert main(capsys, *asked)[0] == 0
+    code, *_ = main(capsys, *asked, "--resume")
+    assert code == 0
+    assert {path.suffix for path in (tmp_path / "2026-11-24T10:33").iterdir()} == {
+        *(".mp4", ".json", ".md", ".png")
+    }
+    assert len(list((tmp_path / "2026-11-24T10:33").glob("42_*.mp4"))) == 2, "found again"
+
+
+@pytest.mark.parametrize("read", [readers.path, readers.file, readers.image, readers.name])
+def test_the_home_directory_is_put_in_once_for_every_path(tmp_path, monkeypatch, read):
+    """bash does it for `--output_path ~/x`, and not for `--output_path=~/x`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x y").write_text("")
+    assert str(read("~/x y")) == str(tmp_path / "x y")
+    monkeypatch.chdir(tmp_path)
+    Path("~nobodyhere").mkdir()
+    (tmp_path / "~nobodyhere" / "x").write_text("")
+    assert str(read("~nobodyhere/x")) == "~nobodyhere/x", "as bash leaves it"
+
+
+def test_the_home_directory_of_a_user_and_of_a_coefficients_file(tmp_path, monkeypatch):
+    me = pwd.getpwuid(os.getuid())
+    assert readers.path(f"~{me.pw_name}/videos") == Path(me.pw_dir) / "videos"
+    assert readers.path("a~/b") == Path("a~/b")
+    assert readers.image("https://host/~me/face.png") == "https://host/~me/face.png"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    content = {"values": [0, 0, 0, 1, 0], "fitted_range": [0, 1], "source": "here"}
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    assert readers.coefficients("~/c.json").source == "here"
+
+
+def test_the_command_makes_no_folder_named_for_the_home_directory(capsys, tmp_path, monkeypatch):
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    arguments = ("--ckpts_path", "tiny", "--num_infer_steps", 1, "--num_frames", 1, "--quiet")
+    code, output, _ = main(capsys, *arguments, "--output_path=~/results")
+    assert code == 0
+    assert output == f"{tmp_path}/home/results/42_0.1_0000.mp4\n"
+    assert not (tmp_path / "~").exists()
+
+
+NAMES = ("embeds", "lost")
+
+
+def forge(kept: EmbeddingCache, key: dict[str, str], body: bytes) -> Path:
+    """An entry with this body under the right digest."""
+    kept.put(key, {name: torch.zeros(3) for name in NAMES})
+    (entry,) = kept.folder.iterdir()
+    entry.write_bytes(hashlib.sha256(body).digest() + body)
+    return entry
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        save({"other": torch.zeros(3)}),
+        save({"embeds": torch.zeros(3)}),
+        save({name: torch.zeros(3) for name in (*NAMES, "more")}),
+        (2**62).to_bytes(8, "little") + b"{}",
+        (8).to_bytes(8, "little") + b"{}" * 4,
+        b"",
+    ],
+    ids=["other names", "too few", "too many", "header too large", "no JSON", "nothing"],
+)
+def test_an_entry_of_something_else_is_made_anew(tmp_path, caplog, body):
+    kept, key = EmbeddingCache(tmp_path / "cache"), {"text": "one"}
+    entry = forge(kept, key, body)
+    assert kept.get(key, NAMES) is None
+    assert caplog.text.count("is damaged, and is made anew") == 1
+    assert not entry.exists()
+    kept.put(key, {name: torch.ones(3) for name in NAMES})
+    assert set(kept.get(key, NAMES)) == set(NAMES)
+
+
+def test_the_names_of_a_face_are_those_that_are_kept(identity, tmp_path):
+    kept = EmbeddingCache(tmp_path)
+    kept.put({"face": "one"}, faces.as_tensors(identity))
+    found = faces.from_tensors(kept.get({"face": "one"}, faces.TENSORS), torch.device("cpu"))
+    assert torch.equal(found.id_cond, identity.id_cond)
+
+
+HOMELESS = """
+import logging, os, pwd
+from teacache.cache import cache_folder
+logging.basicConfig(format="%(message)s")
+os.setuid(54321)
+print(cache_folder())
+assert cache_folder() == cache_folder()
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root becomes another user")
+def test_a_user_without_a_home_directory_has_a_cache_in_the_temporary_folder():
+    """As in containers that run under some number for which /etc/passwd has no line."""
+
+    def run(temporary: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", HOMELESS],
+            cwd=ROOT,
+            env={"TMPDIR": temporary, "PATH": os.environ["PATH"]},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        assert done.stderr.count("\n") == 1
+        assert "no home directory" in done.stderr
+        return done.stdout.strip()
+
+    with tempfile.TemporaryDirectory() as temporary:  # pytest's own are closed to other users
+        os.chmod(temporary, 0o777)
+        own = Path(temporary) / "teacache-consisid-54321"
+        assert [run(temporary), run(temporary)] == [str(own)] * 2
+        assert (own.stat().st_uid, own.stat().st_mode & 0o777) == (54321, 0o700)
+        # What another user has put there under that name is not to be read.
+        os.chown(own, 54322, -1)
+        first, second = run(temporary), run(temporary)
+        assert len({str(own), first, second}) == 3
+        assert Path(first).stat().st_mode & 0o777 == 0o700
+        own.rmdir()
+        own.symlink_to(first)
+        assert run(temporary) not in (str(own), first)
+
+
+def test_without_a_home_directory_one_warning(tmp_path, monkeypatch, caplog):
+    """The same for a user who cannot become another: the system does not know this one."""
+
+    def unknown(uid):
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    cache._without_home.cache_clear()
+    found = cache.cache_folder()
+    assert found == cache.cache_folder() == tmp_path / f"teacache-consisid-{os.getuid()}"
+    assert len(caplog.records) == 1
+    monkeypatch.undo()
+    cache._without_home.cache_clear()
+
+
+@pytest.fixture
+def fifo(tmp_path):
+    os.mkfifo(tmp_path / "face.png")
+    return tmp_path / "face.png"
+
+
+def write_later(path: Path, content: bytes, pause: float = 0.2) -> threading.Thread:
+    def write() -> None:
+        with contextlib.suppress(BrokenPipeError), path.open("wb") as file:
+            for start in range(0, len(content), 50_000):
+                time.sleep(pause)
+                file.write(content[start : start + 50_000])
+                file.flush()
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    return thread
+
+
+def png(width: int = 200, height: int = 150) -> bytes:
+    file = io.BytesIO()
+    noise_frames(1, width, height)[0].save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_fifo_that_nobody_writes_to(capsys, fifo, monkeypatch):
+    assert pictures.READ_SECONDS == 30
+    monkeypatch.setattr(pictures, "READ_SECONDS", 0.5)
+    arguments = ("--ckpts_path", "tiny", "--image", fifo, "--output_path", fifo.parent)
+    code, _, error = main(capsys, *arguments)
+    assert code == 2
+    assert error == f"error: --image {fifo}: nothing to read from it for 0.5 s\n"
+    held_open = os.open(fifo, os.O_RDWR)  # also by somebody who opens it and says nothing
+    with pytest.raises(ImageError, match=r"nothing to read from it for 0\.5 s"):
+        pictures.load_image(str(fifo))
+    os.close(held_open)
+
+
+def test_a_fifo_with_a_picture(fifo, monkeypatch):
+    """It comes in pieces, one each 0.2 s: only silence is limited."""
+    monkeypatch.setattr(pictures, "READ_SECONDS", 0.5)
+    content = png(300, 300)
+    assert len(content) > 4 * 50_000
+    thread = write_later(fifo, content)
+    found = pictures.load_image(str(fifo))
+    assert np.array_equal(np.asarray(found), np.asarray(Image.open(io.BytesIO(content))))
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [(b"", "is empty"), (b"no picture", "is no image"), (b"x" * 200_000, "is larger than 0 MB")],
+)
+def test_a_fifo_without_a_picture(fifo, monkeypatch, content, told):
+    monkeypatch.setattr(pictures, "MOST_BYTES", 100_000)
+    write_later(fifo, content)
+    with pytest.raises(ImageError, match=told):
+        pictures.load_image(str(fifo))
+
+
+def test_process_substitution(tmp_path):
+    """As `--image <(cat face.png)` of bash: a pipe by the name of a descriptor."""
+    (tmp_path / "face.png").write_bytes(png())
+    script = (
+        "from teacache.pictures import load_image; import sys; print(load_image(sys.argv[1]).size)"
+    )
+    done = subprocess.run(
+        ["bash", "-c", f'"{sys.executable}" -c "{script}" <(cat "{tmp_path}/face.png")'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("(200, 150)\n", "")
+
+
+def test_a_device_without_end(monkeypatch):
+    monkeypatch.setattr(pictures, "MOST_BYTES", 10**6)
+    with pytest.raises(ImageError, match="is larger than 1 MB"):
+        pictures.load_image("/dev/zero")
