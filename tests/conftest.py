@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch comes in, here and in every command that a test starts: the tests speak of a CPU,
@@ -13,44 +10,10 @@ from pathlib import Path
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import numpy as np
 import pytest
-import torch
+from support import CPU, PROMPT, SIZE
 
-import teacache_sample_video
-from teacache.inputs import identity as faces
-from teacache.inputs import photograph as pictures
-from teacache.checkpoint.folder import local_checkpoint
 from teacache.base.quiet import silence_libraries
-from teacache.sampling.sampler import load_pipeline
-from teacache.checkpoint.size import VideoSize
-
-CPU = torch.device("cpu")
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-ROOT = Path(__file__).parent.parent
-SIZE = VideoSize(width=144, height=96, num_frames=13)
-PROMPT = "a smiling astronaut stands by the sea"
-
-
-@contextlib.contextmanager
-def handlers_given_back() -> Iterator[dict]:
-    """The signals' handlers as before the block: an interrupted command ignores them to its end."""
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    try:
-        yield handlers
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def main(capsys, *arguments: object) -> tuple[int, str, str]:
-    """The command within this process: (exit code, standard output, standard error)."""
-    with handlers_given_back():
-        try:
-            code = teacache_sample_video.main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            code = end.code
-    return code, *capsys.readouterr()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -69,13 +32,20 @@ def cache_of_this_session(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny(cache_of_this_session) -> Path:
-    """The folder of the synthetic checkpoint."""
-    return local_checkpoint("tiny")
+    """The folder of the embedded checkpoint."""
+    from teacache.embedded.build import cached_tiny_checkpoint
+
+    return cached_tiny_checkpoint()
 
 
 @pytest.fixture(scope="session")
-def identity(tiny) -> faces.Identity:
+def identity(tiny):
     """The astronaut's identity, by the real face stack."""
+    import torch
+
+    from teacache.inputs import identity as faces
+    from teacache.inputs import photograph as pictures
+
     models = faces.load_face_models(tiny, CPU, torch.float32)
     return faces.find_identity(pictures.load_image("astronaut"), models, CPU, torch.float32)
 
@@ -83,6 +53,10 @@ def identity(tiny) -> faces.Identity:
 @pytest.fixture
 def make_pipe(tiny):
     """Loads a pipeline of one's own, in one third of a second; `dtype` is float32."""
+
+    import torch
+
+    from teacache.checkpoint.pipeline import load_pipeline
 
     def make(dtype: torch.dtype = torch.float32):
         return load_pipeline(tiny, CPU, dtype)
@@ -100,9 +74,10 @@ def pipe(make_pipe):
 def sample(identity):
     """Calls the pipeline as its documentation does, and returns latents (or frames).
 
-    Nothing of `teacache.sampling.sampler` is in it: what it returns from a plain pipeline is what users
-    have today.
+    Nothing of our sampler is in it: what it returns from a plain pipeline is what users have today.
     """
+
+    import torch
 
     def call(pipe, steps: int = 12, seed: int = 42, **changed):
         dtype = pipe.transformer.dtype
@@ -128,6 +103,8 @@ def sample(identity):
 @pytest.fixture
 def published_schedule():
     """Computed steps by the published rule: a second computation, from the embeddings, in NumPy."""
+
+    import numpy as np
 
     def compute(pipe, steps: int, threshold: float) -> list[int]:
         pipe.scheduler.set_timesteps(steps)

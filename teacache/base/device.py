@@ -12,6 +12,7 @@ import torch
 
 from teacache.base.errors import DeviceError
 
+Mark = float | torch.cuda.Event  # see `mark`
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -55,8 +56,8 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def mark(device: torch.device) -> float | torch.cuda.Event:
-    """A mark in the work that the device was given so far: a moment, without waiting for it."""
+def mark(device: torch.device) -> Mark:
+    """A timestamp in the device's queue, taken without synchronising; on a CPU, its clock."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -64,13 +65,14 @@ def mark(device: torch.device) -> float | torch.cuda.Event:
     return event
 
 
-def seconds_between(marks: list[float | torch.cuda.Event]) -> list[float]:
+def seconds_between(marks: list[Mark]) -> list[float]:
     """Seconds from each mark to the next, once the device has reached the last."""
-    pairs = list(itertools.pairwise(marks))
-    if pairs and isinstance(marks[0], torch.cuda.Event):
-        marks[-1].synchronize()
-        return [before.elapsed_time(after) / 1000 for before, after in pairs]
-    return [after - before for before, after in pairs]
+    events = [each for each in marks if isinstance(each, torch.cuda.Event)]
+    if events:
+        events[-1].synchronize()
+        return [a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(events)]
+    moments = [each for each in marks if isinstance(each, float)]
+    return [after - before for before, after in itertools.pairwise(moments)]
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -89,9 +91,9 @@ def free_memory_bytes(device: torch.device) -> int:
 
 
 def free_cached_memory(device: torch.device) -> None:
-    """Give what torch has freed on the GPU back to it, so that it does not come apart."""
+    """Return torch's cached blocks to the GPU, against fragmentation."""
     if device.type == "cuda":
-        gc.collect()  # models of other packages hold on to themselves in circles
+        gc.collect()  # some models are in reference cycles
         torch.cuda.empty_cache()
 
 

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 
 def silence_libraries() -> None:
@@ -83,7 +84,7 @@ def silent_programs() -> Iterator[Callable[[], str]]:
             os.close(kept)
 
 
-def import_eva_clip():
+def import_eva_clip() -> ModuleType:
     """Import `consisid_eva_clip`, which prints advice about optional packages as it comes in."""
     with contextlib.redirect_stdout(io.StringIO()):
         import consisid_eva_clip

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from teacache.base.files import claimed_stem, written_whole
 from teacache.base.interruption import run_command
@@ -147,9 +147,9 @@ def _benchmark(args: argparse.Namespace) -> None:
     print(f"{stem}.md\n{stem}.json", file=sys.stderr)
 
 
-def _row(variant: Variant, videos: list[Measured], compiling: float) -> dict[str, object]:
+def _row(variant: Variant, videos: list[Measured], compiling: float) -> dict[str, Any]:
     """A variant's figures: median, lowest and highest, over steps or over videos."""
-    samples = {
+    samples: dict[str, list[float]] = {
         "computed step": [second for video in videos for second in video.computed_steps],
         "reused step": [second for video in videos for second in video.reused_steps],
         "peak memory": [video.peak_memory_bytes for video in videos if video.peak_memory_bytes],
@@ -173,7 +173,7 @@ def _spread(values: list[float]) -> dict[str, float] | None:
     return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
-def _markdown(about: dict[str, object], rows: list[dict[str, object]]) -> str:
+def _markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     heads = [
         "",
         "steps computed, reused",
@@ -208,7 +208,7 @@ def _cell(figures: dict[str, float] | None, unit: float) -> str:
     return f"{median:.3g} ({lowest:.3g} to {highest:.3g})"
 
 
-def _about(args: argparse.Namespace, bench: Bench) -> dict[str, object]:
+def _about(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
     """What the figures hold for."""
     from teacache.base import device as devices
 

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -28,6 +28,9 @@ from teacache.inputs.conditioning import Conditioning
 from teacache.inputs.text import Text
 from teacache.results.video import write_video
 from teacache.sampling import acceleration, attention, sampler
+
+if TYPE_CHECKING:
+    from diffusers import ConsisIDTransformer3DModel
 
 GUIDANCE_SCALE = 6.0
 FPS = 8
@@ -61,15 +64,15 @@ def variants(
     for threshold in thresholds:
         variant = Variant(f"TeaCache {threshold:g}", threshold)
         found.append(variant)
-        changes = [{"attention": backend}] if backend != "native" else []
-        changes += [{"compile": True}] if compiling else []
-        changes += [{"quantize": quantize}] if quantize else []
-        for change in changes:
-            (what,) = change
-            word = {"attention": attention.short_name(backend), "quantize": quantize}.get(
-                what, what
-            )
-            variant = variant._replace(name=f"{variant.name} + {word}", **change)
+        if backend != "native":
+            name = f"{variant.name} + {attention.short_name(backend)}"
+            variant = variant._replace(name=name, attention=backend)
+            found.append(variant)
+        if compiling:
+            variant = variant._replace(name=f"{variant.name} + compile", compile=True)
+            found.append(variant)
+        if quantize:
+            variant = variant._replace(name=f"{variant.name} + {quantize}", quantize=quantize)
             found.append(variant)
     return found
 
@@ -92,7 +95,7 @@ def of_checkpoint(
         raise CheckpointError(f"--ckpts_path {name}: there is no such folder here")
     checkpoint.check_checkpoint(folder)
     conditioning = Conditioning(folder, device, dtype, "none", cache=None)
-    seconds = {}
+    seconds: dict[str, float] = {}
     with _timed(seconds, "identity", device):
         identity = conditioning.find_identities({"": pictures.load_image("astronaut")})[""]
     with _timed(seconds, "text", device):
@@ -128,7 +131,7 @@ class Bench:
         self.device, self.dtype = device, dtype
         self.before_the_loop: dict[str, str] = {}
         self._plain = material.pipe.transformer
-        self._float8 = None
+        self._float8: ConsisIDTransformer3DModel | None = None
 
     def warm_up(self, variant: Variant) -> float:
         """Sample three steps twice; seconds that the first time took longer, for compiling."""
@@ -155,8 +158,9 @@ class Bench:
             else:
                 handle.follow(given)
                 latents, steps = self._latents(num_infer_steps, seconds)
-                computed = [steps[n] for n in handle.schedule.computed_steps]
-                reused = [steps[n] for n in handle.schedule.reused_steps]
+                done = handle.video.plan
+                computed = [steps[n] for n in done.computed_steps]
+                reused = [steps[n] for n in done.reused_steps]
             room: contextlib.AbstractContextManager = contextlib.nullcontext()
             if handle:  # the plain pipeline keeps its transformer
                 room = sampler.room_to_decode(pipe, self.material.size, "none", last=False)
@@ -224,16 +228,17 @@ class Bench:
             acceleration.undo_compile(transformer)
             transformer.set_attn_processor(processors)
 
-    def _only_on_device(self, quantize: str | None) -> torch.nn.Module:
+    def _only_on_device(self, quantize: str | None) -> ConsisIDTransformer3DModel:
         """The transformer, or its copy with float8 layers, with the other in host memory."""
         if quantize and self._float8 is None:
             # Never two of them on the device: they are copied in host memory.
             self._float8 = copy.deepcopy(self._plain.to("cpu")).to(self.device)
             acceleration.quantize_fp8(self._float8)
+        if self._float8 is None:
+            return self._plain
         wanted, other = (self._float8, self._plain) if quantize else (self._plain, self._float8)
-        if other is not None:
-            other.to("cpu")
-            devices.free_cached_memory(self.device)
+        other.to("cpu")
+        devices.free_cached_memory(self.device)
         return wanted.to(self.device)
 
 

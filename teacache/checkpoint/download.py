@@ -76,8 +76,8 @@ def _download(repo_id: str, folder: Path) -> str:
             start_new_session=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
-        told = process.stdout.read().strip()
-        if process.wait() and not told:
+        told = process.communicate()[0].strip()
+        if process.returncode and not told:
             told = "the process that downloads has ended without a word"
         return told
     finally:

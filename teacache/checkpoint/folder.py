@@ -144,10 +144,10 @@ def _what_instead(folder: Path) -> str:
     if names & {"pytorch_lora_weights.safetensors", "adapter_config.json"}:
         return "a LoRA, which goes with a checkpoint"
     if "config.json" in names:
-        found = read_json(folder / "config.json", "no model")
-        found = found.get("_class_name") or found.get("architectures") or "unknown"
-        found = found[0] if isinstance(found, list) else found
-        return f"one model, {found}, where a checkpoint has several"
+        config = read_json(folder / "config.json", "no model")
+        kind = config.get("_class_name") or config.get("architectures") or "unknown"
+        kind = kind[0] if isinstance(kind, list) else kind
+        return f"one model, {kind}, where a checkpoint has several"
     files = sorted(name for name in names if name.endswith((".safetensors", ".ckpt", ".pt")))
     if files:
         return f"single files such as {files[0]}, where a checkpoint has a folder for each model"

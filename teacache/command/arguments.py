@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import NoReturn
 
 from teacache.base.errors import one_line, without_credentials
 from teacache.command import readers
@@ -55,7 +56,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 class OneLineParser(argparse.ArgumentParser):
     """A parser whose errors are a line each."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         """One line: the usage, thirty lines of it, is what --help is for."""
         self.exit(2, f"error: {one_line(without_credentials(message))} (see --help)\n")
 

@@ -87,6 +87,32 @@ class LatentsOrder:
         return cls(args.latents, args.ckpts_path, args.fps, args.output_path, machine_of(args))
 
 
+def in_order(jobs: list[Job], digests: dict[str, str]) -> list[Job]:
+    """The jobs, same face and seed adjacent; within them same prompt and steps, threshold 0 first.
+
+    The others of a group are compared with threshold 0.
+
+    Args:
+        digests: of each image's pixels, by its source.
+    """
+
+    def noise(job: Job) -> tuple[object, ...]:
+        return digests[job.image], job.seed
+
+    def group(job: Job) -> tuple[object, ...]:
+        return *noise(job), job.prompt, job.negative_prompt, job.num_infer_steps
+
+    noises, groups = list(map(noise, jobs)), list(map(group, jobs))
+    return sorted(
+        jobs,
+        key=lambda job: (
+            noises.index(noise(job)),
+            groups.index(group(job)),
+            job.rel_l1_thresh != 0,
+        ),
+    )
+
+
 def machine_of(args: argparse.Namespace) -> Machine:
     """The part of the arguments that says what to compute on."""
     return Machine(

@@ -13,12 +13,15 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 from teacache.base.errors import ArgumentError
 from teacache.core.rule import Coefficients
+
+Number = TypeVar("Number", int, float)
 
 
 def text(given: str) -> str:
@@ -136,15 +139,16 @@ def seed(text: str) -> int:
     return _number(text, int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 - 1")
 
 
-def _number(text, convert, allowed, wanted):
-    try:
+def _number(
+    text: str, convert: Callable[[str], Number], allowed: Callable[[Number], bool], wanted: str
+) -> Number:
+    """A number of a kind, or the error that says what was wanted."""
+    with contextlib.suppress(ValueError):
         value = convert(text)
-    except ValueError:
-        value = None
-    if value is None or not allowed(value):
-        shown = text if len(text) < 40 else f"{text[:30]}..."
-        raise argparse.ArgumentTypeError(f"{shown!r} is not {wanted}")
-    return value
+        if allowed(value):
+            return value
+    shown = text if len(text) < 40 else f"{text[:30]}..."
+    raise argparse.ArgumentTypeError(f"{shown!r} is not {wanted}")
 
 
 def device(text: str) -> str:

@@ -14,7 +14,7 @@ from teacache.base.interruption import asked
 from teacache.checkpoint.pipeline import load_pipeline
 from teacache.command.jobs import Job
 from teacache.command.memory import explained_out_of_memory
-from teacache.command.order import Order
+from teacache.command.order import Order, in_order
 from teacache.command.preflight import Ready
 from teacache.command.recording import record_of, settings_of
 from teacache.comparison.comparison import Comparison, read_baseline
@@ -27,7 +27,6 @@ from teacache.results.record import Record, read_record, summary
 from teacache.results.slot import claimed_slot
 from teacache.results.video import count_frames
 from teacache.sampling import acceleration, attention, sampler
-from teacache.sampling.sampler import room_to_decode
 
 if TYPE_CHECKING:
     import numpy as np
@@ -113,8 +112,10 @@ def sampled(
                 )
             with claimed_slot(order.output_path, job.prefix) as slot:
                 slot.keep(latents, record_of(job, order, ready, step_seconds, own))
-                last = job is jobs[-1]
-                with own.stage("decoding"), room_to_decode(pipe, ready.size, machine.offload, last):
+                room = sampler.room_to_decode(
+                    pipe, ready.size, machine.offload, last=job is jobs[-1]
+                )
+                with own.stage("decoding"), room:
                     frames = sampler.decode(pipe, latents)
                 with own.stage("writing"):
                     slot.write(frames, order.format.fps)
@@ -191,34 +192,8 @@ def compile_ahead(
         pipe, start, text, ready.size, num_infer_steps=1, guidance_scale=guidance_scale
     )
     if acceleration.is_compiled(pipe.vae):
-        with room_to_decode(pipe, ready.size, order.machine.offload, last=False):
+        with sampler.room_to_decode(pipe, ready.size, order.machine.offload, last=False):
             sampler.decode(pipe, latents)
-
-
-def in_order(jobs: list[Job], digests: dict[str, str]) -> list[Job]:
-    """The jobs, same face and seed adjacent; within them same prompt and steps, threshold 0 first.
-
-    The others of a group are compared with threshold 0.
-
-    Args:
-        digests: of each image's pixels, by its source.
-    """
-
-    def noise(job: Job) -> tuple[object, ...]:
-        return digests[job.image], job.seed
-
-    def group(job: Job) -> tuple[object, ...]:
-        return *noise(job), job.prompt, job.negative_prompt, job.num_infer_steps
-
-    noises, groups = list(map(noise, jobs)), list(map(group, jobs))
-    return sorted(
-        jobs,
-        key=lambda job: (
-            noises.index(noise(job)),
-            groups.index(group(job)),
-            job.rel_l1_thresh != 0,
-        ),
-    )
 
 
 def _baseline(order: Order, ready: Ready) -> np.ndarray | None:

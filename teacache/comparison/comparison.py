@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -69,9 +69,7 @@ class Comparison:
         load_analyser: loads insightface's detector and recogniser, when the first video comes.
     """
 
-    def __init__(
-        self, videos: int, baseline: np.ndarray | None, load_analyser: Callable[[], object]
-    ):
+    def __init__(self, videos: int, baseline: np.ndarray | None, load_analyser: Callable[[], Any]):
         self.videos: list[Finished] = []
         self._expected, self._baseline = videos, baseline
         self._analyser = functools.cache(load_analyser)

@@ -6,6 +6,7 @@ import importlib.util
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,7 +44,7 @@ def compare(frames: np.ndarray, baseline: np.ndarray) -> Quality:
 
 
 def identity_similarity(
-    frames: np.ndarray, reference: np.ndarray, analyser: object
+    frames: np.ndarray, reference: np.ndarray, analyser: Any
 ) -> IdentityFigures:
     """ArcFace's cosine similarity between the reference face and the face in each frame.
 

@@ -69,7 +69,8 @@ def _differences(settings: Settings, several: list[bool]) -> str:
         several: of each part of a group, whether the groups differ in it.
     """
     parts = (
-        settings.image.rsplit("/", 1)[-1],
+        # Addresses may be alike where what tells them apart is masked.
+        f"{settings.image.rsplit('/', 1)[-1]} {settings.image_sha256[:6]}",
         f'"{textwrap.shorten(settings.prompt, 28, placeholder="...")}"',
         f'not "{textwrap.shorten(settings.negative_prompt, 28, placeholder="...")}"',
         f"seed {settings.seed}",
@@ -154,7 +155,7 @@ def _remarks(rows: list[Row]) -> list[str]:
 def _absences(rows: list[Row]) -> list[str]:
     """What the figures lack, a sentence each."""
     found = [row["quality"] for row in rows]
-    missing = {quality.get("lpips_missing") for quality in found} - {None}
+    missing = {reason for quality in found if (reason := quality.get("lpips_missing"))}
     absences = [f"No LPIPS: {reason}." for reason in sorted(missing)]
     identities = [quality["identity"] for quality in found if "identity" in quality]
     if identities and all(identity["mean"] is None for identity in identities):

@@ -12,8 +12,12 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 
 from teacache.base.errors import ArgumentError
-from teacache.core.handle import TeaCacheHandle, embed_timestep
-from teacache.core.patch import innermost_forward, put_in_place
+from teacache.core.handle import (
+    TeaCacheHandle,
+    embed_timestep,
+    innermost_forward,
+    put_in_place,
+)
 from teacache.core.rule import COGVIDEOX_5B, Coefficients, Schedule
 
 if TYPE_CHECKING:
@@ -67,14 +71,15 @@ def apply_teacache(
         owner = pipe_or_transformer.scheduler if scheduler is None else scheduler
         return owner.timesteps
 
-    handle = TeaCacheHandle(transformer, rel_l1_thresh, coefficients, timesteps)
+    handle = TeaCacheHandle(transformer, rel_l1_thresh, coefficients, timesteps, _dispatch)
     handle.follow(schedule)
-    handle.forward = functools.partial(_dispatch, transformer, handle)
     put_in_place(transformer, handle.forward)
     return handle
 
 
-def _dispatch(transformer: ConsisIDTransformer3DModel, handle: TeaCacheHandle, *args, **kwargs):
+def _dispatch(
+    transformer: ConsisIDTransformer3DModel, handle: TeaCacheHandle, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor] | Transformer2DModelOutput:
     """What stands in the place of the transformer's forward."""
     if handle.removed:
         return type(transformer).forward(transformer, *args, **kwargs)

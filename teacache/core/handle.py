@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
 from teacache.base.errors import ArgumentError
-from teacache.core.patch import take_away
 from teacache.core.rule import (
     Coefficients,
     Schedule,
@@ -55,6 +55,8 @@ class TeaCacheHandle:
     Args:
         transformer: the transformer that is patched.
         timesteps: gives the scheduler's timesteps, the tensor itself and not a copy.
+        forward: what stands in the place of the transformer's own: a function of the transformer,
+            this handle, and the arguments of the forward.
     """
 
     def __init__(
@@ -63,10 +65,11 @@ class TeaCacheHandle:
         rel_l1_thresh: float,
         coefficients: Coefficients,
         timesteps: Callable[[], torch.Tensor],
+        forward: Callable[..., Any],
     ):
+        self.forward = functools.partial(forward, transformer, self)
         self.transformer, self.coefficients = transformer, coefficients
         self.rel_l1_thresh = rel_l1_thresh
-        self.forward: Callable | None = None
         self.removed = False
         self._timesteps = timesteps
         self._followed: Schedule | tuple[int, ...] | None = None
@@ -89,8 +92,10 @@ class TeaCacheHandle:
             steps: a schedule, or a list of the steps to compute, to which the first and the last
                 are added.
         """
-        listed = steps is not None and not isinstance(steps, Schedule)
-        self._followed = tuple(steps) if listed else steps
+        if steps is None or isinstance(steps, Schedule):
+            self._followed = steps
+        else:
+            self._followed = tuple(steps)
 
     @property
     def schedule(self) -> Schedule | None:
@@ -98,7 +103,8 @@ class TeaCacheHandle:
 
         None before the first video.
         """
-        return self._video and self._video.plan.until(self._video.step)
+        video = self._video
+        return None if video is None else video.plan.until(video.step)
 
     def counts(self) -> dict[str, int]:
         """Steps done so far in the video under way, computed and reused."""
@@ -158,12 +164,14 @@ class TeaCacheHandle:
 
     def reuse_residual(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[batch, video tokens, inner dim] with the cached residual in place of the blocks."""
-        return hidden_states + self.video.residual
+        residual = self.video.residual
+        assert residual is not None, "the first step is computed"
+        return hidden_states + residual
 
     def face_embedding(
         self,
-        id_cond: torch.Tensor,
-        id_vit_hidden: list[torch.Tensor],
+        id_cond: torch.Tensor | None,
+        id_vit_hidden: list[torch.Tensor] | None,
         device: torch.device,
         dtype: torch.dtype,
     ) -> torch.Tensor:
@@ -173,6 +181,8 @@ class TeaCacheHandle:
             id_cond: [1, 1280].
             id_vit_hidden: five of [1, 577, ViT width].
         """
+        if id_cond is None or id_vit_hidden is None:
+            raise ArgumentError("this transformer needs an identity: id_cond and id_vit_hidden")
         inputs, video = [id_cond, *id_vit_hidden], self.video
         if video.face is None or not _same_tensors(inputs, video.face[0]):
             id_cond, *id_vit_hidden = (tensor.to(device=device, dtype=dtype) for tensor in inputs)
@@ -239,3 +249,36 @@ def _same_tensors(inputs: list[torch.Tensor], known: list[torch.Tensor]) -> bool
         a is b or (a.device == b.device and a.shape == b.shape and torch.equal(a, b))
         for a, b in zip(inputs, known, strict=True)
     )
+
+
+def innermost_forward(module: torch.nn.Module) -> Callable | None:
+    """The forward below accelerate's hooks, or None where nothing but the class's own is there.
+
+    Such a hook keeps the forward that it wraps in `_old_forward`, and puts it back when it goes. So
+    the innermost forward is the one to replace, whichever of the two came first.
+    """
+    return vars(module).get("_old_forward", vars(module).get("forward"))
+
+
+def put_in_place(module: torch.nn.Module, forward: Callable) -> None:
+    """Let `forward` stand in the place of the module's own.
+
+    Raises:
+        ArgumentError: where something else than an accelerate hook has wrapped the forward, and
+            would be lost.
+    """
+    current = innermost_forward(module)
+    if current is not None and getattr(current, "__func__", None) is not type(module).forward:
+        raise ArgumentError(
+            f"the forward of this {type(module).__name__} is wrapped by something else than an "
+            "accelerate hook: apply TeaCache first"
+        )
+    setattr(module, "_old_forward" if "_old_forward" in vars(module) else "forward", forward)
+
+
+def take_away(module: torch.nn.Module, forward: Callable) -> None:
+    """Undo `put_in_place`, where `forward` is still the innermost; else do nothing."""
+    if vars(module).get("_old_forward") is forward:
+        module._old_forward = type(module).forward.__get__(module)
+    elif vars(module).get("forward") is forward:
+        del module.forward

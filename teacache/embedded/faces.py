@@ -18,6 +18,7 @@ from teacache.inputs.identity import EVA_CLIP
 
 if TYPE_CHECKING:
     import torch
+    from facexlib.parsing import BiSeNet
 
 # In pixels of the 512x512 photograph: left, top, right, bottom; then both eyes, the nose, and both
 # corners of the mouth, the picture's left one first.
@@ -88,7 +89,7 @@ def _retinaface() -> dict[str, torch.Tensor]:
     }
 
 
-def _keep_skin(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def _keep_skin(model: BiSeNet) -> dict[str, torch.Tensor]:
     """BiSeNet that calls nearly everything skin, class 1, so that the aligned face is kept."""
     import torch
 

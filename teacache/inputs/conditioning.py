@@ -65,11 +65,11 @@ class Conditioning:
         """
         keys, found = {}, {}
         if self.cache:
-            keys = {source: self._face_key(image) for source, image in images.items()}
-        for source, key in keys.items():
-            kept = self.cache.get(key)
-            if kept:
-                found[source] = faces.from_tensors(kept, self.device)
+            for source, image in images.items():
+                keys[source] = self._face_key(image)
+                entry = self.cache.get(keys[source], faces.TENSORS)
+                if entry:
+                    found[source] = faces.from_tensors(entry, self.device)
         missing = [source for source in images if source not in found]
         if missing:
             models = faces.load_face_models(self.checkpoint, self.device, self.dtype)
@@ -104,7 +104,8 @@ class Conditioning:
         return embedded
 
     def _cached_text(self, text: str) -> EmbeddedText | None:
-        entry = self.cache.get(self._text_key(text)) if self.cache else None
+        names = ("embeds", "lost")
+        entry = self.cache.get(self._text_key(text), names) if self.cache else None
         if entry is None:
             return None
         lost = bytes(entry["lost"].tolist()).decode()

@@ -9,7 +9,7 @@ import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from teacache.base.errors import CheckpointError, ImageError
 from teacache.base.quiet import import_eva_clip
@@ -50,10 +50,10 @@ class Identity(NamedTuple):
 class FaceModels(NamedTuple):
     """The face stack, in the order in which `prepare_face_models` of diffusers returns it."""
 
-    aligner: object  # facexlib: RetinaFace, alignment, parsing
-    recogniser: object  # insightface: ArcFace
+    aligner: Any  # facexlib: RetinaFace, alignment, parsing
+    recogniser: Any  # insightface: ArcFace
     eva_clip: torch.nn.Module
-    analyser: object  # insightface: SCRFD and ArcFace
+    analyser: Any  # insightface: SCRFD and ArcFace
     clip_mean: tuple[float, ...]
     clip_std: tuple[float, ...]
 
@@ -84,7 +84,7 @@ def from_tensors(tensors: dict[str, torch.Tensor], device: torch.device) -> Iden
     )
 
 
-def load_analyser(checkpoint: Path) -> object:
+def load_analyser(checkpoint: Path) -> Any:
     """insightface's detector and recogniser alone, as `load_face_models` loads them too."""
     from insightface.app import FaceAnalysis
 
@@ -105,7 +105,7 @@ def load_face_models(checkpoint: Path, device: torch.device, dtype: torch.dtype)
     from diffusers.pipelines.consisid.consisid_utils import prepare_face_models
 
     own = checkpoint / "face_encoder" / f"{EVA_CLIP}.json"
-    packaged = Path(consisid_eva_clip.__file__).parent / "model_configs" / f"{EVA_CLIP}.json"
+    packaged = Path(str(consisid_eva_clip.__file__)).parent / "model_configs" / f"{EVA_CLIP}.json"
     # The registry is one for the process: without the second, a small EVA-CLIP registered for
     # another checkpoint would still be there for one that describes none.
     consisid_eva_clip.add_model_config(own if own.is_file() else packaged)

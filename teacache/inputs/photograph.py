@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # What Pillow raises for a broken file depends on the format and on where it is broken.
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, RuntimeError)
-_BROKEN += (TypeError, LookupError, OverflowError)
+_BROKEN = (
+    *(OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, RuntimeError),
+    *(TypeError, LookupError, OverflowError),
+)
 
 CONNECT_SECONDS, READ_SECONDS, FETCH_SECONDS = 10, 30, 60
 MOST_BYTES = 50 * 10**6  # of an image that is fetched, or comes through a pipe
@@ -55,8 +57,8 @@ def load_image(source: str) -> Image.Image:
                 raise ImageError(
                     f"{name} is {image.width}x{image.height}, a strip: take a photograph"
                 )
-            if getattr(image, "n_frames", 1) > 1:
-                logger.warning("%s has %d frames: the first is taken", name, image.n_frames)
+            if (frames := getattr(image, "n_frames", 1)) > 1:
+                logger.warning("%s has %d frames: the first is taken", name, frames)
             return _upright_rgb(image)
     except MemoryError as error:
         raise ImageError(f"{name} takes more memory than there is: make it smaller") from error

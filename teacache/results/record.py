@@ -137,8 +137,9 @@ class Record:
         if lacks:
             raise ValueError(f"its record lacks {min(lacks)}")
         settings = Settings(**{f.name: data[f.name] for f in fields(Settings)})
-        own = {f.name: data.get(f.name) for f in fields(cls) if f.name != "settings"}
-        return cls(settings, **own)
+        own: dict[str, Any] = {f.name: data.get(f.name) for f in fields(cls)}
+        own["settings"] = settings
+        return cls(**own)
 
     def write(self, path: Path) -> None:
         """Write it as JSON, a line for each key."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from diffusers import (
@@ -151,7 +151,7 @@ def _check_finite(finite: list[torch.Tensor], dtype: torch.dtype) -> None:
 
 def _conditions(
     pipe: ConsisIDPipeline, start: Start, text: Text, size: VideoSize
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """What the transformer is given at every step alike."""
     rotary = None
     if pipe.transformer.config.use_rotary_positional_embeddings:
@@ -173,7 +173,7 @@ def _predict(
     latents: torch.Tensor,
     image_latents: torch.Tensor,
     t: torch.Tensor,
-    conditions: dict[str, torch.Tensor],
+    conditions: dict[str, Any],
     guidance_scale: float,
 ) -> torch.Tensor:
     """What the scheduler steps with, in float32: one forward, both halves of guidance in a batch.

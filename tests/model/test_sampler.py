@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import argparse
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CPU, PROMPT, SIZE
 from diffusers import CogVideoXDDIMScheduler, ConsisIDTransformer3DModel
+from support import CPU, PROMPT, SIZE
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from teacache.base import device as devices
-from teacache.sampling import sampler
-from teacache.command.run import Run
+from teacache.checkpoint import pipeline
 from teacache.checkpoint.size import VideoSize
-from teacache.embedded.build import TRANSFORMER
 from teacache.core.forward import apply_teacache
+from teacache.embedded.build import TRANSFORMER
+from teacache.inputs.text import Text, embed_text
+from teacache.sampling import sampler
 
 
 def embedded(pipe, guidance_scale=6.0, negative=""):
-    without = sampler.embed_text(pipe, negative).embeds if guidance_scale > 1 else None
-    return sampler.Text(sampler.embed_text(pipe, PROMPT).embeds, without)
+    without = embed_text(pipe, negative).embeds if guidance_scale > 1 else None
+    return Text(embed_text(pipe, PROMPT).embeds, without)
 
 
 def by_the_sampler(pipe, identity, size=SIZE, steps=5, seed=42, guidance_scale=6.0, negative=""):
-    text = embedded(pipe, guidance_scale, negative)
+    prompt = embedded(pipe, guidance_scale, negative)
     start = sampler.prepare(pipe, identity, size, seed)
     return sampler.denoise(
-        pipe, start, text, size, num_infer_steps=steps, guidance_scale=guidance_scale
+        pipe, start, prompt, size, num_infer_steps=steps, guidance_scale=guidance_scale
     ).latents
 
 
@@ -74,17 +75,17 @@ def test_frames_equal_the_pipelines(pipe, identity, sample):
 
 def test_several_videos_from_one_start(pipe, identity, sample):
     """The start, and the generator's state in it, survive the videos that are sampled from it."""
-    text = embedded(pipe)
+    prompt = embedded(pipe)
     start = sampler.prepare(pipe, identity, SIZE, seed=7)
     for steps in (4, 6, 4):
-        found = sampler.denoise(pipe, start, text, SIZE, num_infer_steps=steps)
+        found = sampler.denoise(pipe, start, prompt, SIZE, num_infer_steps=steps)
         assert len(found.step_seconds) == steps
         assert torch.equal(found.latents, sample(pipe, steps=steps, seed=7))
 
 
 def test_what_is_cut_off_a_long_prompt_is_known(pipe):
-    assert sampler.embed_text(pipe, PROMPT).lost == ""
-    lost = sampler.embed_text(pipe, "a man walking " * 100 + "in the light").lost
+    assert embed_text(pipe, PROMPT).lost == ""
+    lost = embed_text(pipe, "a man walking " * 100 + "in the light").lost
     assert lost.endswith("walking in the light")
     assert lost.count("walking") < 100
 
@@ -92,8 +93,8 @@ def test_what_is_cut_off_a_long_prompt_is_known(pipe):
 def test_parts_of_a_pipeline(tiny, pipe):
     """A pipeline of some models has the same weights in them as one of all."""
     for parts in (("text_encoder",), ("transformer", "vae")):
-        some = sampler.load_pipeline(tiny, CPU, torch.float32, parts=parts)
-        for name in sampler.PARTS:
+        some = pipeline.load_pipeline(tiny, CPU, torch.float32, parts=parts)
+        for name in pipeline.PARTS:
             model = getattr(some, name)
             if name not in parts:
                 assert model is None
@@ -121,13 +122,13 @@ class Reads(TorchDispatchMode):
 def test_no_step_waits_for_the_device(pipe, identity, ddim):
     if ddim:
         pipe.scheduler = CogVideoXDDIMScheduler.from_config(pipe.scheduler.config)
-    text = embedded(pipe)
+    prompt = embedded(pipe)
     start = sampler.prepare(pipe, identity, SIZE, seed=7)
     reads = {}
     with apply_teacache(pipe, 0.2) as handle:
         for steps in (10, 20):
             with Reads() as mode:
-                sampler.denoise(pipe, start, text, SIZE, num_infer_steps=steps)
+                sampler.denoise(pipe, start, prompt, SIZE, num_infer_steps=steps)
             reads[steps] = mode.count
             assert handle.schedule.reused_steps
     assert reads[10] == reads[20] <= 2, "once a video, not once a step"
@@ -144,33 +145,37 @@ def test_no_step_waits_for_the_device(pipe, identity, ddim):
     assert mode.count >= 4, "the pipeline's own loop is one that waits"
 
 
-def test_the_transformer_makes_room_and_comes_back(pipe, sample):
+def places(pipe) -> set[str]:
+    """The kinds of device that the transformer's weights are on."""
+    return {parameter.device.type for parameter in pipe.transformer.parameters()}
+
+
+def test_a_cpu_has_no_room_to_make_but_after_the_last_video(pipe, sample):
     before = sample(pipe, steps=2)
-    with pytest.raises(ZeroDivisionError), sampler.without_transformer(pipe, for_good=False):
-        raise ZeroDivisionError
+    with sampler.room_to_decode(pipe, SIZE, "none", last=False):
+        assert places(pipe) == {"cpu"}
     assert torch.equal(sample(pipe, steps=2), before)
-    with sampler.without_transformer(pipe, for_good=True):
-        assert {p.device.type for p in pipe.transformer.parameters()} == {"meta"}
+    with sampler.room_to_decode(pipe, SIZE, "model", last=True):
+        assert places(pipe) == {"cpu"}, "offloading has its own way"
+    with sampler.room_to_decode(pipe, SIZE, "none", last=True):
+        assert places(pipe) == {"meta"}
 
 
-@pytest.mark.parametrize("offload", ["none", "model"])
-def test_who_keeps_the_transformer_while_decoding(monkeypatch, offload):
-    """Dropped after the last video; before, in host memory, unless it may stay and fits."""
-    away = []
-    monkeypatch.setattr(sampler, "without_transformer", lambda pipe, last: away.append(last))
-    free = sampler.DECODING_BYTES_PER_PIXEL * 720 * 480
-    run = object.__new__(Run)
-    run.size, run.device = VideoSize(720, 480, 49), torch.device("cuda")
-    expected = []
-    for keep_loaded, more, last, leaves in (
-        (False, 1, False, True),
-        (False, 1, True, True),
-        (True, 1, False, False),
-        (True, 0, False, True),
-        (True, 1, True, True),
-    ):
-        monkeypatch.setattr(devices, "free_memory_bytes", lambda _, total=free + more: total)
-        run.args = argparse.Namespace(keep_loaded=keep_loaded, offload=offload)
-        run._room_to_decode(None, last)
-        expected += [last] if leaves and offload == "none" else []
-    assert away == expected
+@pytest.mark.parametrize(("more", "stays"), [(1, True), (0, False)])
+def test_the_transformer_stays_beside_decoding_where_both_fit(
+    pipe, sample, monkeypatch, more, stays
+):
+    """As on a GPU with so much memory left; here the transformer only seems to be on one."""
+    before = sample(pipe, steps=2)
+    free = sampler.DECODING_BYTES_PER_PIXEL * SIZE.width * SIZE.height + more
+    monkeypatch.setattr(devices, "free_memory_bytes", lambda device: free)
+    moves = []
+    transformer = SimpleNamespace(
+        device=torch.device("cuda"), to=lambda place: moves.append(torch.device(place).type)
+    )
+    monkeypatch.setattr(devices, "free_cached_memory", lambda device: moves.append("freed"))
+    seeming = SimpleNamespace(transformer=transformer)
+    with pytest.raises(ZeroDivisionError), sampler.room_to_decode(seeming, SIZE, "none", False):
+        raise ZeroDivisionError
+    assert moves == ([] if stays else ["cpu", "freed", "cuda"])
+    assert torch.equal(sample(pipe, steps=2), before)

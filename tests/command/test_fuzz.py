@@ -7,15 +7,16 @@ import io
 import json
 
 import pytest
-from conftest import main
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from support import main
 
 from teacache.base import errors
+from teacache.base.errors import ArgumentError
 from teacache.command import run
 from teacache.command.arguments import build_parser, parse_arguments
-from teacache.base.errors import ArgumentError
-from teacache.command.jobs import Job, jobs_of
+from teacache.command.jobs import Job
+from teacache.command.order import Order
 from teacache.core.rule import Coefficients
 
 OPTIONS = sorted(
@@ -49,7 +50,7 @@ def test_arguments(arguments):
     try:
         with contextlib.redirect_stderr(error):
             args = parse_arguments(argv)
-            jobs = jobs_of(args)
+            jobs = Order.of(args).jobs if not args.latents else ()
     except SystemExit as end:
         code, said = end.code, error.getvalue()
         assert code == 2
@@ -97,7 +98,7 @@ def test_a_whole_command(capsys, tmp_path, monkeypatch, tiny, mode):
     """As far as the loading of models, in which no argument is looked at any more."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(run.Run, "sample", lambda self: None)
+    monkeypatch.setattr(run, "run", lambda *arguments: None)
 
     @settings(max_examples=300, deadline=None)
     @given(st.lists(st.sampled_from(OPTIONS).flatmap(with_values), max_size=4))
@@ -154,7 +155,7 @@ def test_files(tmp_path, content, ending):
         error = io.StringIO()
         with contextlib.suppress(ArgumentError), contextlib.redirect_stderr(error):
             try:
-                jobs_of(parse_arguments([option, str(path)]))
+                Order.of(parse_arguments([option, str(path)]))
             except SystemExit as end:
                 assert (end.code, error.getvalue().count("\n")) == (2, 1)  # noqa: PT017
 

@@ -9,10 +9,9 @@ import sys
 
 import pytest
 import torch
-from conftest import CPU, ROOT
+from support import CPU, ROOT
 
-from teacache.benchmark.__main__ import measure
-from teacache.benchmark.__main__ import random_weights
+from teacache.benchmark import measure, random_weights
 from teacache.benchmark.__main__ import main
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from teacache.command.arguments import parse_arguments
 from teacache.base.errors import ArgumentError
-from teacache.command.jobs import Job, jobs_of
-from teacache.sweep import in_order
+from teacache.command.arguments import parse_arguments
+from teacache.command.jobs import Job
+from teacache.command.order import Order, in_order
 
+DIGESTS = {"astronaut": "4a"}
 COMMON = ["--ckpts_path", "tiny", "--prompt", "a man"]
 
 
 def jobs(*arguments: object) -> list[Job]:
-    return jobs_of(parse_arguments([*COMMON, *map(str, arguments)]))
+    return list(Order.of(parse_arguments([*COMMON, *map(str, arguments)])).jobs)
 
 
 def test_one_job_by_default():
@@ -30,7 +31,7 @@ def test_the_same_video_is_asked_for_once():
 
 
 def test_order_of_sampling_puts_threshold_0_first_in_its_group():
-    found = in_order(jobs("--seed", 7, 3, "--rel_l1_thresh", 0.2, 0, 0.1))
+    found = in_order(jobs("--seed", 7, 3, "--rel_l1_thresh", 0.2, 0, 0.1), DIGESTS)
     assert [(job.seed, job.rel_l1_thresh) for job in found] == [
         *((7, 0), (7, 0.2), (7, 0.1), (3, 0), (3, 0.2), (3, 0.1))
     ]
@@ -73,7 +74,7 @@ def test_order_of_sampling_keeps_face_and_noise_together(tmp_path):
         '{"prompt": "b", "seed": 1}',
     ]
     (tmp_path / "jobs.jsonl").write_text("\n".join(lines))
-    found = in_order(jobs("--jobs", tmp_path / "jobs.jsonl"))
+    found = in_order(jobs("--jobs", tmp_path / "jobs.jsonl"), DIGESTS)
     assert [(job.prompt, job.seed) for job in found] == [("a", 1), ("b", 1), ("a", 2)]
 
 

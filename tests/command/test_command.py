@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PROMPT, ROOT, main
 from PIL import Image
+from support import PROMPT, ROOT, main
 
-from teacache.inputs import photograph as pictures
 from teacache.command.arguments import parse_arguments
+from teacache.inputs import photograph as pictures
 from teacache.results.video import read_video, write_video
 
 COMMAND = [sys.executable, "teacache_sample_video.py"]
@@ -127,7 +127,7 @@ def test_says_a_line_for_each_stage_and_a_summary(run):
     lines = output.splitlines()
     stages = [line.split()[0] for line in lines if line.endswith(" s")]
     assert stages == [
-        *("checkpoint", "torch", "image", "diffusers", "identity", "text", "loading"),
+        *("checkpoint", "torch", "image", "schedule", "diffusers", "identity", "text", "loading"),
         *("encoding", "denoising", "decoding", "writing"),
     ]
     assert lines[-4].split() == ["video", str(folder / "42_0.15_0000.mp4")]

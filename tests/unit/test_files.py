@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import subprocess
 import sys
@@ -15,17 +14,17 @@ import pytest
 from PIL import Image
 
 from teacache.base.errors import OutputError
-from teacache.output import claimed_stem, prepare_folder, written_whole
-from teacache.core.rule import schedule
-from teacache.report import build_record, write_record
+from teacache.base.files import claimed_stem, written_whole
+from teacache.results.output_folder import ENDINGS, prepare_folder
 from teacache.results.video import read_video, write_video
 
 WRITE_FIVE = """
 import sys
 from pathlib import Path
-from teacache.output import claimed_stem, written_whole
+from teacache.base.files import claimed_stem, written_whole
+from teacache.results.output_folder import ENDINGS
 for n in range(5):
-    with claimed_stem(Path(sys.argv[1]), "42_0.1") as stem:
+    with claimed_stem(Path(sys.argv[1]), "42_0.1", ENDINGS) as stem:
         with written_whole(stem, ".mp4", ".json") as paths:
             for path in paths:
                 path.write_text(f"{sys.argv[2]} {n}")
@@ -34,25 +33,25 @@ for n in range(5):
 
 def test_index_starts_at_0_and_never_overwrites(tmp_path):
     for expected in range(3):
-        with claimed_stem(tmp_path, "42_0.15") as stem:
+        with claimed_stem(tmp_path, "42_0.15", ENDINGS) as stem:
             assert stem.name == f"42_0.15_{expected:04d}"
             with written_whole(stem, ".mp4") as (path,):
                 path.write_text(str(expected))
     (tmp_path / "42_0.15_0001.mp4").unlink()
     (tmp_path / "42_0.15_0001.json").write_text("{}")
-    with claimed_stem(tmp_path, "42_0.15") as stem:
+    with claimed_stem(tmp_path, "42_0.15", ENDINGS) as stem:
         assert stem.name == "42_0.15_0003", "a record alone keeps its name as well"
 
 
 def test_two_hold_different_names_at_once(tmp_path):
-    with claimed_stem(tmp_path, "a") as one, claimed_stem(tmp_path, "a") as two:
+    with claimed_stem(tmp_path, "a", ENDINGS) as one, claimed_stem(tmp_path, "a", ENDINGS) as two:
         assert one != two
 
 
 def test_a_claim_that_failed_is_given_up(tmp_path):
-    with pytest.raises(RuntimeError), claimed_stem(tmp_path, "a") as stem:
+    with pytest.raises(RuntimeError), claimed_stem(tmp_path, "a", ENDINGS) as stem:
         raise RuntimeError
-    with claimed_stem(tmp_path, "a") as again:
+    with claimed_stem(tmp_path, "a", ENDINGS) as again:
         assert again == stem
     assert not list(tmp_path.iterdir())
 
@@ -144,18 +143,3 @@ def test_video_there_and_back(tmp_path):
     expected = np.stack([np.array(frame) for frame in frames]).astype(float)
     # Quality 5 of x264 and 4:2:0 colour: a few grey levels on gradients.
     assert np.abs(video.frames - expected).mean() < 5
-
-
-def test_record_holds_distances_that_json_does_not(tmp_path):
-    planned = schedule([None, float("nan"), float("inf"), 0.03], 0.1)
-    record = build_record(
-        {"seed": 1, "prompt": "naïve"}, planned, [0.5, 0.4, 0.2, 0.1], {"total": 1.0}, "cpu", 1
-    )
-    write_record(record, tmp_path / "record.json")
-    read = json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))
-    assert read["prompt"] == "naïve"
-    assert read["distances"] == [None, None, None, 0.03]
-    assert read["extrapolated_steps"] == [1, 2]
-    # computed: steps 0, 1, 2 and, as the last, 3
-    assert read["computed_step_seconds"] == pytest.approx(0.3)
-    assert read["reused_step_seconds"] is None

@@ -8,13 +8,14 @@ import consisid_eva_clip
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, main
 from PIL import Image
+from support import CPU, main
 
+from teacache.base.errors import CheckpointError
+from teacache.comparison import quality
+from teacache.embedded.faces import FACE_BOX, FACE_KPS
 from teacache.inputs import identity as faces
 from teacache.inputs import photograph as pictures
-from teacache.base.errors import CheckpointError
-from teacache.embedded.faces import FACE_BOX, FACE_KPS
 
 
 @pytest.fixture(scope="module")
@@ -272,3 +273,17 @@ def test_a_small_face(capsys, tmp_path, tiny):
     code, _, error = command(capsys, tiny, "astronaut", tmp_path)
     assert code == 0
     assert "pixels wide" not in error
+
+
+def test_identity_by_the_real_recogniser(tiny, identity):
+    models = faces.load_face_models(tiny, CPU, torch.float32)
+    astronaut = np.array(pictures.load_image("astronaut"))
+    frames = np.stack([astronaut, np.roll(astronaut, (0, 50), (0, 1)), np.zeros_like(astronaut)])
+    reference = identity.id_cond[0, :512].numpy()
+    found = quality.identity_similarity(frames, reference, models.analyser)
+    same, moved, nobody = found["per_frame"]
+    assert same == pytest.approx(1.0, abs=1e-5)  # float32, of 512 products
+    assert 0.5 < moved <= 1.0
+    assert nobody is None
+    assert found["frames_without_face"] == 1
+    assert found["worst"] == min(same, moved)

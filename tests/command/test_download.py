@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import pytest
-from conftest import ROOT
+from support import ROOT
 
 from teacache.checkpoint.folder import check_checkpoint
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import CPU
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
+from support import CPU
 
-from teacache.sampling.attention import ConsisIDAttnProcessor, choose_backend, is_exact, use_attention
 from teacache.base.errors import ArgumentError
 from teacache.core.forward import apply_teacache
+from teacache.sampling.attention import (
+    ConsisIDAttnProcessor,
+    choose_backend,
+    is_exact,
+    use_attention,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,17 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from conftest import CPU, main
 from PIL import Image
+from support import main
 
+from teacache.command import preflight, run
+from teacache.comparison import comparison, quality
+from teacache.inputs import conditioning
 from teacache.inputs import identity as faces
 from teacache.inputs import photograph as pictures
-from teacache.comparison.comparison import quality
+from teacache.results.video import read_video
 from teacache.sampling import sampler
-from teacache.comparison.figure import draw_sweep
-from teacache.comparison.tables import sweep_markdown, sweep_rows, terminal_table
-from teacache.results.video import read_video, write_grid, write_video
 
 COMMON = ("--ckpts_path", "tiny", "--num_infer_steps", 20, "--num_frames", 5)
 
@@ -38,8 +37,9 @@ def calls(monkeypatch):
         monkeypatch.setattr(module, name, counting)
 
     for module, name in (
-        *((pictures, "load_image"), (faces, "load_face_models"), (faces, "find_identity")),
-        *((sampler, n) for n in ("load_pipeline", "embed_text", "prepare", "denoise", "decode")),
+        *((preflight, "load_image"), (faces, "load_face_models"), (faces, "find_identity")),
+        *((conditioning, "load_pipeline"), (conditioning, "embed_text"), (run, "load")),
+        *((sampler, name) for name in ("prepare", "denoise", "decode")),
     ):
         count(module, name)
     return counted
@@ -61,7 +61,7 @@ def test_sweep(capsys, tmp_path, calls):
 
     # What does not depend on the threshold happens once.
     assert calls == Counter(
-        load_image=1, load_face_models=1, find_identity=1, load_pipeline=2, embed_text=2,
+        load_image=1, load_face_models=1, find_identity=1, load_pipeline=1, load=1, embed_text=2,
         prepare=1, denoise=3, decode=3,
     )  # fmt: skip
     assert names(tmp_path / "sweep") == [
@@ -154,7 +154,7 @@ def test_interrupted_at_the_third_then_resumed(capsys, tmp_path, monkeypatch, ca
     calls.clear()
     code, output, _ = main(capsys, *arguments, "--resume")
     assert code == 0
-    assert "load_pipeline" not in calls
+    assert "load" not in calls
     assert (tmp_path / "sweep_42_0002.md").is_file()
 
 
@@ -271,7 +271,7 @@ def test_jobs_share_faces_and_prompts(capsys, tmp_path, calls):
     )
     assert code == 0
     assert calls == Counter(
-        load_image=2, load_face_models=1, find_identity=2, load_pipeline=2, embed_text=3,
+        load_image=2, load_face_models=1, find_identity=2, load_pipeline=1, load=1, embed_text=3,
         prepare=3, denoise=3, decode=3,
     )  # fmt: skip
     assert "1_0.1_0001" in output
@@ -279,17 +279,15 @@ def test_jobs_share_faces_and_prompts(capsys, tmp_path, calls):
 
 def test_a_long_list_keeps_no_frames_but_those_it_compares(capsys, tmp_path, monkeypatch):
     """Past the limit, here set to two: table and records as ever, no figure, no grid."""
-    from teacache.command import run
-    from teacache import sweep
-
-    monkeypatch.setattr(sweep, "MOST_SIDE_BY_SIDE", 2)
-    kept, sample_one = [], run.Run._sample_one
+    monkeypatch.setattr(comparison, "MOST_SIDE_BY_SIDE", 2)
+    kept, add = [], comparison.Comparison.add
 
     def counting(self, *args, **kwargs):
-        sample_one(self, *args, **kwargs)
-        kept.append(sum(r.own_frames is not None for r in self.results.values()))
+        judged = add(self, *args, **kwargs)
+        kept.append(sum(finished.frames is not None for finished in self.videos))
+        return judged
 
-    monkeypatch.setattr(run.Run, "_sample_one", counting)
+    monkeypatch.setattr(comparison.Comparison, "add", counting)
     common = ("--ckpts_path", "tiny", "--num_infer_steps", 12, "--num_frames", 1)
     code, _, _ = main(
         capsys, *common, "--seed", 1, 2, "--rel_l1_thresh", 0.3, 0, "--output_path", tmp_path
@@ -336,129 +334,3 @@ def test_baseline_from_an_earlier_video(capsys, tmp_path, monkeypatch):
     code, _, error = main(capsys, *common, "--num_frames", 9, "--baseline", earlier)
     assert code == 2
     assert "has 5 frames of 144x96, this run samples 9 of 144x96" in error
-
-
-@pytest.fixture
-def noise():
-    return np.random.default_rng(0).integers(0, 256, (3, 64, 96, 3), dtype=np.uint8)
-
-
-def test_psnr_by_its_definition(noise):
-    frames = noise.copy()
-    frames[1] = np.clip(noise[1].astype(int) + 10, 0, 255)
-    frames[2] = np.clip(noise[2].astype(int) - 30, 0, 255)
-    found = quality.compare(frames, noise)
-    expected = [
-        10 * np.log10(255**2 / np.mean((frames[n].astype(float) - noise[n]) ** 2)) for n in (1, 2)
-    ]
-    # Floating point alone: sums in another order.
-    assert found["psnr"]["per_frame"][0] is None, "a frame that is the same has no PSNR"
-    assert found["psnr"]["per_frame"][1:] == pytest.approx(expected, rel=1e-9)
-    assert found["psnr"]["mean"] == pytest.approx(np.mean(expected), rel=1e-9)
-    assert found["psnr"]["worst"] == pytest.approx(expected[1], rel=1e-9)
-    assert found["ssim"]["per_frame"][0] == pytest.approx(1.0)
-    assert found["ssim"]["worst"] == min(found["ssim"]["per_frame"]) < 1
-
-
-def test_the_same_video_is_called_identical(noise):
-    found = quality.compare(noise, noise)
-    assert found["psnr"] == {"mean": None, "worst": None, "per_frame": [None] * 3}
-    record = {
-        "rel_l1_thresh": 0.1,
-        "seed": 1,
-        "num_infer_steps": 2,
-        "computed_steps": [0, 1],
-        "image": "a",
-        "prompt": "b",
-        "negative_prompt": "",
-        "quality": found,
-        "seconds": {"denoising": 1.0, "decoding": 1.0},
-    }
-    assert "identical" in terminal_table(sweep_rows([("x", record)]))
-
-
-def test_lpips_where_it_is_missing(monkeypatch, tmp_path, noise):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    found = quality.compare(noise, noise)
-    assert found["lpips"] is None
-    assert quality.LPIPS_BACKBONE in found["lpips_missing"]
-
-
-def test_lpips_where_it_is_there(monkeypatch, tmp_path, noise):
-    """The real package on a backbone of random weights, in the place where the real one lies."""
-    from torchvision.models import alexnet
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
-    torch.manual_seed(0)
-    weights = tmp_path / "hub" / "checkpoints" / quality.LPIPS_BACKBONE
-    torch.save(alexnet().state_dict(), weights)
-    darker = (noise * 0.5).astype(np.uint8)
-    found = quality.compare(np.stack([noise[0], darker[1], darker[2]]), noise)
-    assert found["lpips_missing"] is None
-    same, *others = found["lpips"]["per_frame"]
-    assert same == 0
-    assert min(others) > 0
-    assert found["lpips"]["worst"] == max(others)
-
-
-def test_identity_by_the_real_recogniser(tiny, identity):
-    models = faces.load_face_models(tiny, CPU, torch.float32)
-    astronaut = np.array(pictures.load_image("astronaut"))
-    frames = np.stack([astronaut, np.roll(astronaut, (0, 50), (0, 1)), np.zeros_like(astronaut)])
-    reference = identity.id_cond[0, :512].numpy()
-    found = quality.identity_similarity(frames, reference, models.analyser)
-    same, moved, nobody = found["per_frame"]
-    assert same == pytest.approx(1.0, abs=1e-5)  # float32, of 512 products
-    assert 0.5 < moved <= 1.0
-    assert nobody is None
-    assert found["frames_without_face"] == 1
-    assert found["worst"] == min(same, moved)
-
-
-def test_figure_and_markdown_of_one_video_alone(tmp_path):
-    """A sweep that was interrupted after its first video, without threshold 0."""
-    record = {
-        "rel_l1_thresh": 0.15,
-        "seed": 1,
-        "num_infer_steps": 5,
-        "computed_steps": [0, 2, 4],
-        "image": "a",
-        "prompt": "b",
-        "negative_prompt": "",
-        "device_name": "cpu",
-        "width": 144,
-        "height": 96,
-        "num_frames": 13,
-        "seconds": {"denoising": 1.0, "decoding": 1.0},
-    }
-    rows = sweep_rows([("1_0.15_0000", record)])
-    draw_sweep(rows, [record], tmp_path / "figure.png")
-    with Image.open(tmp_path / "figure.png") as figure:
-        assert figure.width == 1200
-        pixels = np.array(figure.convert("RGB"))
-    draw_sweep(rows, [{**record, "computed_steps": [0, 1, 2, 3, 4]}], tmp_path / "all.png")
-    with Image.open(tmp_path / "all.png") as figure:
-        every = np.array(figure.convert("RGB"))
-    # Three of five cells are filled: of the pixels in a row through their middle, three fifths
-    # have the colour of the computed steps that all have where all are computed.
-    some, full = ((p == (0x1F, 0x5F, 0xA8)).all(-1).sum(1).max() for p in (pixels, every))
-    assert some / full == pytest.approx(0.6, abs=0.02)  # whole pixels, and the cells' edges
-    assert "| 2.0 |" in sweep_markdown(rows, record)
-
-
-def test_grid_places_every_video_below_its_label(tmp_path):
-    colours = [(200, 30, 30), (30, 200, 30), (30, 30, 200)]
-    videos = [np.full((4, 96, 144, 3), colour, np.uint8) for colour in colours]
-    videos[2] = videos[2][:2]  # an earlier, shorter one
-    write_grid(videos, ["one\nline", "two", "three"], tmp_path / "grid.mp4", fps=8)
-    grid = read_video(tmp_path / "grid.mp4").frames
-    assert grid.shape == (4, 512, 640, 3)
-    for n, colour in enumerate(colours):
-        left, top = n % 2 * 320, n // 2 * 256
-        middle = grid[3, top + 150, left + 160].astype(int)
-        assert np.abs(middle - colour).max() < 12, "H.264 and 4:2:0 move flat colours a little"
-        assert grid[0, top : top + 48, left : left + 320].max() > 200, "its label is there"
-    assert grid[0, 256 + 150, 320 + 160].max() < 12, "the fourth cell is empty"
-    write_video([Image.fromarray(videos[0][0])], tmp_path / "one.mp4", fps=8)
-    assert len(read_video(tmp_path / "one.mp4").frames) == 1

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU
 from diffusers import AutoencoderKLCogVideoX
+from support import CPU
 from torch._dynamo.utils import counters
 
+from teacache.base.errors import DeviceError
+from teacache.core.forward import apply_teacache
+from teacache.embedded.build import VAE
 from teacache.sampling import acceleration
 from teacache.sampling.attention import use_attention
-from teacache.base.errors import DeviceError
-from teacache.embedded.build import VAE
-from teacache.core.forward import apply_teacache
 from teacache_sample_video import main
 
 HEADER = Path(sysconfig.get_paths()["include"]) / "Python.h"

@@ -18,14 +18,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, main
 from PIL import Image
 from safetensors.torch import save
+from support import ROOT, main
 
-from teacache import cache, pictures, readers, video
-from teacache import identity as faces
-from teacache.cache import EmbeddingCache
-from teacache.errors import ImageError
+from teacache.base.errors import ImageError
+from teacache.command import readers
+from teacache.inputs import embedding_cache as cache
+from teacache.inputs import identity as faces
+from teacache.inputs import photograph as pictures
+from teacache.inputs.embedding_cache import EmbeddingCache
+from teacache.results import video
 
 
 def noise_frames(count: int, width: int = 64, height: int = 48) -> list[Image.Image]:
@@ -135,7 +138,7 @@ def test_the_names_of_a_face_are_those_that_are_kept(identity, tmp_path):
 
 HOMELESS = """
 import logging, os, pwd
-from teacache.cache import cache_folder
+from teacache.inputs.embedding_cache import cache_folder
 logging.basicConfig(format="%(message)s")
 os.setuid(54321)
 print(cache_folder())
@@ -258,7 +261,8 @@ def test_process_substitution(tmp_path):
     """As `--image <(cat face.png)` of bash: a pipe by the name of a descriptor."""
     (tmp_path / "face.png").write_bytes(png())
     script = (
-        "from teacache.pictures import load_image; import sys; print(load_image(sys.argv[1]).size)"
+        "import sys; from teacache.inputs.photograph import load_image; "
+        "print(load_image(sys.argv[1]).size)"
     )
     done = subprocess.run(
         ["bash", "-c", f'"{sys.executable}" -c "{script}" <(cat "{tmp_path}/face.png")'],

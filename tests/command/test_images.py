@@ -13,13 +13,13 @@ import time
 
 import numpy as np
 import pytest
-from conftest import main
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support import main
 
-from teacache.inputs import photograph as pictures
 from teacache.base.errors import ImageError
+from teacache.inputs import photograph as pictures
 from teacache.inputs.photograph import load_image
 
 

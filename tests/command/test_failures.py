@@ -16,22 +16,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPT, ROOT, SIZE, handlers_given_back, main
+from records import record_of_a_video
 from safetensors import safe_open
 from safetensors.torch import save_file
+from support import PROMPT, ROOT, SIZE, handlers_given_back, main
 
-from teacache.base import device
-from teacache.base import interruption
-from teacache.checkpoint.folder import loading
-from teacache import rescue
-from teacache.command import run
-from teacache.sampling import sampler
-from teacache.results import video
-from teacache.inputs import identity as faces
-from teacache.command.arguments import parse_arguments
+from teacache.base import device, interruption
 from teacache.base.errors import SamplingError
-from teacache.output import check_space
+from teacache.checkpoint import loading
+from teacache.command import run
+from teacache.command.arguments import parse_arguments
+from teacache.command.memory import out_of_memory
+from teacache.command.order import Order
+from teacache.comparison.comparison import Comparison
+from teacache.inputs import conditioning
+from teacache.inputs import identity as faces
+from teacache.inputs.text import Text, embed_text
+from teacache.results import slot, video
+from teacache.results.output_folder import check_space
+from teacache.results.record import Record
 from teacache.results.video import read_video
+from teacache.sampling import sampler
 
 SWEEP = (
     *("--ckpts_path", "tiny", "--rel_l1_thresh", 0, 0.2, "--num_infer_steps", 4),
@@ -147,7 +152,7 @@ def given_back():
 
 
 def test_without_a_signal_nothing_changes(given_back):
-    assert interruption.exit_code(lambda: None) == 0
+    assert interruption.run_command(lambda: None) == 0
     assert {number: signal.getsignal(number) for number in given_back} == given_back
 
 
@@ -158,7 +163,7 @@ def test_a_terminal_that_is_closed_changes_no_exit_code(given_back, monkeypatch)
         code = None
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stderr", nobody_reads)
-            code = interruption.exit_code(lambda: os.kill(os.getpid(), signal.SIGHUP))
+            code = interruption.run_command(lambda: os.kill(os.getpid(), signal.SIGHUP))
     assert code == 130
 
 
@@ -174,7 +179,7 @@ def test_an_interruption_that_a_library_turns_into_its_own_error(given_back, cap
 
     with_loading = lambda: run_within(loading.reading(Path("checkpoint")), work)  # noqa: E731
     for each in (work, with_loading):
-        assert interruption.exit_code(each) == 130
+        assert interruption.run_command(each) == 130
         assert capsys.readouterr().err == "interrupted\n"
 
 
@@ -192,7 +197,7 @@ def test_an_interruption_that_the_encoder_hears_too(capsys, tmp_path, monkeypatc
             time.sleep(1)
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr(rescue, "write_video", broken_pipe)
+    monkeypatch.setattr(slot, "write_video", broken_pipe)
     code, _, error = main(capsys, *TINY, "--num_frames", 1, "--output_path", tmp_path)
     assert code == 130
     assert error.splitlines()[-1] == (
@@ -237,7 +242,7 @@ def test_another_signal_does_not_cut_cleaning_up_short(given_back):
             time.sleep(0.01)
             cleaned.append(1)
 
-    assert interruption.exit_code(work) == 130
+    assert interruption.run_command(work) == 130
     assert cleaned
 
 
@@ -255,7 +260,7 @@ def test_a_later_signal_counts_again(given_back, monkeypatch):
         time.sleep(0.01)
         seen.append("not ended")
 
-    assert interruption.exit_code(work) == 130
+    assert interruption.run_command(work) == 130
     assert not seen
 
 
@@ -310,8 +315,8 @@ def no_memory(*args, **kwargs):
     ("where", "stage", "advice"),
     [
         ((faces, "load_face_models"), "identity", "No further flag takes less"),
-        ((sampler, "embed_text"), "text", "--offload sequential"),
-        ((run.Run, "_load_pipeline"), "loading", "--offload model, --offload sequential"),
+        ((conditioning, "embed_text"), "text", "--offload sequential"),
+        ((run, "load"), "loading", "--offload model, --offload sequential"),
         (
             (sampler, "prepare"),
             "encoding",
@@ -333,18 +338,17 @@ def test_out_of_memory(capsys, tmp_path, monkeypatch, where, stage, advice):
 @pytest.mark.parametrize(
     ("error", "flags"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory"), "no --keep_loaded, --vae_tiling"),
-        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "no --keep_loaded, --vae_tiling"),
-        (RuntimeError("CUDA error: out of memory"), "no --keep_loaded, --vae_tiling"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "--vae_tiling, --offload model"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "--vae_tiling, --offload model"),
+        (RuntimeError("CUDA error: out of memory"), "--vae_tiling, --offload model"),
         (OSError(12, "Cannot allocate memory"), "--vae_tiling"),
     ],
 )
 def test_what_takes_less_memory(error, flags):
-    arguments = ["--keep_loaded", "--compile"]
-    if "keep" in flags:
-        flags += ", --offload model"  # sequential offload does not go with compiled layers
+    # Sequential offload does not go with compiled layers.
+    machine = Order.of(parse_arguments(["--compile"])).machine
     assert device.is_out_of_memory(error)
-    told = device.out_of_memory(error, "decoding", parse_arguments(arguments))
+    told = out_of_memory(error, "decoding", machine)
     assert told == f"out of memory while decoding. Try, in this order: {flags}"
 
 
@@ -427,7 +431,7 @@ def test_latents_of_something_else(capsys, tmp_path):
     assert complaint() == none
     save_file({"latents": torch.zeros(1, 3, 16, 12, 18)}, other, metadata={"record": "[]"})
     assert complaint().startswith(f"{none}: its record lacks ")
-    whole = json.dumps(dict.fromkeys(rescue.RECORDED, 8))
+    whole = json.dumps(record_of_a_video().as_json())
     save_file({"latents": torch.zeros(1, 3, 16)}, other, metadata={"record": whole})
     assert complaint() == f"{none}: of shape [1, 3, 16]"
     save_file({"latents": torch.zeros(1, 3, 4, 12, 18)}, other, metadata={"record": whole})
@@ -454,7 +458,7 @@ def test_a_missing_encoder_is_found_before_loading(capsys, tmp_path, monkeypatch
 
 def test_latents_need_room_for_their_video_too(capsys, tmp_path, monkeypatch):
     kept = tmp_path / "kept.safetensors"
-    record = {**dict.fromkeys(rescue.RECORDED, 8), "ckpts_path": "tiny"}
+    record = record_of_a_video(ckpts_path="tiny").as_json()
     save_file({"latents": torch.zeros(1, 3, 16, 12, 18)}, kept, {"record": json.dumps(record)})
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
@@ -561,7 +565,7 @@ def test_no_room_is_found_before_loading(capsys, tmp_path, monkeypatch):
     assert error == f"error: --output_path {tmp_path} has 1 MiB free, and the run may write 2 MiB\n"
     assert "diffusers" not in output
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**30))
-    check_space(tmp_path, SIZE, videos=100)
+    check_space(tmp_path, SIZE.width * SIZE.height, SIZE.num_frames, videos=100)
 
 
 @pytest.mark.parametrize("step", [0, 2, 3])
@@ -576,9 +580,9 @@ def test_latents_that_are_not_finite_end_the_run(pipe, identity, step):
 
     pipe.transformer.register_forward_hook(goes_wrong)
     start = sampler.prepare(pipe, identity, SIZE, seed=1)
-    text = sampler.Text(sampler.embed_text(pipe, PROMPT).embeds, None)
+    prompt = Text(embed_text(pipe, PROMPT).embeds, None)
     with pytest.raises(SamplingError, match=f"infinite numbers after step {step}, counted from 0"):
-        sampler.denoise(pipe, start, text, SIZE, num_infer_steps=4, guidance_scale=1.0)
+        sampler.denoise(pipe, start, prompt, SIZE, num_infer_steps=4, guidance_scale=1.0)
 
 
 def test_a_guidance_beyond_all_floats(capsys, tmp_path):
@@ -597,9 +601,9 @@ def test_a_fault_of_ours_keeps_its_traceback_and_the_latents(tmp_path, capsys, m
     with pytest.raises(ZeroDivisionError) as raised:
         main(capsys, *TINY, "--output_path", tmp_path)
     (note,) = raised.value.__notes__
-    latents, record = rescue.read_latents(Path(note.split("--latents ")[1]))
+    latents, record = slot.read_latents(Path(note.split("--latents ")[1]))
     assert latents.shape[0] == 1
-    assert record["num_infer_steps"] == 4
+    assert record.settings.num_infer_steps == 4
 
 
 def test_nothing_made_names_this_machine(capsys, tmp_path, monkeypatch):
@@ -619,7 +623,7 @@ def test_a_video_whose_record_cannot_be_written_has_no_name_yet(capsys, tmp_path
     def no_space(record, path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(rescue, "write_record", no_space)
+    monkeypatch.setattr(Record, "write", no_space)
     code, _, error = main(capsys, *TINY, "--num_frames", 1, "--output_path", tmp_path)
     assert code == 2
     assert f"the video cannot be written to {tmp_path}: No space left on device. The" in error
@@ -630,7 +634,7 @@ def test_figures_of_quality_that_find_no_room_leave_the_record(capsys, tmp_path,
     def no_space(record, path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run, "write_record", no_space)
+    monkeypatch.setattr(Record, "replace_at", no_space)
     code, _, error = main(capsys, *SWEEP, "--output_path", tmp_path)
     assert code == 0
     assert "42_0.2_0000.mp4: its record stays without the figures of quality: No space" in error
@@ -640,12 +644,10 @@ def test_figures_of_quality_that_find_no_room_leave_the_record(capsys, tmp_path,
 
 
 def test_a_report_that_cannot_be_written_hides_nothing(capsys, tmp_path, monkeypatch):
-    from teacache import sweep
-
-    def no_space(*args):
+    def no_space(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sweep, "write_sweep", no_space)
+    monkeypatch.setattr(Comparison, "report", no_space)
     code, _, error = main(capsys, *SWEEP, "--output_path", tmp_path)
     assert code == 0
     assert "the sweep's report cannot be written: No space left on device" in error

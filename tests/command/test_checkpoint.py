@@ -11,20 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import main
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from support import main
 
-from teacache.embedded import build as tiny_module
+from teacache.base.errors import ArgumentError, CheckpointError
 from teacache.checkpoint.folder import (
     check_checkpoint,
     is_full_size,
     is_whole_safetensors,
     local_checkpoint,
 )
-from teacache.base.errors import ArgumentError, CheckpointError
 from teacache.checkpoint.size import video_size
+from teacache.embedded import build as tiny_module
+from teacache.embedded.build import cached_tiny_checkpoint
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def edit(path, **changed):
 
 def test_tiny_is_built_once(tiny):
     made = (tiny / "model_index.json").stat().st_mtime_ns
-    assert local_checkpoint("tiny") == tiny
+    assert cached_tiny_checkpoint() == tiny
     assert (tiny / "model_index.json").stat().st_mtime_ns == made
     check_checkpoint(tiny)
     assert not is_full_size(tiny)

@@ -10,14 +10,14 @@ import sys
 
 import pytest
 import torch
-from conftest import CPU, ROOT, main
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, ConsisIDTransformer3DModel
+from support import CPU, ROOT, main
 
-from teacache.command import plan
 from teacache.base.errors import ArgumentError, CheckpointError
+from teacache.checkpoint import distances
+from teacache.core.forward import apply_teacache
 from teacache.core.rule import COGVIDEOX_5B, RESOLUTION, Coefficients, schedule, smallest_threshold
 from teacache.embedded.build import TRANSFORMER
-from teacache.core.forward import apply_teacache
 
 THRESHOLDS = [0.0, 0.03, 0.05, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.3, 0.5, 1.0, 3.0]
 
@@ -55,7 +55,7 @@ def test_plan_equals_the_run(tiny, tmp_path, shallow, sample, scheduler, spacing
         runs = runs[:2]
     with apply_teacache(pipe) as handle:
         for steps, guidance_scale, threshold in runs:
-            known = plan.step_distances(checkpoint, guidance_scale, CPU, dtype, steps)
+            known = distances.step_distances(checkpoint, guidance_scale, CPU, dtype, steps)
             handle.rel_l1_thresh = threshold
             sample(pipe, steps=steps, num_frames=1, guidance_scale=guidance_scale)
             assert handle.schedule.distances == known
@@ -65,7 +65,7 @@ def test_plan_equals_the_run(tiny, tmp_path, shallow, sample, scheduler, spacing
 
 def test_plan_equals_the_run_at_many_thresholds(tiny, shallow, sample):
     pipe = shallow(torch.float32)
-    known = plan.step_distances(tiny, 6.0, CPU, torch.float32, 50)
+    known = distances.step_distances(tiny, 6.0, CPU, torch.float32, 50)
     with apply_teacache(pipe) as handle:
         for threshold in THRESHOLDS:
             handle.rel_l1_thresh = threshold
@@ -80,16 +80,16 @@ def test_timesteps_equal_the_schedulers_own(tiny, tmp_path):
         scheduler.save_pretrained(tmp_path / "scheduler")
         for steps in [*range(1, 101), 333, 999, 1000]:
             scheduler.set_timesteps(steps)
-            assert torch.equal(plan.scheduler_timesteps(tmp_path, steps), scheduler.timesteps)
+            assert torch.equal(distances.scheduler_timesteps(tmp_path, steps), scheduler.timesteps)
     with pytest.raises(ArgumentError, match="1000 timesteps"):
-        plan.scheduler_timesteps(tmp_path, 1001)
+        distances.scheduler_timesteps(tmp_path, 1001)
 
 
 @pytest.mark.parametrize("target", [1.0, 1.3, 1.6, 2.0, 2.5, 3.7, 9.9])
 @pytest.mark.parametrize("steps", [12, 50, 100])
 def test_smallest_threshold_is_the_smallest(tiny, target, steps):
     """It reaches the target, and one step of the resolution below does not."""
-    known = plan.step_distances(tiny, 6.0, CPU, torch.float32, steps)
+    known = distances.step_distances(tiny, 6.0, CPU, torch.float32, steps)
 
     def speedup(threshold):
         return schedule(known, threshold, COGVIDEOX_5B).speedup
@@ -123,7 +123,7 @@ def test_a_checkpoint_without_time_embedding(tiny, tmp_path):
     weights.unlink()
     save_file({"proj_out.weight": torch.zeros(1)}, weights)
     with pytest.raises(CheckpointError, match=r"lacks time_embedding.linear_1.bias"):
-        plan.step_distances(tmp_path / "c", 6.0, CPU, torch.float32, 8)
+        distances.step_distances(tmp_path / "c", 6.0, CPU, torch.float32, 8)
 
 
 def test_command_prints_a_plan(capsys, tmp_path, tiny):
@@ -134,7 +134,7 @@ def test_command_prints_a_plan(capsys, tmp_path, tiny):
     lines = output.splitlines()
     assert lines[0].split() == ["rel_l1_thresh", "computed", "speed-up", "schedule"]
     assert [line.split()[0] for line in lines[1:7]] == ["0.05", "0.1", "0.15", "0.2", "0.25", "0.3"]
-    known = plan.step_distances(tiny, 6.0, CPU, torch.float32, 50)
+    known = distances.step_distances(tiny, 6.0, CPU, torch.float32, 50)
     for line in lines[1:7]:
         threshold, computed, *_, cells = line.split()
         planned = schedule(known, float(threshold), COGVIDEOX_5B).computed_steps
@@ -218,7 +218,7 @@ def test_command_names_a_missing_scheduler(capsys, tmp_path, tiny):
 
 
 def test_the_picture_in_the_readme_is_true(tiny):
-    known = plan.step_distances(tiny, 6.0, CPU, torch.float32, 50)
+    known = distances.step_distances(tiny, 6.0, CPU, torch.float32, 50)
     readme = (ROOT / "README.md").read_text("utf-8")
     lines = [line for line in readme.splitlines() if line.count("■") > 10]
     assert len(lines) == 4

@@ -1,0 +1,125 @@
+"""Figures of quality, tables, picture and side-by-side video, on frames that no model has made."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from records import record_of_a_video
+
+from teacache.comparison import quality
+from teacache.comparison.figure import draw_sweep
+from teacache.comparison.tables import sweep_markdown, sweep_rows, terminal_table
+from teacache.results.video import read_video, write_grid, write_video
+
+
+def test_two_faces_under_one_masked_address_are_two_groups():
+    """As behind signed URLs, of which only what lets nobody in is on record."""
+    rows = sweep_rows(
+        [
+            (
+                face + str(threshold),
+                record_of_a_video(
+                    image="https://host/face?id=***&sig=***",
+                    image_sha256=face,
+                    rel_l1_thresh=threshold,
+                    seconds={"denoising": seconds, "decoding": 0.0},
+                ),
+            )
+            for face, threshold, seconds in (("anna", 0, 10.0), ("ben", 0, 20.0), ("ben", 0.1, 5.0))
+        ]
+    )
+    assert [row["group"] for row in rows] == [0, 1, 1]
+    assert [row["speedup"] for row in rows] == [1.0, 1.0, 4.0]
+    assert rows[0]["differs_in"] != rows[1]["differs_in"]
+
+
+@pytest.fixture
+def noise():
+    return np.random.default_rng(0).integers(0, 256, (3, 64, 96, 3), dtype=np.uint8)
+
+
+def test_psnr_by_its_definition(noise):
+    frames = noise.copy()
+    frames[1] = np.clip(noise[1].astype(int) + 10, 0, 255)
+    frames[2] = np.clip(noise[2].astype(int) - 30, 0, 255)
+    found = quality.compare(frames, noise)
+    expected = [
+        10 * np.log10(255**2 / np.mean((frames[n].astype(float) - noise[n]) ** 2)) for n in (1, 2)
+    ]
+    # Floating point alone: sums in another order.
+    assert found["psnr"]["per_frame"][0] is None, "a frame that is the same has no PSNR"
+    assert found["psnr"]["per_frame"][1:] == pytest.approx(expected, rel=1e-9)
+    assert found["psnr"]["mean"] == pytest.approx(np.mean(expected), rel=1e-9)
+    assert found["psnr"]["worst"] == pytest.approx(expected[1], rel=1e-9)
+    assert found["ssim"]["per_frame"][0] == pytest.approx(1.0)
+    assert found["ssim"]["worst"] == min(found["ssim"]["per_frame"]) < 1
+
+
+def test_the_same_video_is_called_identical(noise):
+    found = quality.compare(noise, noise)
+    assert found["psnr"] == {"mean": None, "worst": None, "per_frame": [None] * 3}
+    record = record_of_a_video(rel_l1_thresh=0.1, quality=found)
+    assert "identical" in terminal_table(sweep_rows([("x", record)]))
+
+
+def test_lpips_where_it_is_missing(monkeypatch, tmp_path, noise):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    found = quality.compare(noise, noise)
+    assert found["lpips"] is None
+    assert quality.LPIPS_BACKBONE in found["lpips_missing"]
+
+
+def test_lpips_where_it_is_there(monkeypatch, tmp_path, noise):
+    """The real package on a backbone of random weights, in the place where the real one lies."""
+    from torchvision.models import alexnet
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.manual_seed(0)
+    weights = tmp_path / "hub" / "checkpoints" / quality.LPIPS_BACKBONE
+    torch.save(alexnet().state_dict(), weights)
+    darker = (noise * 0.5).astype(np.uint8)
+    found = quality.compare(np.stack([noise[0], darker[1], darker[2]]), noise)
+    assert found["lpips_missing"] is None
+    same, *others = found["lpips"]["per_frame"]
+    assert same == 0
+    assert min(others) > 0
+    assert found["lpips"]["worst"] == max(others)
+
+
+def test_figure_and_markdown_of_one_video_alone(tmp_path):
+    """A sweep that was interrupted after its first video, without threshold 0."""
+    record = record_of_a_video(rel_l1_thresh=0.15)
+    rows = sweep_rows([("1_0.15_0000", record)])
+    draw_sweep(rows, [record], tmp_path / "figure.png")
+    with Image.open(tmp_path / "figure.png") as figure:
+        assert figure.width == 1200
+        pixels = np.array(figure.convert("RGB"))
+    every_step = record_of_a_video(computed_steps=[0, 1, 2, 3, 4])
+    draw_sweep(rows, [every_step], tmp_path / "all.png")
+    with Image.open(tmp_path / "all.png") as figure:
+        every = np.array(figure.convert("RGB"))
+    # Three of five cells are filled: of the pixels in a row through their middle, three fifths
+    # have the colour of the computed steps that all have where all are computed.
+    some, full = ((p == (0x1F, 0x5F, 0xA8)).all(-1).sum(1).max() for p in (pixels, every))
+    assert some / full == pytest.approx(0.6, abs=0.02)  # whole pixels, and the cells' edges
+    assert "| 2.0 |" in sweep_markdown(rows, record)
+
+
+def test_grid_places_every_video_below_its_label(tmp_path):
+    colours = [(200, 30, 30), (30, 200, 30), (30, 30, 200)]
+    videos = [np.full((4, 96, 144, 3), colour, np.uint8) for colour in colours]
+    videos[2] = videos[2][:2]  # an earlier, shorter one
+    write_grid(videos, ["one\nline", "two", "three"], tmp_path / "grid.mp4", fps=8)
+    grid = read_video(tmp_path / "grid.mp4").frames
+    assert grid.shape == (4, 512, 640, 3)
+    for n, colour in enumerate(colours):
+        left, top = n % 2 * 320, n // 2 * 256
+        middle = grid[3, top + 150, left + 160].astype(int)
+        assert np.abs(middle - colour).max() < 12, "H.264 and 4:2:0 move flat colours a little"
+        assert grid[0, top : top + 48, left : left + 320].max() > 200, "its label is there"
+    assert grid[0, 256 + 150, 320 + 160].max() < 12, "the fourth cell is empty"
+    write_video([Image.fromarray(videos[0][0])], tmp_path / "one.mp4", fps=8)
+    assert len(read_video(tmp_path / "one.mp4").frames) == 1

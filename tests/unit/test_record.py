@@ -1,0 +1,64 @@
+"""The record: what it holds, and reading it again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from records import record_of_a_video
+
+from teacache.core.rule import schedule
+from teacache.results.record import Record, finite, median_seconds, read_record
+
+
+def test_holds_distances_that_json_does_not(tmp_path):
+    planned = schedule([None, float("nan"), float("inf"), 0.03], 0.1)
+    record = dataclasses.replace(
+        record_of_a_video(prompt="naïve"),
+        distances=finite(planned.distances),
+        extrapolated_steps=list(planned.extrapolated_steps),
+    )
+    record.write(tmp_path / "record.json")
+    text = (tmp_path / "record.json").read_text(encoding="utf-8")
+    data = json.loads(text)
+    assert text.count("\n") == len(data) + 2, "a line for each key"
+    assert data["prompt"] == "naïve"
+    assert data["distances"] == [None, None, None, 0.03]
+    assert data["extrapolated_steps"] == [1, 2]
+    assert "quality" not in data
+    assert read_record(tmp_path / "record.json") == record
+
+
+def test_medians_of_some_of_the_steps():
+    # of steps 0, 1, 2 and 3: 0.5, 0.4, 0.2, 0.1
+    assert median_seconds([0.5, 0.4, 0.2, 0.1], [0, 1, 2, 3]) == pytest.approx(0.3)
+    assert median_seconds([0.5, 0.4, 0.2, 0.1], [3]) == 0.1
+    assert median_seconds([0.5], []) is None
+
+
+def test_settings_are_equal_where_they_make_the_same_video():
+    one = record_of_a_video().settings
+    same = dataclasses.replace(one, output_path="elsewhere", reuse_conditioning=False)
+    assert one == same
+    for changed in ({"prompt": "a girl"}, {"rel_l1_thresh": 0.2}, {"coefficients": {}}):
+        assert dataclasses.replace(one, **changed) != one
+
+
+def test_what_is_no_record_of_ours(tmp_path):
+    whole = record_of_a_video().as_json()
+    path = tmp_path / "record.json"
+    for content in ("", "[", "[]", '{"rows": []}', json.dumps({**whole, "seed": 1})[:-20]):
+        path.write_text(content)
+        assert read_record(path) is None
+    assert read_record(tmp_path / "none.json") is None
+    del whole["device_name"]
+    with pytest.raises(ValueError, match="its record lacks device_name"):
+        Record.from_json(whole)
+
+
+def test_a_record_with_other_keys_is_read(tmp_path):
+    """As earlier versions have written it."""
+    record = record_of_a_video()
+    (tmp_path / "old.json").write_text(json.dumps({**record.as_json(), "keep_loaded": True}))
+    assert read_record(tmp_path / "old.json") == record
