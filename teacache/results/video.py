@@ -94,6 +94,20 @@ def read_video(path: Path) -> Video:
         return Video(np.stack(list(reader.iter_data())), reader.get_meta_data()["fps"])
 
 
+def probe(path: Path) -> tuple[int, int, int]:
+    """A video's width, height and number of frames, of which none is kept in memory.
+
+    Raises:
+        OSError, RuntimeError: where it cannot be read as a video.
+    """
+    from imageio_ffmpeg import count_frames_and_secs, read_frames
+
+    name = _unmistakable(path)
+    with contextlib.closing(read_frames(name)) as reader:
+        width, height = next(reader)["size"]
+    return width, height, count_frames_and_secs(name)[0]
+
+
 def write_grid(videos: list[np.ndarray], labels: list[str], path: Path, fps: int) -> None:
     """Write videos side by side, each below its label.
 
