@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, main
 from PIL import Image
 
-from teacache import video
+from teacache import acceleration, video
+from teacache.errors import DeviceError
 
 
 def noise_frames(count: int, width: int, height: int) -> list[Image.Image]:
@@ -103,3 +107,57 @@ def test_too_little_address_space_is_told_before_torch_fails_in_it():
         "`ulimit -v` allows 3.0"
     )
     assert check_environment(limit=5 * 2**30) == ""
+
+
+def program(path: Path, script: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("exit 1", "it ends with code 1 and does not say why"),
+        ("echo first >&2; echo 'cannot execute cc1plus' >&2; exit 1", "cannot execute cc1plus"),
+        ("echo on standard output; exit 1", "on standard output"),
+        ("exit 0", "it makes no file"),
+        ("exec sleep 60", "it takes more than 1 s for an empty file"),
+    ],
+)
+@pytest.mark.parametrize(("device", "variable"), [("cpu", "CXX"), ("cuda", "CC")])
+def test_a_compiler_that_fails(tmp_path, monkeypatch, script, said, device, variable):
+    compiler = program(tmp_path / "c++", script)
+    monkeypatch.setenv(variable, f"{compiler} -pipe")
+    monkeypatch.setattr(acceleration, "COMPILER_SECONDS", 1)
+    with pytest.raises(DeviceError) as refusal:
+        acceleration._check_compiler(torch.device(device))
+    assert str(refusal.value) == f"--compile: the compiler {compiler} does not work: {said}"
+
+
+def test_the_compilers_that_are_here_work(tmp_path, monkeypatch):
+    if not shutil.which("g++"):
+        pytest.skip("no compiler here")
+    monkeypatch.delenv("CXX", raising=False)
+    acceleration._check_compiler(torch.device("cpu"))
+    passed_on = program(tmp_path / "cache", f'echo "$@" >> {tmp_path}/called; exec "$@"')
+    monkeypatch.setenv("CXX", f"{passed_on} g++ -O1")
+    acceleration._check_compiler(torch.device("cpu"))
+    assert (tmp_path / "called").read_text().startswith("g++ -O1 ")
+    no_program = tmp_path / "no program"
+    no_program.write_text("#!/nowhere/sh\n")
+    no_program.chmod(0o755)
+    monkeypatch.setenv("CXX", f"'{no_program}'")
+    with pytest.raises(DeviceError, match="does not work: No such file or directory"):
+        acceleration._check_compiler(torch.device("cpu"))
+
+
+def test_the_command_with_a_compiler_that_fails(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "/bin/false")
+    code, output, error = main(
+        capsys, "--ckpts_path", "tiny", "--compile", "--output_path", tmp_path / "videos"
+    )
+    assert code == 2
+    assert error.startswith("error: --compile: the compiler /bin/false does not work: ")
+    assert error.count("\n") == 1
+    assert "identity" not in output

@@ -6,7 +6,9 @@ import importlib.util
 import os
 import shlex
 import shutil
+import subprocess
 import sysconfig
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +28,7 @@ DECODER_FORMS = 64
 COMPILED_DECODER_PAYS_FROM = 8
 # The first CUDA capability with matrix units for float8 of the kind that pays here: Hopper.
 FLOAT8_CAPABILITY = (9, 0)
+COMPILER_SECONDS = 60  # A compiler takes a tenth of one for an empty file.
 
 
 def prepare_acceleration(
@@ -56,8 +59,10 @@ def _check_compiler(device: torch.device) -> None:
     # Inductor's own on a CPU, Triton's on a GPU.
     on_cpu = device.type == "cpu"
     variable, usual = ("CXX", ("g++", "clang++")) if on_cpu else ("CC", ("gcc", "clang"))
-    given = shlex.split(os.environ.get(variable, ""))[:1]
-    if not any(shutil.which(name) for name in given or usual):
+    given = shlex.split(os.environ.get(variable, ""))
+    candidates = [given] if given else [[name] for name in usual]
+    compiler = next((words for words in candidates if shutil.which(words[0])), None)
+    if compiler is None:
         raise DeviceError(
             f"--compile needs a compiler, and finds none: install {usual[0]}, or name one in "
             f"{variable}"
@@ -68,6 +73,36 @@ def _check_compiler(device: torch.device) -> None:
             "--compile needs Python's headers, which most systems package as python3-dev: "
             f"there is no {header.name} in {header.parent}"
         )
+    said = _what_fails(compiler, ".cpp" if on_cpu else ".c")
+    if said:
+        raise DeviceError(f"--compile: the compiler {compiler[0]} does not work: {said}")
+
+
+def _what_fails(compiler: list[str], suffix: str) -> str:
+    """Why a compiler makes no shared library of an empty source; "" where it makes one.
+
+    Args:
+        compiler: its name and the arguments that go with it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder) / f"empty{suffix}", Path(folder) / "empty.so"
+        source.touch()
+        try:
+            ended = subprocess.run(
+                [*compiler, "-shared", "-fPIC", "-o", library, source],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=COMPILER_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            return f"it takes more than {COMPILER_SECONDS} s for an empty file"
+        except OSError as error:
+            return error.strerror
+        if ended.returncode == 0:
+            return "" if library.is_file() else "it makes no file"
+    lines = ended.stdout.decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else f"it ends with code {ended.returncode} and does not say why"
 
 
 def _check_float8(device: torch.device, dtype: torch.dtype) -> None:
