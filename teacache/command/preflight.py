@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from teacache.base.console import Stages
+from teacache.base.environment import check_environment
 from teacache.checkpoint.download import download_checkpoint
 from teacache.checkpoint.folder import check_checkpoint, is_full_size, local_checkpoint
 from teacache.checkpoint.size import VideoSize, check_memory, video_size
@@ -65,6 +66,7 @@ def preflight(order: Order, stages: Stages) -> Ready:
     """
     machine, form = order.machine, order.format
     prepare_folder(order.output_path)
+    check_environment()
     check_encoder()
     with stages.stage("checkpoint"):
         found = find_checkpoint(order.ckpts_path)

@@ -190,13 +190,14 @@ def read_baseline(path: Path, size: VideoSize) -> np.ndarray:
         ArgumentError: where it is no video, or not of the size that is sampled.
     """
     try:
-        frames = video.read_video(path).frames
+        # Before it is decoded: it may be long and large.
+        found = video.probe(path)
+        if found == size:
+            return video.read_video(path).frames
     except (OSError, ValueError, RuntimeError) as error:
         raise ArgumentError(f"--baseline {path} cannot be read as a video") from error
-    found, wanted = frames.shape[:3], (size.num_frames, size.height, size.width)
-    if found != wanted:
-        raise ArgumentError(
-            f"--baseline {path} has {found[0]} frames of {found[2]}x{found[1]}, "
-            f"this run samples {wanted[0]} of {wanted[2]}x{wanted[1]}"
-        )
-    return frames
+    width, height, num_frames = found
+    raise ArgumentError(
+        f"--baseline {path} has {num_frames} frames of {width}x{height}, "
+        f"this run samples {size.num_frames} of {size.width}x{size.height}"
+    )

@@ -98,7 +98,7 @@ def _what_fails(compiler: list[str], suffix: str) -> str:
         except subprocess.TimeoutExpired:
             return f"it takes more than {COMPILER_SECONDS} s for an empty file"
         except OSError as error:
-            return error.strerror
+            return str(error.strerror)
         if ended.returncode == 0:
             return "" if library.is_file() else "it makes no file"
     lines = ended.stdout.decode(errors="replace").strip().splitlines()

@@ -6,7 +6,7 @@ import re
 import resource
 import sys
 
-from teacache.errors import DeviceError
+from teacache.base.errors import DeviceError
 
 # The synthetic checkpoint's 13 frames on a CPU with two threads, torch 2.14 and diffusers 0.42:
 # these are enough, and 4.5 are not. Every further thread takes some, and so does a real checkpoint.

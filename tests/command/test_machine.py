@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, main
 from PIL import Image
+from support import ROOT, main
 
-from teacache import acceleration, video
-from teacache.errors import DeviceError
+from teacache.base.errors import DeviceError
+from teacache.results import video
+from teacache.sampling import acceleration
 
 
 def noise_frames(count: int, width: int, height: int) -> list[Image.Image]:
@@ -51,7 +52,7 @@ def test_a_file_of_sound_alone_has_no_size(tmp_path):
         video.probe(path)
 
 
-CHECK = "from teacache.environment import check_environment; check_environment()"
+CHECK = "from teacache.base.environment import check_environment; check_environment()"
 
 
 def check_environment(*options: str, limit: int | None = None, **variables: str) -> str:
@@ -83,7 +84,7 @@ def test_a_server_without_a_screen_is_told_what_to_install(tmp_path, library):
     (tmp_path / "cv2").mkdir()
     (tmp_path / "cv2" / "__init__.py").write_text(f"raise ImportError({said!r})")
     assert check_environment(PYTHONPATH=str(tmp_path)) == (
-        f"teacache.errors.DeviceError: opencv does not find {library}: "
+        f"teacache.base.errors.DeviceError: opencv does not find {library}: "
         "apt-get install libgl1 libglib2.0-0"
     )
 
@@ -92,18 +93,18 @@ def test_an_opencv_that_is_missing_or_broken_otherwise(tmp_path):
     (tmp_path / "cv2").mkdir()
     (tmp_path / "cv2" / "__init__.py").write_text("raise ImportError('no\\nABI')")
     assert check_environment(PYTHONPATH=str(tmp_path)) == (
-        "teacache.errors.DeviceError: opencv cannot be imported: no\\nABI"
+        "teacache.base.errors.DeviceError: opencv cannot be imported: no\\nABI"
     )
 
 
 def test_python_without_docstrings_is_refused():
-    assert check_environment("-OO").startswith("teacache.errors.DeviceError: python -OO ")
+    assert check_environment("-OO").startswith("teacache.base.errors.DeviceError: python -OO ")
     assert check_environment("-O") == ""
 
 
 def test_too_little_address_space_is_told_before_torch_fails_in_it():
     assert check_environment(limit=3 * 2**30) == (
-        "teacache.errors.DeviceError: not enough address space: 5 GB are needed, "
+        "teacache.base.errors.DeviceError: not enough address space: 5 GB are needed, "
         "`ulimit -v` allows 3.0"
     )
     assert check_environment(limit=5 * 2**30) == ""
