@@ -2,8 +2,8 @@
 
 import re
 
-# Of a URL: what stands before the host's @, or where a password holds what has no place there, all
-# before the last @; the query; the fragment; a value of the query that is no credential.
+# The parts of a URL that may be secret: user info (also with unescaped / ? # in the password), the
+# query and the fragment; and the values of a query that are no credentials.
 USER = re.compile(r"(?<=://)([^/?#\s]*@|[^/?#@\s]*:.*@)")
 QUERY = re.compile(r"(://[^\s?#]*\?)([^\s#]*)")
 FRAGMENT = re.compile(r"(://[^\s#]*#)\S+")
@@ -25,7 +25,7 @@ def without_credentials(text: str) -> str:
     """A text with URLs in it as it may be shown and recorded: without what lets a reader in.
 
     That may be a password, or of a signed URL any value of the query, whose names differ from one
-    service to the next; only the shortest stay. What goes by a fragment is no server's business.
+    service to the next; only the shortest stay. A fragment may hold anything.
     """
 
     text = USER.sub("***@", text)

@@ -44,17 +44,17 @@ def interruptible() -> Iterator[None]:
         sys.unraisablehook = tell_of_lost
         for number, handler in before.items():
             # A process that is about to end as one that was interrupted is not to be killed yet.
-            signal.signal(number, signal.SIG_IGN if asked() else handler)
+            signal.signal(number, signal.SIG_IGN if stop_requested() else handler)
 
 
 def check() -> None:
     """Raise KeyboardInterrupt where a signal has come, and its exception was lost."""
-    if asked():
+    if stop_requested():
         raise KeyboardInterrupt
 
 
-def asked() -> bool:
-    """Whether the run is to end, so that nobody waits for what takes long and need not be."""
+def stop_requested() -> bool:
+    """Whether a signal has asked the run to stop; skip optional slow work then."""
     return _asked is not None
 
 
@@ -76,7 +76,7 @@ def run_command(work: Callable[[], None]) -> int:
         with interruptible():
             work()
     except (Exception, KeyboardInterrupt) as error:
-        if asked() or isinstance(error, KeyboardInterrupt):
+        if stop_requested() or isinstance(error, KeyboardInterrupt):
             # Some libraries turn an interruption into an error of their own.
             _tell(". ".join(["interrupted", *getattr(error, "__notes__", ())]))
             return 130

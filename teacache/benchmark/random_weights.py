@@ -1,4 +1,4 @@
-"""ConsisID at its real size, or smaller, with random weights: what it costs without what it knows.
+"""ConsisID at its real size, or smaller, with random weights: real compute cost, nothing trained.
 
 A matrix product takes as long over random numbers as over trained ones. The models are made where
 they run, in the dtype that they run in, and need no files.
@@ -121,7 +121,7 @@ def spread(computed_steps: int, num_infer_steps: int) -> list[int]:
 
 @contextlib.contextmanager
 def made_in_place(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Let tensors that are made without saying where and of what be made there and of that."""
+    """Make `device` and `dtype` the defaults for tensors created in the block."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
-import threading
 import zipfile
 from pathlib import Path
 
-from teacache.base.errors import CheckpointError
+from teacache.base.errors import CheckpointError, reason
 
 # What the face stack of diffusers reads below `face_encoder/`. What is missing of the first three
 # it would fetch from the network, unasked, in the middle of a run.
@@ -125,8 +123,7 @@ def is_whole_safetensors(path: Path) -> bool:
         with safe_open(path, framework="np") as file:
             return bool(file.keys())
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise CheckpointError(f"{path} cannot be read: {reason}") from error
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
     except SafetensorError:
         return False
 
@@ -170,25 +167,6 @@ def weight_files(component: Path) -> list[Path]:
         return [component / shard for shard in sorted(shards)]
     single = "model" if component.name == "text_encoder" else "diffusion_pytorch_model"
     return [component / f"{single}.safetensors"]
-
-
-def read_ahead(components: list[Path]) -> None:
-    """Read the models' weights, in the background, to where the system keeps files in memory.
-
-    What computes meanwhile waits for no disk when it loads them. That memory is the system's to
-    take back at any time.
-    """
-    files = [path for component in components for path in weight_files(component)]
-    threading.Thread(target=_read_through, args=(files,), daemon=True).start()
-
-
-def _read_through(files: list[Path]) -> None:
-    buffer = bytearray(2**23)
-    with contextlib.suppress(OSError):  # whoever loads the file will tell of it
-        for path in files:
-            with path.open("rb", buffering=0) as file:
-                while file.readinto(buffer):
-                    pass
 
 
 def whole_number(path: Path, config: dict, name: str, default: int, least: int = 1) -> int:

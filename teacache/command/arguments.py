@@ -33,8 +33,8 @@ DEFAULT_PROMPT = (
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; exit with 2 and one line where an argument is wrong.
 
-    Defaults that hang on other arguments are filled in. With `--latents`, `ckpts_path` and `fps`
-    may stay None: those of the latents' record are meant.
+    Fills in defaults that depend on other arguments. With `--latents`, `ckpts_path` and `fps` may
+    be None: use the record's.
     """
     parser = build_parser()
     args = parser.parse_args(argv)

@@ -19,8 +19,9 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 from teacache.base.errors import ArgumentError
-from teacache.core.rule import Coefficients
+from teacache.core.rule import UNBOUNDED, Coefficients
 
+DEGREE = 4  # of the rescaling polynomial
 Number = TypeVar("Number", int, float)
 
 
@@ -57,7 +58,7 @@ def path(given: str) -> Path:
 
 
 def _not_empty(given: str) -> str:
-    """What a shell's variable that is not set becomes is no path: not the current folder either."""
+    """Refuse the empty string: an unset shell variable is one, and Path('') the current folder."""
     if not given:
         raise argparse.ArgumentTypeError("is empty")
     return given
@@ -170,8 +171,48 @@ def coefficients(given: str) -> Coefficients:
     except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"{given} is no JSON: {error}") from error
     try:
-        found = Coefficients.from_json(data)
+        found = coefficients_of(data)
         text(found.source)
     except (ArgumentError, argparse.ArgumentTypeError) as error:
         raise argparse.ArgumentTypeError(f"{given}: {error}") from error
     return found
+
+
+def coefficients_of(data: object) -> Coefficients:
+    """Read what a coefficients file holds: `values`, `fitted_range` and `source`.
+
+    Args:
+        data: a JSON object. `values` (five numbers) is required; without `fitted_range`, or
+            with null, every distance counts at which the polynomial is not negative.
+
+    Raises:
+        ArgumentError: naming the key that is wrong.
+    """
+    if not isinstance(data, dict):
+        raise ArgumentError('the file must hold an object such as {"values": [a, b, c, d, e]}')
+    unknown = sorted(set(data) - {"values", "fitted_range", "source"})
+    if unknown:
+        raise ArgumentError(f"unknown key {unknown[0]!r}; known: values, fitted_range, source")
+    values = _finite_numbers(data.get("values"), "values", DEGREE + 1)
+    fitted_range = UNBOUNDED
+    if data.get("fitted_range") is not None:
+        low, high = _finite_numbers(data["fitted_range"], "fitted_range", 2)
+        if not 0 <= low < high:
+            raise ArgumentError("fitted_range must be two rising distances, 0 or more")
+        fitted_range = (low, high)
+    source = data.get("source", "a coefficients file")
+    if not isinstance(source, str):
+        raise ArgumentError(f"source must be text, found {source!r}")
+    return Coefficients(values, fitted_range, source)
+
+
+def _finite_numbers(value: object, key: str, count: int) -> tuple[float, ...]:
+    numbers = value if isinstance(value, list) else []
+    usable = [n for n in numbers if isinstance(n, (int, float)) and not isinstance(n, bool)]
+    try:
+        finite = all(map(math.isfinite, usable))
+    except OverflowError:  # a whole number beyond all floats
+        finite = False
+    if len(numbers) != count or len(usable) != count or not finite:
+        raise ArgumentError(f"{key} must be a list of {count} finite numbers, found {value!r}")
+    return tuple(float(number) for number in usable)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from teacache.base.console import Console, Stages
 from teacache.base.errors import ArgumentError, reason
 from teacache.base.files import with_ending
-from teacache.base.interruption import asked
+from teacache.base.interruption import stop_requested
 from teacache.checkpoint.pipeline import load_pipeline
 from teacache.command.jobs import Job
 from teacache.command.memory import explained_out_of_memory
@@ -239,7 +239,9 @@ def _report(comparison: Comparison, order: Order, videos: int, console: Console)
     """Write the report of a sweep, as far as it got, and show its table."""
     try:
         # Decoding videos to compare them, drawing and encoding take seconds: not after a signal.
-        table, files = comparison.report(order.output_path, order.format.fps, in_full=not asked())
+        table, files = comparison.report(
+            order.output_path, order.format.fps, in_full=not stop_requested()
+        )
     except OSError as error:
         logger.warning("the sweep's report cannot be written: %s", reason(error))
         return

@@ -25,7 +25,6 @@ from teacache.base.errors import ArgumentError
 if TYPE_CHECKING:
     import torch
 
-DEGREE = 4
 UNBOUNDED = (0.0, math.inf)
 # `smallest_threshold` finds a multiple of this: fine enough, and short in a file name.
 RESOLUTION = 0.0001
@@ -60,53 +59,13 @@ class Coefficients:
         return low <= distance <= high and 0.0 <= self.rescale(distance) < math.inf
 
     def as_json(self) -> dict[str, object]:
-        """What `from_json` reads back."""
+        """As a coefficients file holds it, without bounds where there are none."""
         bounded = self.fitted_range != UNBOUNDED
         return {
             "values": list(self.values),
             "fitted_range": list(self.fitted_range) if bounded else None,
             "source": self.source,
         }
-
-    @classmethod
-    def from_json(cls, data: object) -> Coefficients:
-        """Read what a coefficients file holds: `values`, `fitted_range` and `source`.
-
-        Args:
-            data: a JSON object. `values` (five numbers) is required; without `fitted_range`, or
-                with null, every distance counts at which the polynomial is not negative.
-
-        Raises:
-            ArgumentError: naming the key that is wrong.
-        """
-        if not isinstance(data, dict):
-            raise ArgumentError('the file must hold an object such as {"values": [a, b, c, d, e]}')
-        unknown = sorted(set(data) - {"values", "fitted_range", "source"})
-        if unknown:
-            raise ArgumentError(f"unknown key {unknown[0]!r}; known: values, fitted_range, source")
-        values = _finite_numbers(data.get("values"), "values", DEGREE + 1)
-        fitted_range = UNBOUNDED
-        if data.get("fitted_range") is not None:
-            low, high = _finite_numbers(data["fitted_range"], "fitted_range", 2)
-            if not 0 <= low < high:
-                raise ArgumentError("fitted_range must be two rising distances, 0 or more")
-            fitted_range = (low, high)
-        source = data.get("source", "a coefficients file")
-        if not isinstance(source, str):
-            raise ArgumentError(f"source must be text, found {source!r}")
-        return cls(values, fitted_range, source)
-
-
-def _finite_numbers(value: object, key: str, count: int) -> tuple[float, ...]:
-    numbers = value if isinstance(value, list) else []
-    usable = [n for n in numbers if isinstance(n, (int, float)) and not isinstance(n, bool)]
-    try:
-        finite = all(map(math.isfinite, usable))
-    except OverflowError:  # a whole number beyond all floats
-        finite = False
-    if len(numbers) != count or len(usable) != count or not finite:
-        raise ArgumentError(f"{key} must be a list of {count} finite numbers, found {value!r}")
-    return tuple(float(number) for number in usable)
 
 
 # TeaCache's for CogVideoX-5B, fitted at 50 steps; ConsisID, which was trained from it, takes them

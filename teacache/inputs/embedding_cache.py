@@ -91,7 +91,7 @@ class EmbeddingCache:
     def get(
         self, key: dict[str, str], names: Collection[str] | None = None
     ) -> dict[str, torch.Tensor] | None:
-        """What was put under the key, on the CPU; None where nothing is, or not what was put.
+        """The tensors stored under `key`, on the CPU; None if there is no entry or it is damaged.
 
         Args:
             names: of the tensors that the caller needs, no more and no less; None takes any.

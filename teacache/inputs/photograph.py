@@ -14,7 +14,7 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from teacache.base.errors import ImageError, without_credentials
+from teacache.base.errors import ImageError, reason, without_credentials
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -71,8 +71,7 @@ def load_image(source: str) -> Image.Image:
         what = "is empty" if size == 0 else "is no image that can be read"
         raise ImageError(f"{name} {what}") from error
     except _BROKEN as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise ImageError(f"{name} cannot be read as an image: {reason}") from error
+        raise ImageError(f"{name} cannot be read as an image: {reason(error)}") from error
 
 
 def _open(source: str, name: str) -> Path | io.BytesIO:

@@ -98,7 +98,9 @@ def claimed_slot(folder: Path, prefix: str, fate_of_latents: str = "") -> Iterat
         except BaseException as error:
             fate = slot.fate_of_latents if slot else ""
             # An interruption stays one, whatever a library has made of it.
-            foreseen = isinstance(error, (OSError, TeaCacheError)) and not interruption.asked()
+            foreseen = (
+                isinstance(error, (OSError, TeaCacheError)) and not interruption.stop_requested()
+            )
             if fate and foreseen and not is_out_of_memory(error):
                 told = f"the video cannot be written to {folder}: {reason(error)}. {fate}"
                 raise OutputError(told) from error

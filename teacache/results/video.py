@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-FULL_BYTES = 2**16  # With no more left, a disk is what a video failed for.
+FULL_BYTES = 2**16  # Below this much free space, report a full disk as the cause.
 # Pixels: of a whole grid at most, unless its cells would become too small to see anything in.
 GRID_WIDTH = 1920
 CELL_WIDTH = (320, 160)  # a small video is enlarged to the first; none shrinks below the second
@@ -49,7 +49,7 @@ def write_video(frames: list[Image.Image], path: Path, fps: int) -> None:
             # ffmpeg names the part of it that speaks: [out#0/mp4 @ 0x55d0c8a1] ...
             said = re.sub(r"^(\[[^]]*\] *)+", "", last_said()).rstrip(".") or "it does not say why"
             if shutil.disk_usage(path.parent).free < FULL_BYTES:
-                said = os.strerror(errno.ENOSPC)  # of which it need not speak last
+                said = os.strerror(errno.ENOSPC)  # ffmpeg's last line need not mention it
             raise OSError(f"the encoder wrote {written} of {len(frames)} frames: {said}")
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from teacache.base.errors import DeviceError
+from teacache.base.errors import DeviceError, reason
 from teacache.inputs.embedding_cache import cache_folder
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def _what_fails(compiler: list[str], suffix: str) -> str:
         except subprocess.TimeoutExpired:
             return f"it takes more than {COMPILER_SECONDS} s for an empty file"
         except OSError as error:
-            return str(error.strerror)
+            return reason(error)
         if ended.returncode == 0:
             return "" if library.is_file() else "it makes no file"
     lines = ended.stdout.decode(errors="replace").strip().splitlines()
@@ -118,8 +118,7 @@ def _check_float8(device: torch.device, dtype: torch.dtype) -> None:
         layer(torch.randn(16, 64, device=device, dtype=dtype))
     except Exception as error:
         # What torchao lacks, it asserts, and so do the packages below it, each in its own way.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DeviceError(f"--quantize fp8 does not work here: {reason}") from error
+        raise DeviceError(f"--quantize fp8 does not work here: {reason(error)}") from error
 
 
 def compile_transformer(transformer: ConsisIDTransformer3DModel) -> None:

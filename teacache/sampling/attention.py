@@ -9,7 +9,7 @@ import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
 
-from teacache.base.errors import ArgumentError
+from teacache.base.errors import ArgumentError, reason
 
 logger = logging.getLogger(__name__)
 
@@ -129,5 +129,4 @@ def _try_out(name: str, backend: str, device: torch.device, dtype: torch.dtype) 
             dispatch_attention_fn(tokens, tokens, tokens)
     except Exception as error:
         # Each backend is another package's, with errors of its own: any of them means not here.
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise ArgumentError(f"--attention {name} does not work here: {reason[0]}") from error
+        raise ArgumentError(f"--attention {name} does not work here: {reason(error)}") from error

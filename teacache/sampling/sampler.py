@@ -217,7 +217,7 @@ def room_to_decode(
     try:
         yield
     finally:
-        if not last and not interruption.asked():  # 10 GB, for nothing
+        if not last and not interruption.stop_requested():  # 10 GB, for nothing
             transformer.to(device)
 
 

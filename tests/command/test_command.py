@@ -362,3 +362,62 @@ def test_says_why_nothing_was_reused(capsys, tmp_path):
     assert code == 0
     assert "nothing was reused: the coefficients cover" in output
     assert error.count("do not cover") == 1
+
+
+def test_the_package_is_the_same_command(tmp_path, tiny):
+    done = subprocess.run(
+        [sys.executable, "-m", "teacache", "--ckpts_path", "tiny", "--plan"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.count("■") > 50
+
+
+@pytest.mark.parametrize("name", ["2026-11-24T10:33", "file:x", "./a:b"])
+def test_a_folder_with_a_colon(capsys, tmp_path, monkeypatch, tiny, name):
+    """As time stamps have it; ffmpeg would take what stands before it for a protocol."""
+    monkeypatch.chdir(tmp_path)
+    common = ("--ckpts_path", "tiny", "--num_infer_steps", 1, "--num_frames", 1)
+    code, _, error = main(capsys, *common, "--rel_l1_thresh", 0, "--output_path", name)
+    assert code == 0, error
+    first = tmp_path / name / "42_0.0_0000.mp4"
+    assert len(read_video(first).frames) == 1
+    more = ("--rel_l1_thresh", 0.1, 0.2, "--baseline", f"{name}/{first.name}", "--resume")
+    code, _, error = main(capsys, *common, *more, "--output_path", name)
+    assert code == 0, error
+    assert (tmp_path / name / "sweep_42_0000.mp4").is_file()
+
+
+def test_a_home_that_the_shell_leaves_in(capsys, tmp_path, monkeypatch, tiny):
+    """bash does not expand `~` behind an equals sign."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    code, output, _ = main(
+        capsys,
+        *("--ckpts_path", "tiny", "--num_infer_steps", 1, "--num_frames", 1, "--quiet"),
+        "--output_path=~/videos",
+    )
+    assert (code, output) == (0, f"{tmp_path}/videos/42_0.1_0000.mp4\n")
+    assert not (tmp_path / "~").exists()
+
+
+def test_what_is_refused_first_does_not_depend_on_a_hash(tmp_path, tiny):
+    """Of several wrong images the first that was named, whatever Python's hashes are."""
+    names = [f"{n}.png" for n in range(6)]
+    for name in names:
+        (tmp_path / name).write_text("no image")
+    lines = [json.dumps({"image": str(tmp_path / name)}) for name in names]
+    (tmp_path / "jobs.jsonl").write_text("\n".join(lines))
+    for seed in ("1", "2", "3"):
+        process = start(
+            *("--ckpts_path", tiny, "--jobs", tmp_path / "jobs.jsonl"),
+            *("--output_path", tmp_path / "out"),
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        )
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == 2
+        assert error.startswith(f"error: --image {tmp_path}/0.png is no image"), seed

@@ -412,6 +412,36 @@ def test_out_of_memory_while_decoding_keeps_the_latents(capsys, tmp_path, monkey
     assert second["seconds"]["decoding"] > 0
 
 
+def test_killed_while_decoding(tmp_path, tiny):
+    """By SIGKILL, as the out-of-memory killer does it: the latents are there, and become the video
+    that the run would have made."""
+    arguments = ("--ckpts_path", "tiny", "--rel_l1_thresh", "0", "--num_infer_steps", "4")
+    command = [sys.executable, "teacache_sample_video.py"]
+    kept = tmp_path / "42_0.0_0000.latents.safetensors"
+    process = subprocess.Popen(
+        [*command, *arguments, "--output_path", str(tmp_path)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+    )
+    while not kept.exists():
+        assert process.poll() is None, "it ended before there were latents"
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not list(tmp_path.glob("[!.]*.mp4")), "it was decoding"
+    assert not list(tmp_path.glob("[!.]*.json"))
+
+    for more in (("--latents", str(kept)), arguments):
+        done = subprocess.run(
+            [*command, *more, "--output_path", str(tmp_path / more[0]), "--quiet"],
+            cwd=ROOT, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert done.stdout == f"{tmp_path / more[0]}/42_0.0_0000.mp4\n"
+    later, whole = (tmp_path / name / "42_0.0_0000.mp4" for name in ("--latents", "--ckpts_path"))
+    assert later.read_bytes() == whole.read_bytes()
+    assert not list(whole.parent.glob("*.latents*")), "a video that is done needs none"
+
+
 def test_latents_of_something_else(capsys, tmp_path):
     other = tmp_path / "other.safetensors"
 

@@ -17,7 +17,7 @@ from teacache.command import run
 from teacache.command.arguments import build_parser, parse_arguments
 from teacache.command.jobs import Job
 from teacache.command.order import Order
-from teacache.core.rule import Coefficients
+from teacache.command.readers import coefficients_of
 
 OPTIONS = sorted(
     option
@@ -136,10 +136,10 @@ def test_coefficients(data):
     path_text = json.dumps(data)
     found = None
     with contextlib.suppress(ArgumentError):
-        found = Coefficients.from_json(json.loads(path_text))
+        found = coefficients_of(json.loads(path_text))
     if found:
         assert len(found.values) == 5
-        assert Coefficients.from_json(json.loads(json.dumps(found.as_json()))) == found
+        assert coefficients_of(json.loads(json.dumps(found.as_json()))) == found
 
 
 @quick

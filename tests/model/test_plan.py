@@ -18,6 +18,7 @@ from teacache.checkpoint import distances
 from teacache.core.forward import apply_teacache
 from teacache.core.rule import COGVIDEOX_5B, RESOLUTION, Coefficients, schedule, smallest_threshold
 from teacache.embedded.build import TRANSFORMER
+from teacache.inputs.photograph import load_image
 
 THRESHOLDS = [0.0, 0.03, 0.05, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.3, 0.5, 1.0, 3.0]
 
@@ -227,3 +228,20 @@ def test_the_picture_in_the_readme_is_true(tiny):
         planned = schedule(known, float(threshold), COGVIDEOX_5B).computed_steps
         assert tuple(n for n, cell in enumerate(cells) if cell == "■") == planned
         assert int(computed) == len(planned)
+
+
+def test_the_readmes_example_runs_as_it_stands(tiny, tmp_path, monkeypatch, capsys):
+    """On the embedded checkpoint, for want of the real one and of its GPU."""
+    code = (ROOT / "README.md").read_text("utf-8").split("```python\n")[1].split("```")[0]
+    for there, here in (('torch.device("cuda")', 'torch.device("cpu")'), ("bfloat16", "float32")):
+        assert there in code
+        code = code.replace(there, here)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "BestWishYsh").mkdir()
+    (tmp_path / "BestWishYsh" / "ConsisID-preview").symlink_to(tiny)
+    load_image("astronaut").save("me.jpg")
+    exec(code, {})
+    computed = schedule(
+        distances.step_distances(tiny, 6.0, CPU, torch.float32, 50), 0.15
+    ).computed_steps
+    assert capsys.readouterr().out == f"{computed} 13\n"

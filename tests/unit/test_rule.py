@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from teacache.base.errors import ArgumentError
+from teacache.command.readers import coefficients_of
 from teacache.core.rule import (
     COGVIDEOX_5B,
     Coefficients,
@@ -161,14 +162,14 @@ def test_refuses_a_threshold(threshold):
 )
 def test_refuses_a_coefficients_file(text, complaint):
     with pytest.raises(ArgumentError, match=complaint):
-        Coefficients.from_json(json.loads(text))
+        coefficients_of(json.loads(text))
 
 
 def test_reads_a_coefficients_file():
-    read = Coefficients.from_json({"values": [0, 0, 0, 1, 0], "fitted_range": [0.1, 0.2]})
+    read = coefficients_of({"values": [0, 0, 0, 1, 0], "fitted_range": [0.1, 0.2]})
     assert read.values == (0.0, 0.0, 0.0, 1.0, 0.0)
     assert read.covers(0.15)
     assert not read.covers(0.25)
-    unbounded = Coefficients.from_json({"values": [0, 0, 0, 1, -1]})
+    unbounded = coefficients_of({"values": [0, 0, 0, 1, -1]})
     assert unbounded.covers(1e9)
     assert not unbounded.covers(0.5)  # p(0.5) is below 0

@@ -1,0 +1,56 @@
+"""What the README and the head of the script say, held to what is true."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+
+import pytest
+from support import ROOT
+
+from teacache.command.arguments import build_parser, parse_arguments
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def section(title: str) -> str:
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def rows() -> dict[str, list[str]]:
+    """The cells of each argument's row in the tables of arguments, by its name."""
+    found = {}
+    for line in section("Arguments").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        for name in re.findall(r"--[a-z_0-9]+", cells[0]):
+            found[name] = cells
+    return found
+
+
+def test_the_tables_name_every_argument_and_no_other():
+    options = {option for action in build_parser()._actions for option in action.option_strings}
+    assert set(rows()) == options - {"-h", "--help"}
+
+
+@pytest.mark.parametrize("name", ["seed", "num_infer_steps", "guidance_scale", "fps", "device"])
+def test_the_tables_name_the_defaults(name):
+    default = vars(parse_arguments([]))[name]
+    default = default[0] if isinstance(default, list) else default
+    assert rows()[f"--{name}"][1].strip("`") == str(default)
+
+
+def test_the_rooms_are_those_of_the_package():
+    named = set(re.findall(r"^  ([a-z]+)/", section("The house").split("tests/")[0], re.MULTILINE))
+    rooms = {path.parent.name for path in (ROOT / "teacache").glob("*/__init__.py")}
+    assert named == rooms
+
+
+def test_the_script_names_the_packages_of_requirements():
+    """So that `uv run teacache_sample_video.py` installs what pip does."""
+    script = (ROOT / "teacache_sample_video.py").read_text(encoding="utf-8")
+    block = re.search(r"(?m)^# /// script\n((?:#.*\n)+?)# ///$", script)
+    assert block, "the block of PEP 723"
+    metadata = tomllib.loads(re.sub(r"(?m)^# ?", "", block[1]))
+    required = (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
+    assert metadata["dependencies"] == required
+    assert metadata["requires-python"] == ">=3.11"
