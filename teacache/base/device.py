@@ -99,19 +99,20 @@ def free_cached_memory(device: torch.device) -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch found no memory for what it was asked for, on a GPU or on the host."""
-    told = (
+    phrases = (
         *("can't allocate memory", "Cannot allocate memory", "not enough memory"),
         *("CUDA error: out of memory", "ALLOC_FAILED"),
     )
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, (RuntimeError, OSError)) and any(words in str(error) for words in told)
+        isinstance(error, (RuntimeError, OSError))
+        and any(phrase in str(error) for phrase in phrases)
     )
 
 
 def is_the_gpus(error: BaseException) -> bool:
     """Whether the memory that ran out is a GPU's: the host's own has errors of other kinds."""
-    told = ("CUDA", "CUDNN", "CUBLAS")
-    return isinstance(error, torch.OutOfMemoryError) or any(name in str(error) for name in told)
+    names = ("CUDA", "CUDNN", "CUBLAS")
+    return isinstance(error, torch.OutOfMemoryError) or any(name in str(error) for name in names)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -17,8 +17,8 @@ def one_line(message: str) -> str:
 
 def reason(error: BaseException) -> str:
     """What a foreign exception says, in one line: the system's words, its own, or its kind."""
-    told = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-    return str(told).splitlines()[0]
+    message = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return str(message).splitlines()[0]
 
 
 def without_credentials(text: str) -> str:

@@ -64,24 +64,24 @@ def silent_programs() -> Iterator[Callable[[], str]]:
     Yields:
         a function that gives the last line of it.
     """
-    kept = os.dup(2)
+    stderr = os.dup(2)
     try:
-        said = tempfile.TemporaryFile()  # noqa: SIM115 - closed below
+        output = tempfile.TemporaryFile()  # noqa: SIM115 - closed below
     except OSError:  # no room anywhere: then it cannot be told
-        said = open(os.devnull, "w+b")  # noqa: SIM115
+        output = open(os.devnull, "w+b")  # noqa: SIM115
 
     def last_line() -> str:
-        said.seek(0)
-        lines = said.read().decode(errors="replace").split("\n")
+        output.seek(0)
+        lines = output.read().decode(errors="replace").split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
-    with said:
+    with output:
         try:
-            os.dup2(said.fileno(), 2)
+            os.dup2(output.fileno(), 2)
             yield last_line
         finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 def import_eva_clip() -> ModuleType:

@@ -213,14 +213,14 @@ def _about(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
     from teacache.base import device as devices
 
     weights = f"random, {args.random_weights}" if args.random_weights else args.ckpts_path
-    given = ", computed steps given" if args.random_weights else ""
+    note = ", computed steps given" if args.random_weights else ""
     size = bench.material.size
     return {
         "device": devices.device_name(bench.device),
         "dtype": devices.dtype_name(bench.dtype),
         "weights": weights,
         "video": f"{size.num_frames} frames of {size.width}x{size.height}",
-        "denoising steps": f"{args.num_infer_steps}{given}",
+        "denoising steps": f"{args.num_infer_steps}{note}",
         "rounds": args.rounds,
         "versions": ", ".join(f"{package} {version}" for package, version in versions().items()),
         **bench.before_the_loop,

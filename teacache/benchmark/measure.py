@@ -82,8 +82,8 @@ def of_random_weights(
 ) -> Bench:
     """A bench on `teacache.benchmark.random_weights`, with listed steps to compute."""
     material = random_weights.random_material(name, device, dtype)
-    given = frozenset(random_weights.spread(computed_steps, num_infer_steps))
-    return Bench(material, num_infer_steps, given, device, dtype)
+    fixed_steps = frozenset(random_weights.spread(computed_steps, num_infer_steps))
+    return Bench(material, num_infer_steps, fixed_steps, device, dtype)
 
 
 def of_checkpoint(
@@ -113,7 +113,7 @@ class Bench:
     """Samples videos in any variant, and leaves the models as they were.
 
     Args:
-        given: the steps to compute, or None where the rule decides.
+        fixed_steps: the steps to compute, or None where the rule decides.
 
     Attributes:
         before_the_loop: seconds that are the same for every variant, by stage.
@@ -123,11 +123,15 @@ class Bench:
         self,
         material: Material,
         num_infer_steps: int,
-        given: frozenset[int] | None,
+        fixed_steps: frozenset[int] | None,
         device: torch.device,
         dtype: torch.dtype,
     ):
-        self.material, self.num_infer_steps, self.given = material, num_infer_steps, given
+        self.material, self.num_infer_steps, self.fixed_steps = (
+            material,
+            num_infer_steps,
+            fixed_steps,
+        )
         self.device, self.dtype = device, dtype
         self.before_the_loop: dict[str, str] = {}
         self._plain = material.pipe.transformer
@@ -136,16 +140,17 @@ class Bench:
     def warm_up(self, variant: Variant) -> float:
         """Sample three steps twice; seconds that the first time took longer, for compiling."""
         first, second = (
-            self._sample(variant, num_infer_steps=3, given=frozenset({0, 2})) for _ in range(2)
+            self._sample(variant, num_infer_steps=3, fixed_steps=frozenset({0, 2}))
+            for _ in range(2)
         )
         return max(0.0, sum(first.seconds.values()) - sum(second.seconds.values()))
 
     def sample(self, variant: Variant) -> Measured:
         """Sample a video, from its image to its file."""
-        return self._sample(variant, self.num_infer_steps, self.given)
+        return self._sample(variant, self.num_infer_steps, self.fixed_steps)
 
     def _sample(
-        self, variant: Variant, num_infer_steps: int, given: frozenset[int] | None
+        self, variant: Variant, num_infer_steps: int, fixed_steps: frozenset[int] | None
     ) -> Measured:
         seconds: dict[str, float] = {}
         pipe = self.material.pipe
@@ -156,7 +161,7 @@ class Bench:
                 latents, steps = self._plain_latents(num_infer_steps, seconds)
                 computed, reused = steps, []
             else:
-                handle.follow(given)
+                handle.follow(fixed_steps)
                 latents, steps = self._latents(num_infer_steps, seconds)
                 done = handle.video.plan
                 computed = [steps[n] for n in done.computed_steps]
@@ -244,7 +249,7 @@ class Bench:
 
 @contextlib.contextmanager
 def _timed(seconds: dict[str, float], name: str, device: torch.device) -> Iterator[None]:
-    """Add the seconds of the block, with all that it has given the device to do."""
+    """Add the seconds of the block, with the work that it queues on the device."""
     before = time.perf_counter()
     yield
     if device.type == "cuda":

@@ -76,10 +76,10 @@ def _download(repo_id: str, folder: Path) -> str:
             start_new_session=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
-        told = process.communicate()[0].strip()
-        if process.returncode and not told:
-            told = "the process that downloads has ended without a word"
-        return told
+        message = process.communicate()[0].strip()
+        if process.returncode and not message:
+            message = "the process that downloads has ended without a word"
+        return message
     finally:
         if process:
             process.kill()

@@ -71,12 +71,12 @@ def check_checkpoint(folder: Path) -> None:
     except OSError as error:
         raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from error
     if missing or short:
-        told = [
+        complaints = [
             f"{what}: {', '.join(names)}"
             for what, names in (("missing or empty", missing), ("cut short or damaged", short))
             if names
         ]
-        raise CheckpointError(f"{folder} is not whole, {'; '.join(told)}")
+        raise CheckpointError(f"{folder} is not whole, {'; '.join(complaints)}")
 
 
 def lacking(folder: Path) -> list[str]:

@@ -36,8 +36,10 @@ def reading(folder: Path) -> Iterator[None]:
             raise
         if "CUDA" in str(error):  # the GPU's fault or ours
             raise
-        told = textwrap.shorten(f"{type(error).__name__}: {error}", MOST_SAID, placeholder=" ...")
-        raise CheckpointError(f"{folder} cannot be read: {told}") from error
+        message = textwrap.shorten(
+            f"{type(error).__name__}: {error}", MOST_SAID, placeholder=" ..."
+        )
+        raise CheckpointError(f"{folder} cannot be read: {message}") from error
 
 
 def load_model(

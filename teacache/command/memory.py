@@ -33,8 +33,8 @@ def explained_out_of_memory(machine: Machine, console: Console) -> Iterator[None
         if not is_out_of_memory(error):
             raise
         advice = out_of_memory(error, console.under_way, machine)
-        told = [advice, *getattr(error, "__notes__", ())]
-        raise DeviceError(". ".join(told)) from error
+        sentences = [advice, *getattr(error, "__notes__", ())]
+        raise DeviceError(". ".join(sentences)) from error
 
 
 def out_of_memory(error: BaseException, stage: str, machine: Machine) -> str:

@@ -25,51 +25,51 @@ DEGREE = 4  # of the rescaling polynomial
 Number = TypeVar("Number", int, float)
 
 
-def text(given: str) -> str:
+def text(value: str) -> str:
     """Any text that can be written down again: UTF-8, without control characters but white space.
 
     Args:
-        given: may hold surrogates, which stand for bytes of the command line that are not UTF-8.
+        value: may hold surrogates, which stand for bytes of the command line that are not UTF-8.
     """
-    for character in given:
+    for character in value:
         category = unicodedata.category(character)
         if category == "Cs":
             raise argparse.ArgumentTypeError("holds bytes that are not UTF-8")
         if category == "Cc" and character not in "\t\n\r":
             raise argparse.ArgumentTypeError(f"holds the control character U+{ord(character):04X}")
-    return given
+    return value
 
 
-def prompt(given: str) -> str:
+def prompt(value: str) -> str:
     """A text that says something."""
-    if not given.strip():
+    if not value.strip():
         raise argparse.ArgumentTypeError("is empty: say what the video shows")
-    return text(given)
+    return text(value)
 
 
-def name(given: str) -> str:
+def name(value: str) -> str:
     """A path, or another name of the thing, that is not empty and can be written down again."""
-    return text(_at_home(_not_empty(given)))
+    return text(_at_home(_not_empty(value)))
 
 
-def path(given: str) -> Path:
+def path(value: str) -> Path:
     """A path that can be written down again."""
-    return Path(name(given))
+    return Path(name(value))
 
 
-def _not_empty(given: str) -> str:
+def _not_empty(value: str) -> str:
     """Refuse the empty string: an unset shell variable is one, and Path('') the current folder."""
-    if not given:
+    if not value:
         raise argparse.ArgumentTypeError("is empty")
-    return given
+    return value
 
 
-def _at_home(given: str) -> str:
+def _at_home(value: str) -> str:
     """With the home directory for a leading `~` or `~user`, which bash leaves after an `=`.
 
     Where there is no such user it stays, as in bash.
     """
-    return os.path.expanduser(given)
+    return os.path.expanduser(value)
 
 
 @contextlib.contextmanager
@@ -81,12 +81,12 @@ def _refused_by_the_system(name: str) -> Iterator[None]:
         raise argparse.ArgumentTypeError(f"{name[:80]}: {error.strerror}") from error
 
 
-def file(given: str) -> Path:
+def file(value: str) -> Path:
     """A path at which there is a file."""
-    found = Path(_at_home(_not_empty(given)))
-    with _refused_by_the_system(given):
+    found = Path(_at_home(_not_empty(value)))
+    with _refused_by_the_system(value):
         if not found.is_file():
-            raise argparse.ArgumentTypeError(f"{given}: there is no such file")
+            raise argparse.ArgumentTypeError(f"{value}: there is no such file")
     return found
 
 
@@ -94,12 +94,12 @@ def speedup(text: str) -> float:
     return _number(text, float, lambda x: math.isfinite(x) and x >= 1, "a number, 1 or more")
 
 
-def image(given: str) -> str:
+def image(value: str) -> str:
     """An image's source: http or https; of a path, that there is such a file.
 
     What is wrong with a URL is told with the whole of it: whoever prints it masks credentials.
     """
-    source = name(given)
+    source = name(value)
     path = Path(source)
     if "://" in source:
         try:
@@ -158,23 +158,23 @@ def device(text: str) -> str:
     return text
 
 
-def coefficients(given: str) -> Coefficients:
+def coefficients(value: str) -> Coefficients:
     """What a coefficients file holds."""
     try:
-        content = Path(_at_home(_not_empty(given))).read_text(encoding="utf-8-sig")
+        content = Path(_at_home(_not_empty(value))).read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"{given} cannot be read: {error.strerror}") from error
+        raise argparse.ArgumentTypeError(f"{value} cannot be read: {error.strerror}") from error
     except ValueError as error:  # not UTF-8, or a path that no file can have
-        raise argparse.ArgumentTypeError(f"{given}: {error}") from error
+        raise argparse.ArgumentTypeError(f"{value}: {error}") from error
     try:
         data = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"{given} is no JSON: {error}") from error
+        raise argparse.ArgumentTypeError(f"{value} is no JSON: {error}") from error
     try:
         found = coefficients_of(data)
         text(found.source)
     except (ArgumentError, argparse.ArgumentTypeError) as error:
-        raise argparse.ArgumentTypeError(f"{given}: {error}") from error
+        raise argparse.ArgumentTypeError(f"{value}: {error}") from error
     return found
 
 

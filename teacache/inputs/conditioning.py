@@ -87,7 +87,7 @@ class Conditioning:
     def embed_texts(self, texts: Iterable[str]) -> dict[str, EmbeddedText]:
         """Each text's embeddings."""
         wanted = dict.fromkeys(texts)
-        embedded = {text: kept for text in wanted if (kept := self._cached_text(text))}
+        embedded = {text: cached for text in wanted if (cached := self._cached_text(text))}
         missing = [text for text in wanted if text not in embedded]
         if missing:
             pipe = load_pipeline(

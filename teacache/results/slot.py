@@ -102,8 +102,8 @@ def claimed_slot(folder: Path, prefix: str, fate_of_latents: str = "") -> Iterat
                 isinstance(error, (OSError, TeaCacheError)) and not interruption.stop_requested()
             )
             if fate and foreseen and not is_out_of_memory(error):
-                told = f"the video cannot be written to {folder}: {reason(error)}. {fate}"
-                raise OutputError(told) from error
+                message = f"the video cannot be written to {folder}: {reason(error)}. {fate}"
+                raise OutputError(message) from error
             if fate:
                 error.add_note(fate)
             raise

@@ -37,7 +37,7 @@ def write_video(frames: list[Image.Image], path: Path, fps: int) -> None:
 
     Raises:
         OSError: where the file does not hold every frame afterwards, as on a full disk, with what
-            the encoder said last; it may end as if all were well.
+            the last line of the encoder; it may end as if all were well.
     """
     from diffusers.utils import export_to_video
 
@@ -47,10 +47,12 @@ def write_video(frames: list[Image.Image], path: Path, fps: int) -> None:
         written = count_frames(path)
         if written != len(frames):
             # ffmpeg names the part of it that speaks: [out#0/mp4 @ 0x55d0c8a1] ...
-            said = re.sub(r"^(\[[^]]*\] *)+", "", last_said()).rstrip(".") or "it does not say why"
+            complaint = (
+                re.sub(r"^(\[[^]]*\] *)+", "", last_said()).rstrip(".") or "it does not say why"
+            )
             if shutil.disk_usage(path.parent).free < FULL_BYTES:
-                said = os.strerror(errno.ENOSPC)  # ffmpeg's last line need not mention it
-            raise OSError(f"the encoder wrote {written} of {len(frames)} frames: {said}")
+                complaint = os.strerror(errno.ENOSPC)  # ffmpeg's last line need not mention it
+            raise OSError(f"the encoder wrote {written} of {len(frames)} frames: {complaint}")
 
 
 def count_frames(path: Path) -> int:

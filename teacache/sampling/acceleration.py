@@ -42,10 +42,10 @@ def prepare_acceleration(
         DeviceError: where the machine lacks something, or the two do not go with `--offload`.
     """
     if offload == "sequential" and (compiling or quantize):
-        given = "--compile" if compiling else f"--quantize {quantize}"
+        option = "--compile" if compiling else f"--quantize {quantize}"
         raise DeviceError(
-            f"{given} does not go with --offload sequential, which exchanges the weights under it: "
-            "--offload model does"
+            f"{option} does not go with --offload sequential, which exchanges the weights under "
+            "it: --offload model does"
         )
     if compiling:
         _check_compiler(device)
@@ -59,8 +59,8 @@ def _check_compiler(device: torch.device) -> None:
     # Inductor's own on a CPU, Triton's on a GPU.
     on_cpu = device.type == "cpu"
     variable, usual = ("CXX", ("g++", "clang++")) if on_cpu else ("CC", ("gcc", "clang"))
-    given = shlex.split(os.environ.get(variable, ""))
-    candidates = [given] if given else [[name] for name in usual]
+    named = shlex.split(os.environ.get(variable, ""))
+    candidates = [named] if named else [[name] for name in usual]
     compiler = next((words for words in candidates if shutil.which(words[0])), None)
     if compiler is None:
         raise DeviceError(
@@ -73,9 +73,9 @@ def _check_compiler(device: torch.device) -> None:
             "--compile needs Python's headers, which most systems package as python3-dev: "
             f"there is no {header.name} in {header.parent}"
         )
-    said = _what_fails(compiler, ".cpp" if on_cpu else ".c")
-    if said:
-        raise DeviceError(f"--compile: the compiler {compiler[0]} does not work: {said}")
+    failure = _what_fails(compiler, ".cpp" if on_cpu else ".c")
+    if failure:
+        raise DeviceError(f"--compile: the compiler {compiler[0]} does not work: {failure}")
 
 
 def _what_fails(compiler: list[str], suffix: str) -> str:
