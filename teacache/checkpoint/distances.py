@@ -17,7 +17,8 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 
 from teacache.base.errors import ArgumentError, CheckpointError
-from teacache.checkpoint.folder import is_whole_safetensors, read_json, weight_files, whole_number
+from teacache.checkpoint.configuration import read_json, whole_number
+from teacache.checkpoint.folder import is_whole_safetensors, weight_files
 from teacache.core.rule import distances_between
 
 SCHEDULERS = {kind.__name__: kind for kind in (CogVideoXDPMScheduler, CogVideoXDDIMScheduler)}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import zipfile
 from pathlib import Path
 
 from teacache.base.errors import CheckpointError, reason
+from teacache.checkpoint import configuration
+from teacache.checkpoint.configuration import read_json
 
 # What the face stack of diffusers reads below `face_encoder/`. What is missing of the first three
 # it would fetch from the network, unasked, in the middle of a run.
@@ -19,6 +20,7 @@ FACE_FILES = (
     "models/antelopev2/glintr100.onnx",
     "models/antelopev2/scrfd_10g_bnkps.onnx",
 )
+MODELS = ("text_encoder", "transformer", "vae")
 # Weights of more than this are not sampled with on a CPU by mistake. ConsisID-preview has 23 GB.
 FULL_SIZE_BYTES = 4 * 2**30
 
@@ -55,7 +57,10 @@ def local_checkpoint(name: str) -> Path | None:
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Raise CheckpointError unless `folder` holds every file that sampling reads, each whole."""
+    """Raise CheckpointError unless `folder` holds every file that sampling reads.
+
+    Each must be whole, and each configuration one that sampling can do something with.
+    """
     try:
         if not (folder / "model_index.json").is_file():
             raise CheckpointError(
@@ -77,6 +82,11 @@ def check_checkpoint(folder: Path) -> None:
             if names
         ]
         raise CheckpointError(f"{folder} is not whole, {'; '.join(complaints)}")
+    configuration.check_classes(folder / "model_index.json", index)
+    configuration.check_scheduler(folder / "scheduler" / "scheduler_config.json")
+    configuration.check_eva_clip(folder / "face_encoder" / f"{configuration.EVA_CLIP}.json")
+    for name in MODELS:
+        configuration.check_model(folder / name, _weights(folder / name))
 
 
 def lacking(folder: Path) -> list[str]:
@@ -93,7 +103,7 @@ def _is_missing(path: Path) -> bool:
 
 def _needed(folder: Path) -> list[str]:
     """All that sampling reads of a checkpoint, as paths below it."""
-    models = [folder / name for name in ("text_encoder", "transformer", "vae")]
+    models = [folder / name for name in MODELS]
     weights = [str(path.relative_to(folder)) for model in models for path in weight_files(model)]
     return [
         "model_index.json",
@@ -126,6 +136,17 @@ def is_whole_safetensors(path: Path) -> bool:
         raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
     except SafetensorError:
         return False
+
+
+def _weights(component: Path) -> set[str]:
+    """The names of a model's weights, whose files are whole."""
+    from safetensors import safe_open
+
+    names = set()
+    for path in weight_files(component):
+        with safe_open(path, framework="np") as file:
+            names |= set(file.keys())
+    return names
 
 
 def _is_whole_archive(path: Path) -> bool:
@@ -167,41 +188,3 @@ def weight_files(component: Path) -> list[Path]:
         return [component / shard for shard in sorted(shards)]
     single = "model" if component.name == "text_encoder" else "diffusion_pytorch_model"
     return [component / f"{single}.safetensors"]
-
-
-def whole_number(path: Path, config: dict, name: str, default: int, least: int = 1) -> int:
-    """An entry of a configuration; JSON may write 4 as 4.0.
-
-    Args:
-        path: where the configuration comes from, for the error.
-
-    Raises:
-        CheckpointError: where it is no whole number, or less than `least`.
-    """
-    value = config.get(name, default)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (is_number and least <= value < 2**31 and value == int(value)):
-        raise CheckpointError(f"{path}: {name} is {value!r}, no whole number from {least} on")
-    return int(value)
-
-
-def read_json(path: Path, otherwise: str) -> dict:
-    """What a JSON file of the checkpoint holds.
-
-    Args:
-        otherwise: what its folder is, where the file is missing.
-
-    Raises:
-        CheckpointError: where it is missing, or no JSON.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: {path.parent} is {otherwise}") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return found

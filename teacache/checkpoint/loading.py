@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from teacache.base.device import is_out_of_memory
 from teacache.base.errors import CheckpointError, TeaCacheError
+from teacache.checkpoint.configuration import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +64,11 @@ def load_model(
                 device_map={"": device},
                 output_loading_info=True,
             )
+        except ImportError as error:
+            if "quantization_config" not in read_json(folder / "config.json", "no model"):
+                raise
+            told = textwrap.shorten(str(error), MOST_SAID, placeholder=" ...")
+            raise CheckpointError(f"{folder} is quantized, and cannot be read: {told}") from error
         except NotImplementedError as error:  # torch cannot copy a missing weight's meta tensor
             raise CheckpointError(f"{folder} lacks some of the model's weights") from error
     missing = found["missing_keys"]

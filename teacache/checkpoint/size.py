@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from teacache.base.errors import ArgumentError, CheckpointError
-from teacache.checkpoint.folder import read_json, whole_number
+from teacache.checkpoint.configuration import read_json, whole_number
 
 logger = logging.getLogger(__name__)
 

@@ -403,10 +403,10 @@ def configured(**changed):
         ("vae/diffusion_pytorch_model.safetensors", without_a_tensor, "vae lacks some of the"),
         ("vae/config.json", configured(block_out_channels=None), "block_out_channels is None"),
         ("transformer/config.json", configured(sample_width=None), "sample_width is None, no"),
-        ("transformer/config.json", configured(num_layers="two"), "transformer cannot be read"),
+        ("transformer/config.json", configured(num_layers="two"), "num_layers is 'two', no"),
         ("transformer/config.json", configured(num_attention_heads=1), "transformer cannot be"),
         ("scheduler/scheduler_config.json", configured(num_train_timesteps=1.5), "is 1.5, no"),
-        ("model_index.json", configured(scheduler=["diffusers", "Foo"]), "cannot be read"),
+        ("model_index.json", configured(scheduler=["diffusers", "Foo"]), "as scheduler, not"),
     ],
 )
 def test_files_that_are_there_and_wrong_are_one_line(capsys, tmp_path, tiny, name, damage, told):

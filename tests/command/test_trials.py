@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pwd
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ import threading
 import time
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -22,7 +24,10 @@ from PIL import Image
 from safetensors.torch import save
 from support import ROOT, main
 
-from teacache.base.errors import ImageError
+from teacache.base.errors import CheckpointError, ImageError
+from teacache.checkpoint import configuration
+from teacache.checkpoint.folder import check_checkpoint
+from teacache.checkpoint.pipeline import load_pipeline
 from teacache.command import readers
 from teacache.inputs import embedding_cache as cache
 from teacache.inputs import identity as faces
@@ -279,3 +284,138 @@ def test_a_device_without_end(monkeypatch):
     monkeypatch.setattr(pictures, "MOST_BYTES", 10**6)
     with pytest.raises(ImageError, match="is larger than 1 MB"):
         pictures.load_image("/dev/zero")
+
+
+def edited(name: str, **changed):
+    """Damage to a checkpoint: these entries in one of its JSON files."""
+
+    def damage(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        (folder / name).unlink()  # it is a link
+        (folder / name).write_text(json.dumps({**content, **changed}))
+
+    return damage
+
+
+def written(name: str, content: str):
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).write_text(content)
+
+    return damage
+
+
+EVA, TRANSFORMER = "face_encoder/EVA02-CLIP-L-14-336.json", "transformer/config.json"
+VAE, SCHEDULER = "vae/config.json", "scheduler/scheduler_config.json"
+INDEX = "model_index.json"
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (written(EVA, '{\n  "embed_dim": 768,\n  "vision'), f"{EVA} is no JSON: "),
+        (written(EVA, "\x00\x01"), f"{EVA} is no JSON: "),
+        (written(EVA, "[]"), f"{EVA} holds no JSON object"),
+        (written(EVA, "{}"), f"{EVA} describes no EVA-CLIP: it lacks vision_cfg or text_cfg"),
+        (edited(EVA, embed_dim="x"), f"{EVA}: embed_dim is 'x', no whole number"),
+        (edited(TRANSFORMER, num_layers=2), "num_layers is 2, which makes 2 layers, and the we"),
+        (edited(TRANSFORMER, num_layers=10**9), "000, which makes 1000000000 layers, and the we"),
+        (edited(TRANSFORMER, num_layers=1), "cross_attn_interval is 2, which does not divide 1 "),
+        (edited(TRANSFORMER, num_layers=0), "num_layers is 0, no whole number from 1 on"),
+        (edited(TRANSFORMER, num_layers="two"), "num_layers is 'two', no whole number from 1 on"),
+        (edited(TRANSFORMER, cross_attn_interval=3), "is 3, which does not divide 4 layers"),
+        (edited(TRANSFORMER, cross_attn_interval=4), "_interval is 4, which makes 1 layers, and"),
+        (edited(TRANSFORMER, cross_attn_interval=0), "cross_attn_interval is 0, no whole number"),
+        (edited(TRANSFORMER, LFE_depth=10**9), "LFE_depth is 1000000000, which makes 1000000000"),
+        (edited(TRANSFORMER, is_train_face=False), "is_train_face is not true: such a model takes"),
+        (
+            edited(TRANSFORMER, quantization_config={"quant_method": "modelopt"}),
+            f"{TRANSFORMER}: quantized with modelopt, whose package is not installed",
+        ),
+        (edited("text_encoder/config.json", num_layers=10**9), "num_layers is 1000000000, which"),
+        (edited(VAE, scaling_factor=0), f"{VAE}: scaling_factor is 0, no number above 0"),
+        (edited(VAE, scaling_factor="x"), f"{VAE}: scaling_factor is 'x', no number above 0"),
+        (edited(VAE, scaling_factor=None), "scaling_factor is None, no number above 0"),
+        (edited(VAE, scaling_factor=float("nan")), "scaling_factor is nan, no number above 0"),
+        (edited(VAE, layers_per_block=0), f"{VAE}: layers_per_block is 0, no whole number"),
+        (edited(VAE, layers_per_block=2), "layers_per_block is 2, which makes 2 layers, and the"),
+        (
+            edited(SCHEDULER, timestep_spacing="foo"),
+            f"{SCHEDULER}: timestep_spacing is 'foo', none of leading, linspace, trailing",
+        ),
+        (edited(SCHEDULER, prediction_type="foo"), "prediction_type is 'foo', none of epsilon, "),
+        (edited(SCHEDULER, beta_schedule=["linear"]), "beta_schedule is ['linear'], none of lin"),
+        (edited(SCHEDULER, trained_betas=[0.1]), "trained_betas is no list of 1000 numbers"),
+        (
+            edited(INDEX, transformer=["diffusers", "CogVideoXTransformer3DModel"]),
+            f"{INDEX} names 'CogVideoXTransformer3DModel' as transformer, not ConsisID",
+        ),
+        (edited(INDEX, vae=["diffusers", "AutoencoderKL"]), "names 'AutoencoderKL' as vae, not"),
+        (
+            edited(INDEX, scheduler=["diffusers", "DDIMScheduler"]),
+            "names 'DDIMScheduler' as scheduler, not CogVideoXDPMScheduler or CogVideoXDDIMSch",
+        ),
+        (edited(INDEX, scheduler=None), "names None as scheduler"),
+        (edited(INDEX, vae=[]), "names [] as vae"),
+    ],
+)
+def test_wrong_configurations_are_one_line(capsys, tmp_path, tiny, damage, told):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny, folder, copy_function=os.link)
+    damage(folder)
+    code, output, error = main(
+        capsys,
+        *("--ckpts_path", folder, "--image", "astronaut", "--num_infer_steps", 1),
+        *("--num_frames", 1, "--output_path", tmp_path / "out"),
+    )
+    assert (code, output) == (2, ""), "before anything is imported for it"
+    assert error.startswith(f"error: {folder}/")
+    assert told in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        edited(INDEX, scheduler=["diffusers", "CogVideoXDDIMScheduler"]),
+        edited(TRANSFORMER, quantization_config=None),
+        lambda folder: (folder / EVA).unlink(),
+    ],
+)
+def test_what_configurations_may_say(tmp_path, tiny, change):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny, folder, copy_function=os.link)
+    change(folder)
+    check_checkpoint(folder)
+
+
+def test_the_choices_of_a_scheduler_are_those_of_diffusers():
+    """Tried out: what is listed works in both, and each says of another that it does not."""
+    for name in configuration.CLASSES["scheduler"]:
+        kind = getattr(diffusers, name)
+        for key, known in configuration.SCHEDULER_CHOICES.items():
+            for choice in known:
+                step_once(kind(**{key: choice}))
+            with pytest.raises((ValueError, NotImplementedError)):
+                step_once(kind(**{key: "foo"}))
+
+
+def step_once(scheduler) -> None:
+    scheduler.set_timesteps(2)
+    zeros = torch.zeros(1, 1, 1, 2, 2)
+    t = scheduler.timesteps[0]
+    if isinstance(scheduler, diffusers.CogVideoXDPMScheduler):
+        scheduler.step(zeros, None, t, None, zeros)
+    else:
+        scheduler.step(zeros, t, zeros)
+
+
+def test_quantized_weights_that_are_loaded_without_their_package(tmp_path, tiny):
+    """Said when they are loaded, where the library finds that it is missing."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny, folder, copy_function=os.link)
+    edited("text_encoder/config.json", quantization_config={"quant_method": "gptq", "bits": 4})(
+        folder
+    )
+    with pytest.raises(CheckpointError, match=r"text_encoder is quantized, and cannot be read: "):
+        load_pipeline(folder, torch.device("cpu"), torch.float32, parts=("text_encoder",))
