@@ -131,7 +131,7 @@ class Record:
             ValueError: where it is no record, naming a key that is missing.
         """
         if not isinstance(data, dict):
-            raise ValueError("no object")
+            raise ValueError("its record is no object")
         names = [f.name for kind in (Settings, cls) for f in fields(kind)]
         lacks = set(names) - set(data) - {"settings", "quality"}
         if lacks:

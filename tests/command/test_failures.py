@@ -460,6 +460,8 @@ def test_latents_of_something_else(capsys, tmp_path):
     save_file({"latents": torch.zeros(1, 3, 16, 12, 18)}, other)
     assert complaint() == none
     save_file({"latents": torch.zeros(1, 3, 16, 12, 18)}, other, metadata={"record": "[]"})
+    assert complaint() == f"{none}: its record is no object"
+    save_file({"latents": torch.zeros(1, 3, 16, 12, 18)}, other, metadata={"record": "{}"})
     assert complaint().startswith(f"{none}: its record lacks ")
     whole = json.dumps(record_of_a_video().as_json())
     save_file({"latents": torch.zeros(1, 3, 16)}, other, metadata={"record": whole})

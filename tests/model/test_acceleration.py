@@ -13,11 +13,11 @@ from support import CPU
 from torch._dynamo.utils import counters
 
 from teacache.base.errors import DeviceError
+from teacache.command.main import main
 from teacache.core.forward import apply_teacache
 from teacache.embedded.build import VAE
 from teacache.sampling import acceleration
 from teacache.sampling.attention import use_attention
-from teacache_sample_video import main
 
 HEADER = Path(sysconfig.get_paths()["include"]) / "Python.h"
 needs_compiler = pytest.mark.skipif(
