@@ -10,45 +10,7 @@ import time
 
 import torch
 
-from teacache.base.errors import DeviceError
-
 Mark = float | torch.cuda.Event  # see `mark`
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-def choose_device(name: str, full_size: bool = False, offload: str = "none") -> torch.device:
-    """The device for `--device`: `auto` is CUDA where there is one, else the CPU.
-
-    Args:
-        full_size: whether the checkpoint has weights that a CPU would sample with for days.
-        offload: the `--offload` that is asked for.
-
-    Raises:
-        DeviceError: where the machine does not have it, `auto` finds no GPU for a full-size
-            checkpoint, or there is nothing to offload from.
-    """
-    if name == "auto":
-        if not torch.cuda.is_available() and full_size:
-            raise DeviceError(
-                "this checkpoint needs a CUDA GPU, and torch finds none here. To see it work "
-                "without: --ckpts_path tiny. To use the CPU all the same, slowly: --device cpu"
-            )
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DeviceError(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA GPUs")
-    if device.type == "cpu" and offload != "none":
-        raise DeviceError(
-            f"--offload {offload}: weights are offloaded from a GPU, and this is a CPU"
-        )
-    return device
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The sampling dtype for `--dtype`: `auto` is bfloat16 on CUDA, float32 on a CPU."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return DTYPES[name]
 
 
 def device_name(device: torch.device) -> str:

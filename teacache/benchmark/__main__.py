@@ -104,7 +104,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 def _benchmark(args: argparse.Namespace) -> None:
     prepare_folder(args.output_path)
-    from teacache.base.device import choose_device, choose_dtype
+    from teacache.command.machine import choose_device, choose_dtype
     from teacache.sampling.acceleration import prepare_acceleration
 
     device = choose_device(args.device, full_size=args.random_weights in ("full", "half"))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 from teacache.base.console import Console, Stages
-from teacache.base.device import choose_device
 from teacache.base.errors import ArgumentError, CheckpointError
 from teacache.checkpoint.configuration import read_json, whole_number
 from teacache.checkpoint.folder import check_checkpoint, is_full_size
 from teacache.checkpoint.pipeline import load_pipeline
+from teacache.command.machine import choose_device
 from teacache.command.memory import explained_out_of_memory
 from teacache.command.order import LatentsOrder
 from teacache.command.preflight import find_checkpoint

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from teacache.base.console import print_now
-from teacache.base.device import choose_device, choose_dtype
 from teacache.base.errors import CheckpointError
 from teacache.checkpoint.folder import is_full_size
 from teacache.checkpoint.size import video_size
+from teacache.command.machine import choose_device, choose_dtype
 from teacache.command.order import Order
 from teacache.command.preflight import find_checkpoint, plan_jobs
 from teacache.comparison.tables import aligned

@@ -74,7 +74,7 @@ def preflight(order: Order, stages: Stages) -> Ready:
             check_checkpoint(found)
     full_size = found is None or is_full_size(found)
     with stages.stage("torch"):
-        from teacache.base.device import choose_device, choose_dtype
+        from teacache.command.machine import choose_device, choose_dtype
         from teacache.sampling.acceleration import prepare_acceleration
 
         device = choose_device(machine.device, full_size, machine.offload)

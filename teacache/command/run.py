@@ -63,7 +63,7 @@ def run(order: Order, ready: Ready, stages: Stages, console: Console) -> None:
             for video in sampled(to_do, order, ready, stages, console):
                 record = video.record
                 if comparison:
-                    with stages.stage("quality"):
+                    with Stages(console).stage("quality"):  # of no video's seconds
                         place = jobs.index(video.job)
                         record = comparison.add(
                             place, video.path, record, video.frames, video.identity

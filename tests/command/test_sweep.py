@@ -80,6 +80,7 @@ def test_sweep(capsys, tmp_path, calls):
         one, other = (read_record(tmp_path / f, f"{name}.json") for f in ("sweep", "own"))
         assert one["computed_steps"] == other["computed_steps"]
         assert one["distances"] == other["distances"]
+        assert one["seconds"].keys() == other["seconds"].keys()
 
     # The table, in the terminal and as Markdown, in the order asked for.
     lines = output.splitlines()
