@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from teacache.command.jobs import FIELDS, Job, read_jobs
 from teacache.core.rule import Coefficients
@@ -59,8 +60,8 @@ class Order:
         """
         return cls(
             jobs=_jobs_of(args),
-            format=Format(args.width, args.height, args.num_frames, args.guidance_scale, args.fps),
-            machine=machine_of(args),
+            format=Format(**_named(Format, args)),
+            machine=Machine(**_named(Machine, args)),
             coefficients=args.coefficients,
             target_speedup=args.target_speedup,
             ckpts_path=args.ckpts_path,
@@ -84,7 +85,8 @@ class LatentsOrder:
     @classmethod
     def of(cls, args: argparse.Namespace) -> LatentsOrder:
         """What the parsed arguments ask for."""
-        return cls(args.latents, args.ckpts_path, args.fps, args.output_path, machine_of(args))
+        machine = Machine(**_named(Machine, args))
+        return cls(args.latents, args.ckpts_path, args.fps, args.output_path, machine)
 
 
 def in_order(jobs: list[Job], digests: dict[str, str]) -> list[Job]:
@@ -113,17 +115,9 @@ def in_order(jobs: list[Job], digests: dict[str, str]) -> list[Job]:
     )
 
 
-def machine_of(args: argparse.Namespace) -> Machine:
-    """The part of the arguments that says what to compute on."""
-    return Machine(
-        device=args.device,
-        dtype=args.dtype,
-        attention=args.attention,
-        compile=args.compile,
-        quantize=args.quantize,
-        offload=args.offload,
-        vae_tiling=args.vae_tiling,
-    )
+def _named(kind: type, args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that have the names of a dataclass's fields."""
+    return {field.name: getattr(args, field.name) for field in fields(kind)}
 
 
 def _jobs_of(args: argparse.Namespace) -> tuple[Job, ...]:

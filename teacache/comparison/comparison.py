@@ -146,12 +146,13 @@ class Comparison:
                 path.write_text(tables.sweep_markdown(rows, records[0]), encoding="utf-8")
             if in_full and len(videos) <= MOST_SIDE_BY_SIDE:
                 from teacache.comparison.figure import draw_sweep
+                from teacache.comparison.side_by_side import write_grid
 
                 with written(".png") as path:
                     draw_sweep(rows, records, path)
                 with written(".mp4") as path:
                     frames = [finished.frames_or_decoded() for finished in videos]
-                    video.write_grid(frames, [tables.label(row) for row in rows], path, fps)
+                    write_grid(frames, [tables.label(row) for row in rows], path, fps)
         return tables.terminal_table(rows), files
 
     def _baseline_of(self, record: Record) -> tuple[np.ndarray | None, bool]:

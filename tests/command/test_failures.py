@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from records import record_of_a_video
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -584,7 +585,7 @@ def test_an_encoder_that_leaves_half_a_video_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(
         diffusers.utils, "export_to_video", lambda frames, *a, **k: export(frames[:3], *a, **k)
     )
-    frames = [video._as_image(np.zeros((96, 144, 3), np.uint8))] * 5
+    frames = [Image.fromarray(np.zeros((96, 144, 3), np.uint8))] * 5
     with pytest.raises(OSError, match="wrote 3 of 5 frames"):
         video.write_video(frames, tmp_path / "video.mp4", fps=8)
 

@@ -10,8 +10,9 @@ from records import record_of_a_video
 
 from teacache.comparison import quality
 from teacache.comparison.figure import draw_sweep
+from teacache.comparison.side_by_side import write_grid
 from teacache.comparison.tables import sweep_markdown, sweep_rows, terminal_table
-from teacache.results.video import read_video, write_grid, write_video
+from teacache.results.video import read_video, write_video
 
 
 def test_two_faces_under_one_masked_address_are_two_groups():
