@@ -209,7 +209,10 @@ class Bench:
             start = sampler.prepare(material.pipe, material.identity, material.size, SEED)
         with _timed(seconds, "denoising", self.device):
             return sampler.denoise(
-                *(material.pipe, start, material.text, material.size),
+                material.pipe,
+                start,
+                material.text,
+                material.size,
                 num_infer_steps=num_infer_steps,
                 guidance_scale=GUIDANCE_SCALE,
             )

@@ -166,7 +166,11 @@ def find_identity(
         logger.warning(
             "%s: the face in it is %d pixels wide or high, in a picture of %dx%d: below %d it is "
             "hardly recognised. Cut the picture to the face",
-            *(name, side, width, height, SMALL_FACE_PIXELS),
+            name,
+            side,
+            width,
+            height,
+            SMALL_FACE_PIXELS,
         )
     with torch.no_grad(), _aligning(alignable, models.aligner):
         id_cond, id_vit_hidden, face, kps = consisid_utils.process_face_embeddings_infer(
