@@ -158,7 +158,7 @@ class Bench:
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
             if handle is None:
-                latents, steps = self._plain_latents(num_infer_steps, seconds)
+                latents, steps = self.plain_latents(num_infer_steps, seconds)
                 computed, reused = steps, []
             else:
                 handle.follow(fixed_steps)
@@ -177,7 +177,7 @@ class Bench:
             peak = devices.peak_memory_bytes(self.device) if on_gpu else None
         return Measured(computed, reused, seconds, peak)
 
-    def _plain_latents(self, num_infer_steps: int, seconds: dict[str, float]) -> sampler.Denoised:
+    def plain_latents(self, num_infer_steps: int, seconds: dict[str, float]) -> sampler.Denoised:
         """`ConsisIDPipeline.__call__`; what it does before its first step counts as encoding."""
         material, marks = self.material, [devices.mark(self.device)]
         hook = material.pipe.transformer.register_forward_pre_hook(

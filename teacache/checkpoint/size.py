@@ -57,7 +57,7 @@ def video_size(
                 f"the nearest are {below} and {below + multiple}"
             )
     ratio = whole_number(vae_path, vae, "temporal_compression_ratio", 4)
-    _check_num_frames(size.num_frames, ratio)
+    check_num_frames(size.num_frames, ratio)
     if learned and size.num_frames != trained.num_frames:
         logger.warning(
             "--num_frames %d: the checkpoint has learned positional embeddings for %d frames, "
@@ -79,7 +79,9 @@ def check_memory(size: VideoSize) -> None:
         )
 
 
-def _check_num_frames(num_frames: int, ratio: int) -> None:
+def check_num_frames(num_frames: int, ratio: int) -> None:
+    """Raise ArgumentError where the VAE cannot make so many frames, naming the nearest."""
+
     def made(asked: int) -> int:
         # The VAE decodes latent frames in pairs, the odd one with the first pair. The first
         # latent frame stands for a single frame in an odd group, for `ratio` of them in a pair.

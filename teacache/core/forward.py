@@ -129,7 +129,7 @@ def _forward(
         handle.keep_residual(before=video, after=out)
         video = out
     else:
-        video = handle.reuse_residual(_embed_video(self.patch_embed, hidden_states))
+        video = handle.reuse_residual(embed_video(self.patch_embed, hidden_states))
 
     # The text tokens end here: norms and projection work on each token alone.
     video = self.norm_final(video)
@@ -144,7 +144,7 @@ def _forward(
     return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
 
-def _embed_video(patch_embed: CogVideoXPatchEmbed, hidden_states: torch.Tensor) -> torch.Tensor:
+def embed_video(patch_embed: CogVideoXPatchEmbed, hidden_states: torch.Tensor) -> torch.Tensor:
     """The video tokens of `patch_embed(text, hidden_states)`, bit for bit, without the text.
 
     A reused step reads no text tokens, and to project them costs as much as the rest of the step.

@@ -127,7 +127,7 @@ def build_tiny_checkpoint(folder: Path) -> None:
     except OSError as error:
         raise CheckpointError(f"cannot write to {folder.parent}: {error.strerror}") from error
     try:
-        _write_checkpoint(beside)
+        write_checkpoint(beside)
         beside.chmod(0o755)
         try:
             beside.rename(folder)
@@ -138,7 +138,8 @@ def build_tiny_checkpoint(folder: Path) -> None:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _write_checkpoint(folder: Path) -> None:
+def write_checkpoint(folder: Path) -> None:
+    """Write every file of the embedded checkpoint."""
     import torch
     from diffusers import (
         AutoencoderKLCogVideoX,

@@ -66,7 +66,7 @@ class Conditioning:
         keys, found = {}, {}
         if self.cache:
             for source, image in images.items():
-                keys[source] = self._face_key(image)
+                keys[source] = self.face_key(image)
                 entry = self.cache.get(keys[source], faces.TENSORS)
                 if entry:
                     found[source] = faces.from_tensors(entry, self.device)
@@ -98,25 +98,27 @@ class Conditioning:
                 if self.cache:
                     lost = torch.tensor(list(embedded[text].lost.encode()), dtype=torch.uint8)
                     entry = {"embeds": embedded[text].embeds, "lost": lost}
-                    self.cache.put(self._text_key(text), entry)
+                    self.cache.put(self.text_key(text), entry)
             del pipe
             devices.free_cached_memory(self.device)
         return embedded
 
     def _cached_text(self, text: str) -> EmbeddedText | None:
         names = ("embeds", "lost")
-        entry = self.cache.get(self._text_key(text), names) if self.cache else None
+        entry = self.cache.get(self.text_key(text), names) if self.cache else None
         if entry is None:
             return None
         lost = bytes(entry["lost"].tolist()).decode()
         return EmbeddedText(entry["embeds"].to(self.device), lost)
 
-    def _face_key(self, image: Image.Image) -> dict[str, str]:
+    def face_key(self, image: Image.Image) -> dict[str, str]:
+        """What the embeddings of a face depend on."""
         pixels = hashlib.sha256(image.tobytes()).hexdigest()
         size = f"{image.width}x{image.height}"
         return {**self._key("face_encoder", packages=FACE_PACKAGES), "image": f"{size} {pixels}"}
 
-    def _text_key(self, text: str) -> dict[str, str]:
+    def text_key(self, text: str) -> dict[str, str]:
+        """What the embeddings of a text depend on."""
         return {**self._key("text_encoder", "tokenizer", packages=TEXT_PACKAGES), "text": text}
 
     def _key(self, *components: str, packages: tuple[str, ...]) -> dict[str, str]:
@@ -135,11 +137,12 @@ class Conditioning:
             "dtype": devices.dtype_name(self.dtype),
             "device": devices.device_name(self.device),
             "code": _digest_of_the_code(),
-            **{package: _version(package) for package in packages},
+            **{package: installed_version(package) for package in packages},
         }
 
 
-def _version(package: str) -> str:
+def installed_version(package: str) -> str:
+    """The version of a package, or `none` where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

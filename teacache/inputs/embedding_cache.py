@@ -38,12 +38,12 @@ def cache_folder() -> Path:
     try:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:  # the system does not know the user, as in some containers
-        return _without_home()
+        return folder_without_home()
     return caches / "teacache-consisid"
 
 
 @functools.cache
-def _without_home() -> Path:
+def folder_without_home() -> Path:
     """This user's folder in the temporary one, which is everybody's: so only where it is our own.
 
     Compiled code is kept in it, and would be run.
@@ -96,7 +96,7 @@ class EmbeddingCache:
         Args:
             names: of the tensors that the caller needs, no more and no less; None takes any.
         """
-        path = self._path(key)
+        path = self.path_of(key)
         try:
             content = path.read_bytes()
         except OSError:
@@ -122,14 +122,15 @@ class EmbeddingCache:
             try:
                 with os.fdopen(descriptor, "wb") as file:
                     file.write(hashlib.sha256(body).digest() + body)
-                os.replace(beside, self._path(key))
+                os.replace(beside, self.path_of(key))
             finally:
                 Path(beside).unlink(missing_ok=True)
             self._forget_the_oldest()
         except OSError as error:
             logger.warning("embeddings are not kept: %s: %s", self.folder, error.strerror)
 
-    def _path(self, key: dict[str, str]) -> Path:
+    def path_of(self, key: dict[str, str]) -> Path:
+        """Where the entry of a key lies."""
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         return self.folder / f"{name}.bin"
 

@@ -59,7 +59,7 @@ def load_image(source: str) -> Image.Image:
                 )
             if (frames := getattr(image, "n_frames", 1)) > 1:
                 logger.warning("%s has %d frames: the first is taken", name, frames)
-            return _upright_rgb(image)
+            return upright_rgb(image)
     except MemoryError as error:
         raise ImageError(f"{name} takes more memory than there is: make it smaller") from error
     except Image.DecompressionBombError:
@@ -101,7 +101,8 @@ def _read_pipe(path: Path, name: str) -> bytes:
     raise ImageError(f"{name} is larger than {MOST_BYTES // 10**6} MB")
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """The picture as it is to be seen: turned as EXIF says, 8 bits, transparency on white."""
     import numpy as np
     from PIL import Image, ImageOps
 

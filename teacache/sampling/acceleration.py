@@ -48,14 +48,15 @@ def prepare_acceleration(
             "it: --offload model does"
         )
     if compiling:
-        _check_compiler(device)
+        check_compiler(device)
         # Where a reboot does not clear it, as it may Inductor's own choice.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
     if quantize:
-        _check_float8(device, dtype)
+        check_float8(device, dtype)
 
 
-def _check_compiler(device: torch.device) -> None:
+def check_compiler(device: torch.device) -> None:
+    """Raise DeviceError where no compiler works."""
     # Inductor's own on a CPU, Triton's on a GPU.
     on_cpu = device.type == "cpu"
     variable, usual = ("CXX", ("g++", "clang++")) if on_cpu else ("CC", ("gcc", "clang"))
@@ -105,7 +106,8 @@ def _what_fails(compiler: list[str], suffix: str) -> str:
     return lines[-1] if lines else f"it ends with code {ended.returncode} and does not say why"
 
 
-def _check_float8(device: torch.device, dtype: torch.dtype) -> None:
+def check_float8(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise DeviceError where float8 layers do not run, by running one."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY:
         raise DeviceError("--quantize fp8 needs a GPU with float8 matrix units, Hopper or later")
     if importlib.util.find_spec("torchao") is None:

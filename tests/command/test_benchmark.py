@@ -140,8 +140,8 @@ def test_variants_leave_the_models_as_they_were(sample):
     bench = measure.of_random_weights("small", 4, 2, CPU, torch.float32)
     transformer = bench.material.pipe.transformer
     processors = list(transformer.attn_processors.values())
-    before = bench._plain_latents(3, {}).latents
+    before = bench.plain_latents(3, {}).latents
     bench.sample(measure.Variant("ours", 0.15, attention="_native_math"))
     assert list(transformer.attn_processors.values()) == processors
     assert "forward" not in vars(transformer)
-    assert torch.equal(bench._plain_latents(3, {}).latents, before)
+    assert torch.equal(bench.plain_latents(3, {}).latents, before)

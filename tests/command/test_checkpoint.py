@@ -65,7 +65,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
         (folder / "model_index.json").write_text("{}")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tiny_module, "_write_checkpoint", half)
+    monkeypatch.setattr(tiny_module, "write_checkpoint", half)
     with pytest.raises(KeyboardInterrupt):
         tiny_module.build_tiny_checkpoint(tmp_path / "tiny")
     assert not list(tmp_path.iterdir())
@@ -79,7 +79,7 @@ def test_of_two_builds_at_once_one_is_kept(tmp_path, monkeypatch):
         (tmp_path / "tiny").mkdir()
         (tmp_path / "tiny" / "model_index.json").write_text("first")
 
-    monkeypatch.setattr(tiny_module, "_write_checkpoint", write)
+    monkeypatch.setattr(tiny_module, "write_checkpoint", write)
     tiny_module.build_tiny_checkpoint(tmp_path / "tiny")
     assert (tmp_path / "tiny" / "model_index.json").read_text() == "first"
     assert [p.name for p in tmp_path.iterdir()] == ["tiny"]
@@ -242,7 +242,7 @@ def test_frames_that_the_vae_makes_are_those_that_it_is_asked_for():
     import torch
     from diffusers import AutoencoderKLCogVideoX
 
-    from teacache.checkpoint.size import _check_num_frames
+    from teacache.checkpoint.size import check_num_frames
 
     torch.manual_seed(0)
     vae = AutoencoderKLCogVideoX(**{**tiny_module.VAE, "temporal_compression_ratio": 4}).eval()
@@ -251,10 +251,10 @@ def test_frames_that_the_vae_makes_are_those_that_it_is_asked_for():
         with torch.no_grad():
             made = vae.decode(torch.zeros(1, 16, latent_frames, 2, 2)).sample.shape[2]
         if made == num_frames:
-            _check_num_frames(num_frames, 4)
+            check_num_frames(num_frames, 4)
         else:
             with pytest.raises(ArgumentError):
-                _check_num_frames(num_frames, 4)
+                check_num_frames(num_frames, 4)
 
 
 @pytest.mark.parametrize("damage", ["short", "long", "no header", "noise", "empty header"])

@@ -75,7 +75,7 @@ def test_a_picture_too_large_is_refused_by_its_header(capsys, tmp_path, monkeypa
     """20,000 x 20,000 of one colour is a small file; decoded, it would take 1.2 GB."""
     path = tmp_path / "large.png"
     Image.new("1", size).save(path)
-    monkeypatch.setattr(pictures, "_upright_rgb", lambda image: pytest.fail("it was decoded"))
+    monkeypatch.setattr(pictures, "upright_rgb", lambda image: pytest.fail("it was decoded"))
     code, output, error = command(capsys, path, tmp_path / "o")
     assert code == 2
     assert error == (f"error: --image {path} has more than 100 million pixels: make it smaller\n")
@@ -97,7 +97,7 @@ def test_a_picture_that_finds_no_memory(capsys, tmp_path, photo, monkeypatch):
     def no_memory(image):
         raise MemoryError
 
-    monkeypatch.setattr(pictures, "_upright_rgb", no_memory)
+    monkeypatch.setattr(pictures, "upright_rgb", no_memory)
     code, _, error = command(capsys, tmp_path / "photo.png", tmp_path / "o")
     assert code == 2
     assert error.startswith(f"error: --image {tmp_path}/photo.png takes more memory than there is")

@@ -132,7 +132,7 @@ def test_a_compiler_that_fails(tmp_path, monkeypatch, script, said, device, vari
     monkeypatch.setenv(variable, f"{compiler} -pipe")
     monkeypatch.setattr(acceleration, "COMPILER_SECONDS", 1)
     with pytest.raises(DeviceError) as refusal:
-        acceleration._check_compiler(torch.device(device))
+        acceleration.check_compiler(torch.device(device))
     assert str(refusal.value) == f"--compile: the compiler {compiler} does not work: {said}"
 
 
@@ -140,17 +140,17 @@ def test_the_compilers_that_are_here_work(tmp_path, monkeypatch):
     if not shutil.which("g++"):
         pytest.skip("no compiler here")
     monkeypatch.delenv("CXX", raising=False)
-    acceleration._check_compiler(torch.device("cpu"))
+    acceleration.check_compiler(torch.device("cpu"))
     passed_on = program(tmp_path / "cache", f'echo "$@" >> {tmp_path}/called; exec "$@"')
     monkeypatch.setenv("CXX", f"{passed_on} g++ -O1")
-    acceleration._check_compiler(torch.device("cpu"))
+    acceleration.check_compiler(torch.device("cpu"))
     assert (tmp_path / "called").read_text().startswith("g++ -O1 ")
     no_program = tmp_path / "no program"
     no_program.write_text("#!/nowhere/sh\n")
     no_program.chmod(0o755)
     monkeypatch.setenv("CXX", f"'{no_program}'")
     with pytest.raises(DeviceError, match="does not work: No such file or directory"):
-        acceleration._check_compiler(torch.device("cpu"))
+        acceleration.check_compiler(torch.device("cpu"))
 
 
 def test_the_command_with_a_compiler_that_fails(tmp_path, monkeypatch, capsys):

@@ -194,12 +194,12 @@ def test_without_a_home_directory_one_warning(tmp_path, monkeypatch, caplog):
     monkeypatch.delenv("HOME")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    cache._without_home.cache_clear()
+    cache.folder_without_home.cache_clear()
     found = cache.cache_folder()
     assert found == cache.cache_folder() == tmp_path / f"teacache-consisid-{os.getuid()}"
     assert len(caplog.records) == 1
     monkeypatch.undo()
-    cache._without_home.cache_clear()
+    cache.folder_without_home.cache_clear()
 
 
 @pytest.fixture

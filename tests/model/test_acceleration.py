@@ -130,12 +130,12 @@ def test_float8_is_tried_out_before_anything_is_loaded(monkeypatch):
     gpu = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with pytest.raises(DeviceError, match="Hopper or later"):
-        acceleration._check_float8(gpu, torch.bfloat16)
+        acceleration.check_float8(gpu, torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with pytest.raises(DeviceError, match="needs --dtype bfloat16"):
-        acceleration._check_float8(gpu, torch.float16)
+        acceleration.check_float8(gpu, torch.float16)
     with pytest.raises(DeviceError, match=r"does not work here: .+"):  # there is no GPU to try
-        acceleration._check_float8(gpu, torch.bfloat16)
+        acceleration.check_float8(gpu, torch.bfloat16)
 
 
 def test_what_a_machine_lacks_is_said_before_anything_is_loaded(monkeypatch, tmp_path, capsys):

@@ -75,21 +75,23 @@ def test_only_what_is_missing_is_computed(tiny, cache, loads):
 
 def test_whatever_the_embeddings_depend_on_is_in_their_name(tiny, cache, monkeypatch, tmp_path):
     image = pictures.load_image("astronaut")
-    face, text = make(tiny, cache)._face_key(image), make(tiny, cache)._text_key("one")
-    assert make(tiny, cache)._text_key("two") != text
-    assert make(tiny, cache)._face_key(image.rotate(1)) != face
-    assert make(tiny, cache)._face_key(image.resize((512, 511))) != face
-    assert make(tiny, cache, torch.bfloat16)._text_key("one") != text
-    assert make(tiny, cache, torch.bfloat16)._face_key(image) != face
-    version = module._version
-    monkeypatch.setattr(module, "_version", lambda p: version(p) + ("+" if p == "torch" else ""))
-    assert make(tiny, cache)._text_key("one") != text
-    assert make(tiny, cache)._face_key(image) != face
+    face, text = make(tiny, cache).face_key(image), make(tiny, cache).text_key("one")
+    assert make(tiny, cache).text_key("two") != text
+    assert make(tiny, cache).face_key(image.rotate(1)) != face
+    assert make(tiny, cache).face_key(image.resize((512, 511))) != face
+    assert make(tiny, cache, torch.bfloat16).text_key("one") != text
+    assert make(tiny, cache, torch.bfloat16).face_key(image) != face
+    version = module.installed_version
+    monkeypatch.setattr(
+        module, "installed_version", lambda p: version(p) + ("+" if p == "torch" else "")
+    )
+    assert make(tiny, cache).text_key("one") != text
+    assert make(tiny, cache).face_key(image) != face
 
 
 def test_a_package_under_another_name_is_no_obstacle():
-    assert module._version("onnxruntime-of-another-kind") == "none"
-    assert module._version("torch") == torch.__version__.split("+")[0]
+    assert module.installed_version("onnxruntime-of-another-kind") == "none"
+    assert module.installed_version("torch") == torch.__version__.split("+")[0]
 
 
 def test_long_texts_are_told_also_when_they_are_kept(capsys, tmp_path):
@@ -146,7 +148,7 @@ def test_what_has_not_been_read_for_longest_goes_first(tmp_path):
     cache = EmbeddingCache(tmp_path, most_bytes=3500)
     for n in range(3):  # of about 1.1 kB each
         cache.put({"n": str(n)}, {"x": torch.full((256,), float(n))})
-        os.utime(cache._path({"n": str(n)}), ns=(n, n))
+        os.utime(cache.path_of({"n": str(n)}), ns=(n, n))
     assert cache.get({"n": "0"})["x"][0] == 0  # read: now the newest
     cache.put({"n": "3"}, {"x": torch.full((256,), 3.0)})
     assert [cache.get({"n": str(n)}) is not None for n in range(4)] == [True, False, True, True]

@@ -13,7 +13,7 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, ConsisIDTra
 from support import SIZE
 
 from teacache.base.errors import ArgumentError
-from teacache.core.forward import _embed_video, apply_teacache
+from teacache.core.forward import apply_teacache, embed_video
 from teacache.core.rule import Coefficients
 from teacache.embedded.build import TRANSFORMER, smooth_time_embedding
 
@@ -132,7 +132,7 @@ def test_a_reused_step_embeds_the_video_as_the_patch_embedding_does(
     text = torch.randn(2, 226, TRANSFORMER["text_embed_dim"], dtype=dtype)
     video = torch.randn(2, latent_frames, 32, height, 18, dtype=dtype)
     expected = patch_embed(text, video)[:, 226:]
-    assert torch.equal(_embed_video(patch_embed, video), expected)
+    assert torch.equal(embed_video(patch_embed, video), expected)
 
 
 def test_identity_cross_attention_and_face_extractor_calls(pipe, sample):
