@@ -76,8 +76,9 @@ def _download(repo_id: str, folder: Path) -> str:
             start_new_session=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
-        message = process.communicate()[0].strip()
-        if process.returncode and not message:
+        assert process.stdout, "it is a pipe"
+        message = process.stdout.read().strip()  # and not communicate(), which ends its input
+        if process.wait() and not message:
             message = "the process that downloads has ended without a word"
         return message
     finally:

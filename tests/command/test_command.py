@@ -273,13 +273,16 @@ def test_full_size_without_a_gpu_says_what_there_is_instead(capsys, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny, tmp_path / "checkpoint")
     # A whole file of 11 GB, as far as its header tells, which takes no room on the disk.
-    size = 11 * 2**30
-    entry = {"weight": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
-    header = json.dumps(entry).encode()
     weights = tmp_path / "checkpoint" / "transformer" / "diffusion_pytorch_model.safetensors"
+    content, size = weights.read_bytes(), 11 * 2**30
+    length = int.from_bytes(content[:8], "little")
+    entries = json.loads(content[8 : 8 + length])
+    start = len(content) - 8 - length
+    entries["more"] = {"dtype": "U8", "shape": [size], "data_offsets": [start, start + size]}
+    header = json.dumps(entries).encode()
     with weights.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + size)
+        file.write(len(header).to_bytes(8, "little") + header + content[8 + length :])
+        file.truncate(8 + len(header) + start + size)
     for checkpoint in ("checkpoint", "BestWishYsh/ConsisID-preview"):
         code, _, error = main(capsys, "--ckpts_path", checkpoint)
         assert code == 2

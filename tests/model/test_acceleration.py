@@ -54,7 +54,7 @@ def test_one_compilation_serves_layers_steps_thresholds_and_videos(
             ours.rel_l1_thresh = theirs.rel_l1_thresh = threshold
             found, expected = (sample(each, steps=steps, seed=seed) for each in (pipe, eager))
             assert (found - expected).abs().max() < ROUNDING * expected.abs().max()
-            assert ours.policy == theirs.policy, "what is decided is not compiled"
+            assert ours.schedule == theirs.schedule, "what is decided is not compiled"
     assert counters["stats"]["unique_graphs"] == 2, "a block and a cross-attention layer"
     assert not counters["graph_break"]
 

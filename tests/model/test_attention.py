@@ -22,9 +22,9 @@ from teacache.sampling.attention import (
 def test_native_equals_the_processor_it_replaces(make_pipe, sample, threshold, dtype):
     theirs, ours = make_pipe(dtype), make_pipe(dtype)
     use_attention(ours.transformer, "native")
-    with apply_teacache(theirs, threshold), apply_teacache(ours, threshold) as teacache:
+    with apply_teacache(theirs, threshold), apply_teacache(ours, threshold) as handle:
         assert torch.equal(sample(ours), sample(theirs))
-    assert bool(teacache.core.rule.reused_steps) == (threshold > 0)
+    assert bool(handle.schedule.reused_steps) == (threshold > 0)
     processors = ours.transformer.attn_processors.values()
     assert all(isinstance(processor, ConsisIDAttnProcessor) for processor in processors)
     before = theirs.transformer.attn_processors.values()
