@@ -40,6 +40,8 @@ LAYERS = {
 }
 # One after each `cross_attn_interval` blocks.
 CROSS_ATTENTION = r"perceiver_cross_attention\.(\d+)\."
+# With what else than a number above 0 in these, a model is built, and fails once it computes.
+POSITIVE = {"transformer": ("local_face_scale", "norm_eps"), "vae": ("norm_eps", "scaling_factor")}
 # Whose weights only a package of its own can read: `quant_method`, and what is imported for it.
 QUANTIZERS = {
     "auto-round": "auto_round",
@@ -112,10 +114,10 @@ def check_model(component: Path, weights: Collection[str]) -> None:
                 f"{path}: {what}, which makes {number} layers, and the weights beside it have "
                 f"{len(found)}"
             )
-    if component.name == "vae":
-        factor = config.get("scaling_factor", 1.0)
-        if not _is_number(factor) or not 0 < factor < math.inf:
-            raise CheckpointError(f"{path}: scaling_factor is {factor!r}, no number above 0")
+    for name in POSITIVE.get(component.name, ()):
+        value = config.get(name, 1.0)
+        if not _is_number(value) or not 0 < value < math.inf:
+            raise CheckpointError(f"{path}: {name} is {value!r}, no number above 0")
 
 
 def _cross_attention(path: Path, config: dict) -> tuple[int, int]:

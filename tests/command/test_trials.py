@@ -333,6 +333,8 @@ INDEX = "model_index.json"
             f"{TRANSFORMER}: quantized with modelopt, whose package is not installed",
         ),
         (edited("text_encoder/config.json", num_layers=10**9), "num_layers is 1000000000, which"),
+        (edited(TRANSFORMER, local_face_scale="x"), "local_face_scale is 'x', no number above 0"),
+        (edited(TRANSFORMER, norm_eps="x"), "norm_eps is 'x', no number above 0"),
         (edited(VAE, scaling_factor=0), f"{VAE}: scaling_factor is 0, no number above 0"),
         (edited(VAE, scaling_factor="x"), f"{VAE}: scaling_factor is 'x', no number above 0"),
         (edited(VAE, scaling_factor=None), "scaling_factor is None, no number above 0"),
