@@ -18,7 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from teacache.base.errors import CheckpointError
+from teacache.base.environment import check_environment
+from teacache.base.errors import CheckpointError, TeaCacheError
 from teacache.base.quiet import no_progress_bars, silence_libraries
 from teacache.inputs.embedding_cache import cache_folder
 
@@ -243,8 +244,9 @@ def main(argv: list[str] | None = None) -> int:
     folder = parser.parse_args(argv).folder
     silence_libraries()
     try:
+        check_environment()
         build_tiny_checkpoint(folder)
-    except CheckpointError as error:
+    except TeaCacheError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"built {folder}")

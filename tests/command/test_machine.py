@@ -104,10 +104,10 @@ def test_python_without_docstrings_is_refused():
 
 def test_too_little_address_space_is_told_before_torch_fails_in_it():
     assert check_environment(limit=3 * 2**30) == (
-        "teacache.base.errors.DeviceError: not enough address space: 5 GB are needed, "
+        "teacache.base.errors.DeviceError: not enough address space: 6 GB are needed, "
         "`ulimit -v` allows 3.0"
     )
-    assert check_environment(limit=5 * 2**30) == ""
+    assert check_environment(limit=6 * 2**30) == ""
 
 
 def program(path: Path, script: str) -> Path:
