@@ -8,8 +8,8 @@ import sys
 
 from teacache.base.errors import DeviceError
 
-# The embedded checkpoint's 13 frames on a CPU, two threads, torch 2.14 and diffusers 0.42: with 5 it
-# works at times, with 4 never. Every further thread takes some, and so does a real checkpoint.
+# The embedded checkpoint's 13 frames on a CPU, two threads, torch 2.14 and diffusers 0.42: with 5
+# it works at times, with 4 never. Every further thread takes some, and so does a real checkpoint.
 ADDRESS_SPACE_GB = 6
 
 
