@@ -308,7 +308,7 @@ def test_every_other_argument_has_its_effect(capsys, tmp_path, photograph):
     """Each one alone gives another video than without it; together they are on record."""
     Image.open(photograph).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "other.png")
     common = (
-        *("--ckpts_path", "tiny", "--num_infer_steps", 2, "--num_frames", 5),
+        *("--ckpts_path", "tiny", "--num_infer_steps", 2, "--num_frames", 1),
         *("--output_path", tmp_path, "--quiet"),
     )
 
@@ -318,7 +318,7 @@ def test_every_other_argument_has_its_effect(capsys, tmp_path, photograph):
         return read_video(Path(output.strip())).frames
 
     plain = frames()
-    assert len(plain) == 5
+    assert len(plain) == 1
     for arguments in (
         ("--negative_prompt", "rain"),
         ("--prompt", "a man"),
@@ -377,34 +377,6 @@ def test_the_package_is_the_same_command(tmp_path, tiny):
         check=True,
     )
     assert done.stdout.count("■") > 50
-
-
-@pytest.mark.parametrize("name", ["2026-11-24T10:33", "file:x", "./a:b"])
-def test_a_folder_with_a_colon(capsys, tmp_path, monkeypatch, tiny, name):
-    """As time stamps have it; ffmpeg would take what stands before it for a protocol."""
-    monkeypatch.chdir(tmp_path)
-    common = ("--ckpts_path", "tiny", "--num_infer_steps", 1, "--num_frames", 1)
-    code, _, error = main(capsys, *common, "--rel_l1_thresh", 0, "--output_path", name)
-    assert code == 0, error
-    first = tmp_path / name / "42_0.0_0000.mp4"
-    assert len(read_video(first).frames) == 1
-    more = ("--rel_l1_thresh", 0.1, 0.2, "--baseline", f"{name}/{first.name}", "--resume")
-    code, _, error = main(capsys, *common, *more, "--output_path", name)
-    assert code == 0, error
-    assert (tmp_path / name / "sweep_42_0000.mp4").is_file()
-
-
-def test_a_home_that_the_shell_leaves_in(capsys, tmp_path, monkeypatch, tiny):
-    """bash does not expand `~` behind an equals sign."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    code, output, _ = main(
-        capsys,
-        *("--ckpts_path", "tiny", "--num_infer_steps", 1, "--num_frames", 1, "--quiet"),
-        "--output_path=~/videos",
-    )
-    assert (code, output) == (0, f"{tmp_path}/videos/42_0.1_0000.mp4\n")
-    assert not (tmp_path / "~").exists()
 
 
 def test_what_is_refused_first_does_not_depend_on_a_hash(tmp_path, tiny):
