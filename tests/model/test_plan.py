@@ -190,7 +190,7 @@ def test_a_plan_for_whoever_reads_it(tiny, to):
 
 
 def test_a_plan_takes_little(tiny):
-    """At most three times the CPU of importing torch, the lesser of two runs each: 4 s, say, of 2."""
+    """At most three times the CPU of importing torch, of each the lesser of two runs."""
 
     def cpu_seconds(*arguments: str) -> float:
         before = os.times()
