@@ -12,7 +12,7 @@ from teacache.base.environment import check_environment
 from teacache.base.quiet import allow_any_encoding, silence_libraries
 from teacache.command.arguments import parse_arguments
 from teacache.command.order import LatentsOrder, Order
-from teacache.command.preflight import preflight
+from teacache.command.preflight import preflight, preflight_latents
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,10 +52,10 @@ def sample(order: Order, console: Console) -> None:
 def decode(order: LatentsOrder, console: Console) -> None:
     """Make the video of latents that an earlier run has kept."""
     stages = Stages(console)
-    check_environment()
-    with stages.stage("latents"):
-        from teacache.command.decode import decode_latents
-    decode_latents(order, stages, console)
+    ready = preflight_latents(order, stages)
+    from teacache.command.decode import decode_latents
+
+    decode_latents(order, ready, stages, console)
 
 
 def show_plan(order: Order) -> None:

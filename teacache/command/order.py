@@ -104,14 +104,12 @@ def in_order(jobs: list[Job], digests: dict[str, str]) -> list[Job]:
     def group(job: Job) -> tuple[object, ...]:
         return *noise(job), job.prompt, job.negative_prompt, job.num_infer_steps
 
-    noises, groups = list(map(noise, jobs)), list(map(group, jobs))
+    first: dict[tuple[object, ...], int] = {}  # place of each noise and group; they differ in form
+    for place, job in enumerate(jobs):
+        first.setdefault(noise(job), place)
+        first.setdefault(group(job), place)
     return sorted(
-        jobs,
-        key=lambda job: (
-            noises.index(noise(job)),
-            groups.index(group(job)),
-            job.rel_l1_thresh != 0,
-        ),
+        jobs, key=lambda job: (first[noise(job)], first[group(job)], job.rel_l1_thresh != 0)
     )
 
 

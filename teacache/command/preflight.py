@@ -12,15 +12,17 @@ import dataclasses
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from teacache.base.console import Stages
 from teacache.base.environment import check_environment
+from teacache.base.errors import ArgumentError, CheckpointError
+from teacache.checkpoint.configuration import read_json, whole_number
 from teacache.checkpoint.download import download_checkpoint
 from teacache.checkpoint.folder import check_checkpoint, is_full_size, local_checkpoint
 from teacache.checkpoint.size import VideoSize, check_memory, video_size
 from teacache.command.jobs import Job
-from teacache.command.order import Order
+from teacache.command.order import LatentsOrder, Order
 from teacache.core.rule import Schedule, schedule, smallest_threshold
 from teacache.inputs.photograph import load_image
 from teacache.results.output_folder import check_space, prepare_folder
@@ -29,6 +31,8 @@ from teacache.results.video import check_encoder
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+
+    from teacache.results.record import Record
 
 
 @dataclass(frozen=True)
@@ -69,10 +73,10 @@ def preflight(order: Order, stages: Stages) -> Ready:
     check_environment()
     check_encoder()
     with stages.stage("checkpoint"):
-        found = find_checkpoint(order.ckpts_path)
-        if found is not None:
-            check_checkpoint(found)
-    full_size = found is None or is_full_size(found)
+        checkpoint = find_checkpoint(order.ckpts_path)
+        if checkpoint is not None:
+            check_checkpoint(checkpoint)
+    full_size = checkpoint is None or is_full_size(checkpoint)
     with stages.stage("torch"):
         from teacache.command.machine import choose_device, choose_dtype
         from teacache.sampling.acceleration import prepare_acceleration
@@ -83,11 +87,9 @@ def preflight(order: Order, stages: Stages) -> Ready:
     with stages.stage("image"):
         sources = dict.fromkeys(job.image for job in order.jobs)
         images = {source: load_image(source) for source in sources}
-    if found is None:
+    if checkpoint is None:
         with stages.stage("download"):
             checkpoint = download_checkpoint(order.ckpts_path)
-    else:
-        checkpoint = found
     size = video_size(checkpoint, form.width, form.height, form.num_frames)
     check_memory(size)
     check_space(order.output_path, size.width * size.height, size.num_frames, len(order.jobs))
@@ -100,6 +102,56 @@ def preflight(order: Order, stages: Stages) -> Ready:
         source: hashlib.sha256(image.tobytes()).hexdigest() for source, image in images.items()
     }
     return Ready(checkpoint, images, digests, size, device, dtype, backend, schedules)
+
+
+class ReadyLatents(NamedTuple):
+    """What an order of `--latents` comes to.
+
+    latents: [1, latent frames, channels, height / 8, width / 8]; record: of their sampling, with
+    the settings that their video will have.
+    """
+
+    latents: torch.Tensor
+    record: Record
+    checkpoint: Path
+    device: torch.device
+
+
+def preflight_latents(order: LatentsOrder, stages: Stages) -> ReadyLatents:
+    """The same for `--latents`, which needs neither an image nor a schedule."""
+    prepare_folder(order.output_path)
+    check_environment()
+    check_encoder()
+    with stages.stage("latents"):
+        from teacache.command.machine import choose_device
+        from teacache.results.slot import read_latents
+
+        latents, sampled = read_latents(order.latents)
+    settings = dataclasses.replace(
+        sampled.settings,
+        ckpts_path=order.ckpts_path or sampled.settings.ckpts_path,
+        fps=order.fps or sampled.settings.fps,
+        output_path=str(order.output_path),
+        vae_tiling=order.machine.vae_tiling,
+    )
+    check_space(order.output_path, settings.width * settings.height, settings.num_frames, videos=1)
+    with stages.stage("checkpoint"):
+        checkpoint = find_checkpoint(settings.ckpts_path)
+        if checkpoint is None:
+            raise CheckpointError(
+                f"--latents needs a checkpoint: {settings.ckpts_path} is not here"
+            )
+        check_checkpoint(checkpoint)
+    device = choose_device(order.machine.device, is_full_size(checkpoint), order.machine.offload)
+    path = checkpoint / "vae" / "config.json"
+    channels = whole_number(path, read_json(path, "no VAE"), "latent_channels", 16)
+    if latents.shape[2] != channels:
+        raise ArgumentError(
+            f"--latents {order.latents} have {latents.shape[2]} channels, and the VAE of "
+            f"{checkpoint} decodes {channels}"
+        )
+    record = dataclasses.replace(sampled, settings=settings)
+    return ReadyLatents(latents, record, checkpoint, device)
 
 
 def find_checkpoint(name: str) -> Path | None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from teacache.base.console import Console, Stages
 from teacache.base.errors import ArgumentError, reason
-from teacache.base.files import with_ending
 from teacache.base.interruption import stop_requested
 from teacache.checkpoint.pipeline import load_pipeline
 from teacache.command.jobs import Job
@@ -55,18 +54,18 @@ def run(order: Order, ready: Ready, stages: Stages, console: Console) -> None:
             baseline=_baseline(order, ready),
             load_analyser=lambda: load_analyser(ready.checkpoint),
         )
-    to_do = in_order(jobs, ready.digests)
+    to_do, places = jobs, {job: place for place, job in enumerate(jobs)}
     if order.resume:
-        to_do = _without_finished(to_do, order, ready, console, comparison)
+        to_do = _without_finished(places, order, ready, console, comparison)
+    to_do = in_order(to_do, ready.digests)
     try:
         with explained_out_of_memory(order.machine, console):
             for video in sampled(to_do, order, ready, stages, console):
                 record = video.record
                 if comparison:
                     with Stages(console).stage("quality"):  # of no video's seconds
-                        place = jobs.index(video.job)
                         record = comparison.add(
-                            place, video.path, record, video.frames, video.identity
+                            places[video.job], video.path, record, video.frames, video.identity
                         )
                 if console.quiet or len(jobs) == 1:
                     console.done(video.path, summary(video.path, record))
@@ -87,7 +86,7 @@ def sampled(
         pipe = load(order, ready)
     machine, guidance_scale = order.machine, order.format.guidance_scale
     start, drawn_for = None, None
-    with apply_teacache(pipe, coefficients=order.coefficients) as handle:
+    with apply_teacache(pipe) as handle:
         if machine.compile:
             with stages.stage("compiling"):
                 compile_ahead(pipe, identities[jobs[0].image], texts[jobs[0]], order, ready)
@@ -210,11 +209,19 @@ def _baseline(order: Order, ready: Ready) -> np.ndarray | None:
 
 
 def _without_finished(
-    jobs: list[Job], order: Order, ready: Ready, console: Console, comparison: Comparison | None
+    places: dict[Job, int],
+    order: Order,
+    ready: Ready,
+    console: Console,
+    comparison: Comparison | None,
 ) -> list[Job]:
-    """The jobs that no video, whole, in the output folder has the settings of; say which have."""
+    """The jobs that no video, whole, in the output folder has the settings of; say which have.
+
+    Args:
+        places: of every job, in the order asked for.
+    """
     left = []
-    for job in jobs:
+    for job, place in places.items():
         finished = _find_finished(job, order, ready)
         if finished is None:
             left.append(job)
@@ -222,14 +229,14 @@ def _without_finished(
         video, record = finished
         console.done(video, f"done before {video}")
         if comparison:
-            comparison.add_earlier(ready.jobs.index(job), video, record)
+            comparison.add_earlier(place, video, record)
     return left
 
 
 def _find_finished(job: Job, order: Order, ready: Ready) -> tuple[Path, Record] | None:
     settings = settings_of(job, order, ready)
     for path in sorted(order.output_path.glob(f"{job.prefix}_*.json")):
-        video, record = with_ending(path.with_suffix(""), ".mp4"), read_record(path)
+        video, record = path.with_suffix(".mp4"), read_record(path)
         if record and record.settings == settings and count_frames(video) == settings.num_frames:
             return video, record
     return None

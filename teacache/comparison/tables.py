@@ -43,6 +43,8 @@ def sweep_rows(videos: list[tuple[str, Record]]) -> list[Row]:
         if record.settings.rel_l1_thresh == 0
     }
     several = [len(set(column)) > 1 for column in zip(*groups, strict=True)]
+    names = {r.settings.image_sha256: _image_name(r.settings) for _, r in videos}
+    alike = len(set(names.values())) < len(names)
     rows: list[Row] = []
     for name, record in videos:
         baseline = unaided.get(record.settings.group)
@@ -50,7 +52,7 @@ def sweep_rows(videos: list[tuple[str, Record]]) -> list[Row]:
             {
                 "video": name,
                 "group": groups.index(record.settings.group),
-                "differs_in": _differences(record.settings, several),
+                "differs_in": _differences(record.settings, several, alike),
                 "rel_l1_thresh": record.settings.rel_l1_thresh,
                 "computed": len(record.computed_steps),
                 "steps": record.settings.num_infer_steps,
@@ -62,15 +64,19 @@ def sweep_rows(videos: list[tuple[str, Record]]) -> list[Row]:
     return rows
 
 
-def _differences(settings: Settings, several: list[bool]) -> str:
+def _image_name(settings: Settings) -> str:
+    return settings.image.rsplit("/", 1)[-1]
+
+
+def _differences(settings: Settings, several: list[bool], alike: bool) -> str:
     """What tells a video's group from the others; empty where it is alone.
 
     Args:
         several: of each part of a group, whether the groups differ in it.
+        alike: whether two images have one name, as where what tells them apart is masked.
     """
     parts = (
-        # Addresses may be alike where what tells them apart is masked.
-        f"{settings.image.rsplit('/', 1)[-1]} {settings.image_sha256[:6]}",
+        _image_name(settings) + (f" {settings.image_sha256[:6]}" if alike else ""),
         f'"{textwrap.shorten(settings.prompt, 28, placeholder="...")}"',
         f'not "{textwrap.shorten(settings.negative_prompt, 28, placeholder="...")}"',
         f"seed {settings.seed}",

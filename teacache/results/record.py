@@ -147,7 +147,7 @@ class Record:
 
     def replace_at(self, path: Path) -> None:
         """Put it in the place of an earlier record of the same video, atomically."""
-        with written_whole(path.with_name(path.name.removesuffix(".json")), ".json") as (beside,):
+        with written_whole(path.with_suffix(""), ".json") as (beside,):
             self.write(beside)
 
 

@@ -481,6 +481,27 @@ def test_latents_are_sampled_already(capsys, tmp_path, other):
     assert error.startswith(f"error: argument {other[0]}: not allowed with argument --latents")
 
 
+def test_latents_that_have_nowhere_to_go_are_refused_before_torch_is_imported(tmp_path):
+    for name in ("file", "kept"):
+        (tmp_path / name).touch()
+    check = (
+        "import sys\n"
+        "from teacache.command.main import main\n"
+        "code = main(['--latents', sys.argv[1], '--output_path', sys.argv[2]])\n"
+        "assert not {'torch', 'diffusers'} & set(sys.modules)\n"
+        "sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", check, tmp_path / "kept", tmp_path / "file"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"error: --output_path {tmp_path}/file is a file, not a folder\n"
+
+
 def test_a_missing_encoder_is_found_before_loading(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "none"))
     code, output, error = main(capsys, *TINY, "--output_path", tmp_path / "out")

@@ -153,8 +153,12 @@ def test_interrupted_at_the_third_then_resumed(capsys, tmp_path, monkeypatch, ca
     assert "decoded from an earlier mp4" in output
 
     calls.clear()
-    code, output, _ = main(capsys, *arguments, "--resume")
+    backwards = (*COMMON, "--rel_l1_thresh", 0.3, 0.2, 0.1, 0, "--output_path", tmp_path)
+    code, output, _ = main(capsys, *backwards, "--resume", "--quiet")
     assert code == 0
+    assert output.split() == [
+        f"{tmp_path}/42_{threshold}_0000.mp4" for threshold in (0.3, 0.2, 0.1, 0.0)
+    ], "in the order asked for"
     assert "load" not in calls
     assert (tmp_path / "sweep_42_0002.md").is_file()
 

@@ -36,6 +36,16 @@ def test_two_faces_under_one_masked_address_are_two_groups():
     assert rows[0]["differs_in"] != rows[1]["differs_in"]
 
 
+def test_faces_are_called_by_their_files_where_those_tell_them_apart():
+    rows = sweep_rows(
+        [
+            (name, record_of_a_video(image=f"faces/{name}.jpg", image_sha256=name))
+            for name in ("anna", "ben")
+        ]
+    )
+    assert [row["differs_in"] for row in rows] == ["anna.jpg", "ben.jpg"]
+
+
 @pytest.fixture
 def noise():
     return np.random.default_rng(0).integers(0, 256, (3, 64, 96, 3), dtype=np.uint8)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from teacache.base.errors import ArgumentError
@@ -35,6 +37,15 @@ def test_order_of_sampling_puts_threshold_0_first_in_its_group():
     assert [(job.seed, job.rel_l1_thresh) for job in found] == [
         *((7, 0), (7, 0.2), (7, 0.1), (3, 0), (3, 0.2), (3, 0.1))
     ]
+
+
+def test_a_long_list_is_ordered_at_once():
+    """20,000 jobs, well within the 10 s that looking each up in a list takes."""
+    found = jobs("--seed", *range(10_000), "--rel_l1_thresh", 0.2, 0)
+    before = time.process_time()
+    ordered = in_order(found, DIGESTS)
+    assert time.process_time() - before < 5
+    assert [(job.seed, job.rel_l1_thresh) for job in ordered[-2:]] == [(9999, 0), (9999, 0.2)]
 
 
 def test_json_lines(tmp_path):
