@@ -1,38 +1,17 @@
-"""Files that are whole or absent, names that two processes never share, the cache folder."""
+"""Files that are whole or absent, and the user's cache folder."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
+import functools
+import logging
 import os
+import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-
-@contextlib.contextmanager
-def claimed_stem(folder: Path, prefix: str, endings: tuple[str, ...]) -> Iterator[Path]:
-    """Hold `folder/{prefix}_{index:04d}`, without an ending, for as long as the block runs.
-
-    The index is the first that no file has and no other process holds. A process holds it by a
-    hidden file that only one of them can create, and looks for finished files afterwards: whoever
-    held it before has either left its files by then or given it up.
-
-    Args:
-        endings: of the files that a name may have.
-    """
-    for index in itertools.count():
-        stem = folder / f"{prefix}_{index:04d}"
-        claim = folder / f".{stem.name}.claim"
-        try:
-            os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        except FileExistsError:
-            continue
-        try:
-            if not any(with_ending(stem, ending).exists() for ending in endings):
-                yield stem
-                return
-        finally:
-            claim.unlink()
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -65,3 +44,29 @@ def written_whole(stem: Path, *endings: str) -> Iterator[list[Path]]:
 def with_ending(stem: Path, ending: str) -> Path:
     """`stem` + `ending`: not with_suffix, to which the suffix of 42_0.15_0000 is .15_0000."""
     return stem.with_name(stem.name + ending)
+
+
+def cache_folder() -> Path:
+    """This package's folder below the user's cache folder, or else in the temporary one."""
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # the system does not know the user, as in some containers
+        return folder_without_home()
+    return caches / "teacache-consisid"
+
+
+@functools.cache
+def folder_without_home() -> Path:
+    """This user's folder in the temporary one, which is everybody's: so only where it is our own.
+
+    Compiled code is kept in it, and would be run.
+    """
+    folder = Path(tempfile.gettempdir()) / f"teacache-consisid-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    status = folder.lstat()
+    ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+    if not ours or status.st_mode & 0o022:
+        folder = Path(tempfile.mkdtemp(prefix=f"{folder.name}-"))
+    logger.warning("this user has no home directory: what is kept for later runs is in %s", folder)
+    return folder

@@ -11,13 +11,13 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from teacache.base.environment import check_environment
-from teacache.base.files import claimed_stem, written_whole
+from teacache.base.files import written_whole
 from teacache.base.interruption import run_command
 from teacache.base.quiet import silence_libraries
 from teacache.command import readers
 from teacache.command.arguments import OneLineParser, add_device, add_output_path
 from teacache.comparison.tables import markdown_table
-from teacache.results.output_folder import ENDINGS, prepare_folder
+from teacache.results.output_folder import claimed_stem, prepare_folder
 from teacache.results.record import versions, write_json
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _benchmark(args: argparse.Namespace) -> None:
     report = _markdown(about, rows)
     print(report)
     with (
-        claimed_stem(args.output_path, "benchmark", ENDINGS) as stem,
+        claimed_stem(args.output_path, "benchmark") as stem,
         written_whole(stem, ".md", ".json") as (table, figures),
     ):
         table.write_text(report + "\n", encoding="utf-8")

@@ -127,11 +127,8 @@ class Bench:
         device: torch.device,
         dtype: torch.dtype,
     ):
-        self.material, self.num_infer_steps, self.fixed_steps = (
-            material,
-            num_infer_steps,
-            fixed_steps,
-        )
+        self.material, self.num_infer_steps = material, num_infer_steps
+        self.fixed_steps = fixed_steps
         self.device, self.dtype = device, dtype
         self.before_the_loop: dict[str, str] = {}
         self._plain = material.pipe.transformer

@@ -67,8 +67,10 @@ def load_model(
         except ImportError as error:
             if "quantization_config" not in read_json(folder / "config.json", "no model"):
                 raise
-            told = textwrap.shorten(str(error), MOST_SAID, placeholder=" ...")
-            raise CheckpointError(f"{folder} is quantized, and cannot be read: {told}") from error
+            message = textwrap.shorten(str(error), MOST_SAID, placeholder=" ...")
+            raise CheckpointError(
+                f"{folder} is quantized, and cannot be read: {message}"
+            ) from error
         except NotImplementedError as error:  # torch cannot copy a missing weight's meta tensor
             raise CheckpointError(f"{folder} lacks some of the model's weights") from error
     missing = found["missing_keys"]

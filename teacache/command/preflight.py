@@ -9,7 +9,6 @@ known from the checkpoint alone; timesteps, schedules and attention need parts o
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -24,7 +23,7 @@ from teacache.checkpoint.size import VideoSize, check_memory, video_size
 from teacache.command.jobs import Job
 from teacache.command.order import LatentsOrder, Order
 from teacache.core.rule import Schedule, schedule, smallest_threshold
-from teacache.inputs.photograph import load_image
+from teacache.inputs.photograph import load_image, pixels_sha256
 from teacache.results.output_folder import check_space, prepare_folder
 from teacache.results.video import check_encoder
 
@@ -98,9 +97,7 @@ def preflight(order: Order, stages: Stages) -> Ready:
         from teacache.sampling.attention import choose_backend
 
         backend = choose_backend(machine.attention, device, dtype)
-    digests = {
-        source: hashlib.sha256(image.tobytes()).hexdigest() for source, image in images.items()
-    }
+    digests = {source: pixels_sha256(image) for source, image in images.items()}
     return Ready(checkpoint, images, digests, size, device, dtype, backend, schedules)
 
 

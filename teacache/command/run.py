@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from teacache.base.console import Console, Stages
 from teacache.base.errors import ArgumentError, reason
+from teacache.base.files import cache_folder
 from teacache.base.interruption import stop_requested
 from teacache.checkpoint.pipeline import load_pipeline
 from teacache.command.jobs import Job
@@ -19,7 +20,7 @@ from teacache.command.recording import record_of, settings_of
 from teacache.comparison.comparison import Comparison, read_baseline
 from teacache.core.forward import apply_teacache
 from teacache.inputs.conditioning import Conditioning
-from teacache.inputs.embedding_cache import EmbeddingCache, cache_folder
+from teacache.inputs.embedding_cache import EmbeddingCache
 from teacache.inputs.identity import Identity, load_analyser
 from teacache.inputs.text import TEXT_TOKENS, Text
 from teacache.results.record import Record, read_record, summary

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from teacache.base.errors import ArgumentError, reason
-from teacache.base.files import claimed_stem, with_ending, written_whole
+from teacache.base.files import with_ending, written_whole
 from teacache.comparison import quality, tables
 from teacache.results import video
-from teacache.results.output_folder import ENDINGS
+from teacache.results.output_folder import claimed_stem
 from teacache.results.record import Quality, Record, write_json
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class Comparison:
         rows = tables.sweep_rows([(finished.path.stem, finished.record) for finished in videos])
         files = []
         seed = records[0].settings.seed
-        with claimed_stem(folder, f"sweep_{seed}", ENDINGS) as stem:
+        with claimed_stem(folder, f"sweep_{seed}") as stem:
 
             @contextlib.contextmanager
             def written(ending: str) -> Iterator[Path]:

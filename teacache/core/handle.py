@@ -46,6 +46,11 @@ class Video:
     residual: torch.Tensor | None = None
     face: tuple[list[torch.Tensor], torch.Tensor] | None = None
 
+    @property
+    def done(self) -> Schedule:
+        """The plan as far as it was followed."""
+        return self.plan.until(self.step)
+
 
 class TeaCacheHandle:
     """TeaCache on one transformer: what the next video follows, its state, its undoing.
@@ -103,12 +108,11 @@ class TeaCacheHandle:
 
         None before the first video.
         """
-        video = self._video
-        return None if video is None else video.plan.until(video.step)
+        return None if self._video is None else self._video.done
 
     def counts(self) -> dict[str, int]:
         """Steps done so far in the video under way, computed and reused."""
-        done = self.video.plan.until(self.video.step)
+        done = self.video.done
         return {"computed": len(done.computed_steps), "reused": len(done.reused_steps)}
 
     @property

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 from teacache.base.environment import check_environment
 from teacache.base.errors import CheckpointError, TeaCacheError
+from teacache.base.files import cache_folder
 from teacache.base.quiet import no_progress_bars, silence_libraries
-from teacache.inputs.embedding_cache import cache_folder
 
 if TYPE_CHECKING:
     from diffusers import ConsisIDTransformer3DModel

@@ -20,6 +20,7 @@ from teacache.base.errors import without_credentials
 from teacache.checkpoint.pipeline import load_pipeline
 from teacache.inputs import identity as faces
 from teacache.inputs.embedding_cache import fingerprint
+from teacache.inputs.photograph import pixels_sha256
 from teacache.inputs.text import EmbeddedText, embed_text
 
 if TYPE_CHECKING:
@@ -113,9 +114,8 @@ class Conditioning:
 
     def face_key(self, image: Image.Image) -> dict[str, str]:
         """What the embeddings of a face depend on."""
-        pixels = hashlib.sha256(image.tobytes()).hexdigest()
-        size = f"{image.width}x{image.height}"
-        return {**self._key("face_encoder", packages=FACE_PACKAGES), "image": f"{size} {pixels}"}
+        pixels = f"{image.width}x{image.height} {pixels_sha256(image)}"
+        return {**self._key("face_encoder", packages=FACE_PACKAGES), "image": pixels}
 
     def text_key(self, text: str) -> dict[str, str]:
         """What the embeddings of a text depend on."""

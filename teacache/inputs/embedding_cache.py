@@ -1,19 +1,17 @@
-"""The user's cache folder, and what is kept there by its content: embeddings of faces and prompts.
+"""Embeddings of faces and prompts that are kept from run to run, by what they depend on.
 
 An entry's name is the digest of everything that its values depend on: a changed image, checkpoint
-or library has another name. Entries that have not been read for longest
-go first, once there are too many.
+or library has another name. Entries that have not been read for longest go first, once there are
+too many.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import logging
 import os
-import stat
 import tempfile
 import time
 from pathlib import Path
@@ -31,32 +29,6 @@ MOST_BYTES = 2**30
 DIGEST_BYTES = 32
 ABANDONED_SECONDS = 3600  # a file that is still being written is younger
 SAMPLED_BYTES = 2**20
-
-
-def cache_folder() -> Path:
-    """This package's folder below the user's cache folder, or else in the temporary one."""
-    try:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # the system does not know the user, as in some containers
-        return folder_without_home()
-    return caches / "teacache-consisid"
-
-
-@functools.cache
-def folder_without_home() -> Path:
-    """This user's folder in the temporary one, which is everybody's: so only where it is our own.
-
-    Compiled code is kept in it, and would be run.
-    """
-    folder = Path(tempfile.gettempdir()) / f"teacache-consisid-{os.getuid()}"
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    status = folder.lstat()
-    ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
-    if not ours or status.st_mode & 0o022:
-        folder = Path(tempfile.mkdtemp(prefix=f"{folder.name}-"))
-    logger.warning("this user has no home directory: what is kept for later runs is in %s", folder)
-    return folder
 
 
 def fingerprint(files: list[Path]) -> str:
@@ -88,13 +60,11 @@ class EmbeddingCache:
     def __init__(self, folder: Path, most_bytes: int = MOST_BYTES):
         self.folder, self.most_bytes = folder, most_bytes
 
-    def get(
-        self, key: dict[str, str], names: Collection[str] | None = None
-    ) -> dict[str, torch.Tensor] | None:
+    def get(self, key: dict[str, str], names: Collection[str]) -> dict[str, torch.Tensor] | None:
         """The tensors stored under `key`, on the CPU; None if there is no entry or it is damaged.
 
         Args:
-            names: of the tensors that the caller needs, no more and no less; None takes any.
+            names: of the tensors that the caller needs, no more and no less.
         """
         path = self.path_of(key)
         try:
@@ -102,7 +72,7 @@ class EmbeddingCache:
         except OSError:
             return None
         tensors = _read_entry(content)
-        if tensors is None or (names is not None and set(tensors) != set(names)):
+        if tensors is None or set(tensors) != set(names):
             logger.warning("%s is damaged, and is made anew", path)
             with contextlib.suppress(OSError):
                 path.unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import os
@@ -72,6 +73,11 @@ def load_image(source: str) -> Image.Image:
         raise ImageError(f"{name} {what}") from error
     except _BROKEN as error:
         raise ImageError(f"{name} cannot be read as an image: {reason(error)}") from error
+
+
+def pixels_sha256(image: Image.Image) -> str:
+    """Digest of an image's pixels, which are on record."""
+    return hashlib.sha256(image.tobytes()).hexdigest()
 
 
 def _open(source: str, name: str) -> Path | io.BytesIO:

@@ -1,12 +1,16 @@
-"""The output folder: made, writable, with room for what a run writes."""
+"""The output folder: made, writable, with room for what a run writes; and the names in it."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from teacache.base.errors import OutputError, reason
+from teacache.base.files import with_ending
 
 LATENTS_ENDING = ".latents.safetensors"
 ENDINGS = (".mp4", ".json", ".md", ".png", LATENTS_ENDING)  # of all that a name may stand for
@@ -44,3 +48,26 @@ def check_space(folder: Path, frame_pixels: int, num_frames: int, videos: int) -
             f"--output_path {folder} has {free / 2**20:.0f} MiB free, and the run may write "
             f"{needed / 2**20:.0f} MiB"
         )
+
+
+@contextlib.contextmanager
+def claimed_stem(folder: Path, prefix: str) -> Iterator[Path]:
+    """Hold `folder/{prefix}_{index:04d}`, without an ending, for as long as the block runs.
+
+    The index is the first that no file has and no other process holds. A process holds it by a
+    hidden file that only one of them can create, and looks for finished files afterwards: whoever
+    held it before has either left its files by then or given it up.
+    """
+    for index in itertools.count():
+        stem = folder / f"{prefix}_{index:04d}"
+        claim = folder / f".{stem.name}.claim"
+        try:
+            os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            continue
+        try:
+            if not any(with_ending(stem, ending).exists() for ending in ENDINGS):
+                yield stem
+                return
+        finally:
+            claim.unlink()

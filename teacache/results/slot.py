@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from teacache.base import interruption
 from teacache.base.device import is_out_of_memory
 from teacache.base.errors import ArgumentError, OutputError, TeaCacheError, reason
-from teacache.base.files import claimed_stem, with_ending, written_whole
-from teacache.results.output_folder import ENDINGS, LATENTS_ENDING
+from teacache.base.files import with_ending, written_whole
+from teacache.results.output_folder import LATENTS_ENDING, claimed_stem
 from teacache.results.record import Record
 from teacache.results.video import write_video
 
@@ -29,16 +29,20 @@ if TYPE_CHECKING:
 class Slot:
     """A name that nobody else has, and what comes to lie under it. Made by `claimed_slot`.
 
+    Args:
+        stem: the name, without an ending.
+        mp4, json_file: where video and record are written until they get that name.
+
     Attributes:
         video: the path of the mp4.
-        record: that of the finished video.
+        fate_of_latents: what to say of the latents where there is no video; empty before any.
     """
 
-    def __init__(self, stem: Path, mp4: Path, json_file: Path):
+    def __init__(self, stem: Path, mp4: Path, json_file: Path, fate_of_latents: str):
         self.video = with_ending(stem, ".mp4")
+        self.fate_of_latents = fate_of_latents
         self._stem, self._mp4, self._json = stem, mp4, json_file
         self._latents: Path | None = None
-        self.fate_of_latents = ""
 
     def keep(self, latents: torch.Tensor, record: Record) -> None:
         """Write the latents where they outlive this process, with the record so far.
@@ -54,7 +58,7 @@ class Slot:
             self._latents = _written(self._stem, content)
         if self._latents is None:
             prefix, _ = self._stem.name.rsplit("_", 1)
-            elsewhere = claimed_stem(Path(tempfile.gettempdir()), prefix, ENDINGS)
+            elsewhere = claimed_stem(Path(tempfile.gettempdir()), prefix)
             with contextlib.suppress(OSError), elsewhere as stem:
                 self._latents = _written(stem, content)
         if self._latents:
@@ -88,15 +92,14 @@ def claimed_slot(folder: Path, prefix: str, fate_of_latents: str = "") -> Iterat
     Raises:
         OutputError: where the video or its record cannot be written.
     """
-    with claimed_stem(folder, prefix, ENDINGS) as stem:
+    with claimed_stem(folder, prefix) as stem:
         slot = None
         try:
             with written_whole(stem, ".mp4", ".json") as (mp4, json_file):
-                slot = Slot(stem, mp4, json_file)
-                slot.fate_of_latents = fate_of_latents
+                slot = Slot(stem, mp4, json_file, fate_of_latents)
                 yield slot
         except BaseException as error:
-            fate = slot.fate_of_latents if slot else ""
+            fate = slot.fate_of_latents if slot else fate_of_latents
             # An interruption stays one, whatever a library has made of it.
             foreseen = (
                 isinstance(error, (OSError, TeaCacheError)) and not interruption.stop_requested()

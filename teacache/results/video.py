@@ -32,8 +32,8 @@ def write_video(frames: list[Image.Image], path: Path, fps: int) -> None:
     """Encode frames as H.264 in yuv420p, with the encoder settings of the published sampler.
 
     Raises:
-        OSError: where the file does not hold every frame afterwards, as on a full disk, with what
-            the last line of the encoder; it may end as if all were well.
+        OSError: where the file does not hold every frame afterwards, as on a full disk, with the
+            encoder's last line; it may end as if all were well.
     """
     from diffusers.utils import export_to_video
 

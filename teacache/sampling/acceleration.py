@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from teacache.base.errors import DeviceError, reason
-from teacache.inputs.embedding_cache import cache_folder
+from teacache.base.files import cache_folder
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLCogVideoX, ConsisIDTransformer3DModel

@@ -1,4 +1,4 @@
-"""From an identity and a prompt to frames: load the pipeline once, sample many videos with it."""
+"""From an identity and a prompt to latents, and from latents to frames."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from diffusers import (
-    CogVideoXDPMScheduler,
-    ConsisIDPipeline,
-)
+from diffusers import CogVideoXDPMScheduler
 from diffusers.pipelines.consisid.pipeline_consisid import draw_kps
 
 from teacache.base import device as devices
@@ -18,6 +15,7 @@ from teacache.base import interruption
 from teacache.base.errors import SamplingError
 
 if TYPE_CHECKING:
+    from diffusers import ConsisIDPipeline
     from PIL import Image
 
     from teacache.checkpoint.size import VideoSize

@@ -24,12 +24,12 @@ from PIL import Image
 from safetensors.torch import save
 from support import ROOT, main
 
+from teacache.base import files
 from teacache.base.errors import CheckpointError, ImageError
 from teacache.checkpoint import configuration
 from teacache.checkpoint.folder import check_checkpoint
 from teacache.checkpoint.pipeline import load_pipeline
 from teacache.command import readers
-from teacache.inputs import embedding_cache as cache
 from teacache.inputs import identity as faces
 from teacache.inputs import photograph as pictures
 from teacache.inputs.embedding_cache import EmbeddingCache
@@ -143,7 +143,7 @@ def test_the_names_of_a_face_are_those_that_are_kept(identity, tmp_path):
 
 HOMELESS = """
 import logging, os, pwd
-from teacache.inputs.embedding_cache import cache_folder
+from teacache.base.files import cache_folder
 logging.basicConfig(format="%(message)s")
 os.setuid(54321)
 print(cache_folder())
@@ -194,12 +194,12 @@ def test_without_a_home_directory_one_warning(tmp_path, monkeypatch, caplog):
     monkeypatch.delenv("HOME")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    cache.folder_without_home.cache_clear()
-    found = cache.cache_folder()
-    assert found == cache.cache_folder() == tmp_path / f"teacache-consisid-{os.getuid()}"
+    files.folder_without_home.cache_clear()
+    found = files.cache_folder()
+    assert found == files.cache_folder() == tmp_path / f"teacache-consisid-{os.getuid()}"
     assert len(caplog.records) == 1
     monkeypatch.undo()
-    cache.folder_without_home.cache_clear()
+    files.folder_without_home.cache_clear()
 
 
 @pytest.fixture

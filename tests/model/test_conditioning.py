@@ -137,11 +137,11 @@ def test_a_damaged_entry_is_made_anew(cache, damage, caplog):
     (entry,) = cache.folder.iterdir()
     entry.write_bytes(damage(entry.read_bytes()))
     with caplog.at_level(logging.WARNING):
-        assert cache.get(key) is None
+        assert cache.get(key, ["embeds"]) is None
     assert "is damaged, and is made anew" in caplog.text
     assert not entry.exists()
     cache.put(key, tensors)
-    assert torch.equal(cache.get(key)["embeds"], tensors["embeds"])
+    assert torch.equal(cache.get(key, ["embeds"])["embeds"], tensors["embeds"])
 
 
 def test_what_has_not_been_read_for_longest_goes_first(tmp_path):
@@ -149,9 +149,14 @@ def test_what_has_not_been_read_for_longest_goes_first(tmp_path):
     for n in range(3):  # of about 1.1 kB each
         cache.put({"n": str(n)}, {"x": torch.full((256,), float(n))})
         os.utime(cache.path_of({"n": str(n)}), ns=(n, n))
-    assert cache.get({"n": "0"})["x"][0] == 0  # read: now the newest
+    assert cache.get({"n": "0"}, ["x"])["x"][0] == 0  # read: now the newest
     cache.put({"n": "3"}, {"x": torch.full((256,), 3.0)})
-    assert [cache.get({"n": str(n)}) is not None for n in range(4)] == [True, False, True, True]
+    assert [cache.get({"n": str(n)}, ["x"]) is not None for n in range(4)] == [
+        True,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_leftovers_of_killed_processes_are_removed(tmp_path):
@@ -169,7 +174,7 @@ def _write_and_read(folder, n):
     cache = EmbeddingCache(folder, most_bytes=20_000)
     for i in range(50):
         key = {"n": str(i % 7)}
-        kept = cache.get(key)
+        kept = cache.get(key, ["x"])
         assert kept is None or torch.equal(kept["x"], torch.full((256,), float(i % 7)))
         cache.put(key, {"x": torch.full((256,), float(i % 7))})
     os._exit(0)
@@ -190,7 +195,7 @@ def test_a_cache_that_cannot_be_written_to_is_none(tmp_path, caplog):
     blocked = tmp_path / "file"
     blocked.write_text("")
     cache = EmbeddingCache(blocked / "embeddings")
-    assert cache.get({"n": "0"}) is None
+    assert cache.get({"n": "0"}, ["x"]) is None
     with caplog.at_level(logging.WARNING):
         cache.put({"n": "0"}, {"x": torch.zeros(1)})
     assert "embeddings are not kept" in caplog.text

@@ -14,17 +14,17 @@ import pytest
 from PIL import Image
 
 from teacache.base.errors import OutputError
-from teacache.base.files import claimed_stem, written_whole
-from teacache.results.output_folder import ENDINGS, prepare_folder
+from teacache.base.files import written_whole
+from teacache.results.output_folder import claimed_stem, prepare_folder
 from teacache.results.video import read_video, write_video
 
 WRITE_FIVE = """
 import sys
 from pathlib import Path
-from teacache.base.files import claimed_stem, written_whole
-from teacache.results.output_folder import ENDINGS
+from teacache.base.files import written_whole
+from teacache.results.output_folder import claimed_stem
 for n in range(5):
-    with claimed_stem(Path(sys.argv[1]), "42_0.1", ENDINGS) as stem:
+    with claimed_stem(Path(sys.argv[1]), "42_0.1") as stem:
         with written_whole(stem, ".mp4", ".json") as paths:
             for path in paths:
                 path.write_text(f"{sys.argv[2]} {n}")
@@ -33,25 +33,25 @@ for n in range(5):
 
 def test_index_starts_at_0_and_never_overwrites(tmp_path):
     for expected in range(3):
-        with claimed_stem(tmp_path, "42_0.15", ENDINGS) as stem:
+        with claimed_stem(tmp_path, "42_0.15") as stem:
             assert stem.name == f"42_0.15_{expected:04d}"
             with written_whole(stem, ".mp4") as (path,):
                 path.write_text(str(expected))
     (tmp_path / "42_0.15_0001.mp4").unlink()
     (tmp_path / "42_0.15_0001.json").write_text("{}")
-    with claimed_stem(tmp_path, "42_0.15", ENDINGS) as stem:
+    with claimed_stem(tmp_path, "42_0.15") as stem:
         assert stem.name == "42_0.15_0003", "a record alone keeps its name as well"
 
 
 def test_two_hold_different_names_at_once(tmp_path):
-    with claimed_stem(tmp_path, "a", ENDINGS) as one, claimed_stem(tmp_path, "a", ENDINGS) as two:
+    with claimed_stem(tmp_path, "a") as one, claimed_stem(tmp_path, "a") as two:
         assert one != two
 
 
 def test_a_claim_that_failed_is_given_up(tmp_path):
-    with pytest.raises(RuntimeError), claimed_stem(tmp_path, "a", ENDINGS) as stem:
+    with pytest.raises(RuntimeError), claimed_stem(tmp_path, "a") as stem:
         raise RuntimeError
-    with claimed_stem(tmp_path, "a", ENDINGS) as again:
+    with claimed_stem(tmp_path, "a") as again:
         assert again == stem
     assert not list(tmp_path.iterdir())
 
