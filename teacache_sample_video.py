@@ -28,7 +28,11 @@
 # ///
 """Sample identity-preserving videos with ConsisID and TeaCache: from a photograph to an mp4."""
 
-from teacache.command.main import run_and_exit
+import sys
+from pathlib import Path
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -I` leaves it out
+    from teacache.command.main import run_and_exit
+
     run_and_exit()

@@ -379,6 +379,13 @@ def test_the_package_is_the_same_command(tmp_path, tiny):
     assert done.stdout.count("■") > 50
 
 
+def test_isolated_python_finds_the_package_beside_the_script(tmp_path):
+    """`python -I` leaves the script's folder out of the path."""
+    command = [sys.executable, "-I", ROOT / "teacache_sample_video.py", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_what_is_refused_first_does_not_depend_on_a_hash(tmp_path, tiny):
     """Of several wrong images the first that was named, whatever Python's hashes are."""
     names = [f"{n}.png" for n in range(6)]
