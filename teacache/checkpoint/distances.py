@@ -9,6 +9,7 @@ with.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,7 +39,9 @@ def scheduler_timesteps(checkpoint: Path, num_infer_steps: int) -> torch.Tensor:
             f"--num_infer_steps {num_infer_steps}: the scheduler knows {trained} timesteps"
         )
     kind = SCHEDULERS.get(config.get("_class_name", ""), CogVideoXDPMScheduler)
-    scheduler = kind.from_config(config)
+    # Not from_config, which imports every scheduler that is compatible: a second of CPU.
+    known = inspect.signature(kind.__init__).parameters
+    scheduler = kind(**{name: value for name, value in config.items() if name in known})
     scheduler.set_timesteps(num_infer_steps)
     return scheduler.timesteps
 
