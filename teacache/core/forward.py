@@ -125,7 +125,7 @@ def _forward(
         face = None
         if self.is_train_face:
             face = handle.face_embedding(id_cond, id_vit_hidden, video.device, video.dtype)
-        out = _blocks(self, video, text, emb, image_rotary_emb, face)
+        out = run_blocks(self, video, text, emb, image_rotary_emb, face)
         handle.keep_residual(before=video, after=out)
         video = out
     else:
@@ -168,7 +168,7 @@ def embed_video(patch_embed: CogVideoXPatchEmbed, hidden_states: torch.Tensor) -
     return video
 
 
-def _blocks(
+def run_blocks(
     transformer: ConsisIDTransformer3DModel,
     video: torch.Tensor,
     text: torch.Tensor,
@@ -176,7 +176,13 @@ def _blocks(
     image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None,
     face: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The block stack, with identity cross-attention after every `cross_attn_interval`-th block."""
+    """The block stack, with identity cross-attention after every `cross_attn_interval`-th block.
+
+    Args:
+        video, text: [batch, tokens, inner dim].
+        emb: [batch, time embed dim].
+        face: [batch or 1, queries, face width], the face extractor's output.
+    """
     for index, block in enumerate(transformer.transformer_blocks):
         video, text = block(
             hidden_states=video,

@@ -154,7 +154,6 @@ def find_identity(
         ImageError: where facexlib finds no face.
     """
     import numpy as np
-    import torch
     from diffusers.pipelines.consisid import consisid_utils
 
     picture = consisid_utils.resize_numpy_image_long(np.array(image), UPSTREAM_PIXELS)
@@ -172,6 +171,27 @@ def find_identity(
             height,
             SMALL_FACE_PIXELS,
         )
+    return aligned_identity(picture, recognised, alignable, models, device, dtype)
+
+
+def aligned_identity(
+    picture: np.ndarray,
+    recognised: list,
+    alignable: tuple[np.ndarray, np.ndarray],
+    models: FaceModels,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Identity:
+    """The identity of a face that was found before.
+
+    Args:
+        picture: [height, width, 3], uint8 RGB.
+        recognised: insightface's face, in a list that may be empty.
+        alignable: facexlib's box (left, top, right, bottom, how sure it is) and five landmarks.
+    """
+    import torch
+    from diffusers.pipelines.consisid import consisid_utils
+
     with torch.no_grad(), _aligning(alignable, models.aligner):
         id_cond, id_vit_hidden, face, kps = consisid_utils.process_face_embeddings_infer(
             models.aligner,
