@@ -1,17 +1,18 @@
-"""The synthetic ConsisID checkpoint: the real folder layout and the real classes on small weights.
+"""The embedded ConsisID checkpoint: the real folder layout and the real classes on small weights.
 
-It samples 13 frames of 144x96 in seconds on a CPU, so that every line of the way from a photograph
-to a video can run where there is neither a GPU nor the 20 GB of the real weights. Its videos are
-coloured noise: nothing here was trained. `python3 -m teacache.embedded DIR` builds one in DIR.
+It samples 13 frames of 112x96 in seconds on a CPU, so that every line of the way from a photograph
+to a video can run where there is neither a GPU nor the 20 GB of the real weights. VAE and
+transformer were trained (`teacache.embedded.train`): a face moves in front of a colour as the
+prompt says. So was the network that finds faces. The text encoder and the other models of faces are
+random, from seeds.
+`python3 -m teacache.embedded DIR` builds one in DIR.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
-import random
 import shutil
 import sys
 import tempfile
@@ -24,23 +25,27 @@ from teacache.base.files import cache_folder
 from teacache.base.quiet import no_progress_bars, silence_libraries
 
 if TYPE_CHECKING:
-    from diffusers import ConsisIDTransformer3DModel
+    from diffusers import AutoencoderKLCogVideoX, ConsisIDTransformer3DModel
+    from torch import nn
 
 SEED = 20241126
-TIME_EMBEDDING_SEED = 2
+WEIGHTS = "weights.safetensors"
+TIME_EMBEDDING_SEED = 4
 
-# 144x96 and 13 frames, at the eightfold spatial and twofold temporal compression of the VAE below.
+# 112x96 and 13 frames, at the eightfold spatial and twofold temporal compression of the VAE below.
+# The pipeline stretches the square picture of the aligned face to the frame: to 112x96 it stretches
+# little, so that the model may keep the face as it is.
 # The real VAE compresses time fourfold; so would this one turn 13 frames into 4 latent frames, and
 # an even number of those decodes to 4 frames each, the first one included: 16 in all.
 TRANSFORMER = {
     "num_attention_heads": 6,
-    "attention_head_dim": 16,
+    "attention_head_dim": 32,
     "num_layers": 4,
     "in_channels": 32,
     "out_channels": 16,
-    "time_embed_dim": 64,
+    "time_embed_dim": 32,
     "text_embed_dim": 64,
-    "sample_width": 18,
+    "sample_width": 14,
     "sample_height": 12,
     "sample_frames": 13,
     "temporal_compression_ratio": 2,
@@ -51,16 +56,16 @@ TRANSFORMER = {
     "cross_attn_dim_head": 16,
     "cross_attn_num_heads": 4,
     "LFE_id_dim": 1280,
-    "LFE_vit_dim": 128,
-    "LFE_depth": 10,
+    "LFE_vit_dim": 64,
+    "LFE_depth": 5,
     "LFE_dim_head": 16,
     "LFE_num_heads": 4,
     # The identity cross-attention reads keys and values of two thirds of the inner width.
-    "LFE_output_dim": 64,
+    "LFE_output_dim": 128,
     "LFE_num_scale": 5,
 }
 VAE = {
-    "block_out_channels": (16, 16, 32, 32),
+    "block_out_channels": (16, 24, 48, 48),
     "down_block_types": ("CogVideoXDownBlock3D",) * 4,
     "up_block_types": ("CogVideoXUpBlock3D",) * 4,
     "layers_per_block": 1,
@@ -70,7 +75,7 @@ VAE = {
     # Tiles are half of this, and their overlaps must fall on whole latents: of 144 they do not.
     "sample_height": 96,
     "sample_width": 160,
-    "scaling_factor": 0.7,
+    "scaling_factor": 1.0,  # the reciprocal of the latents' standard deviation
 }
 SCHEDULER = {
     "prediction_type": "v_prediction",
@@ -81,37 +86,23 @@ SCHEDULER = {
 }
 
 
-# The words of prompts such as ConsisID's examples: one of their length must fit into 226 tokens.
-WORDS = """
-    The video captures a boy girl man woman astronaut walking standing laughing along a city street,
-    filmed in black and white on a classic 35mm camera. His Her expression is thoughtful, smiling,
-    brow slightly furrowed as if he's she's lost in contemplation. film grain adds textured,
-    timeless quality to the image, evoking sense of nostalgia. Around him, her, the cityscape
-    filled with vintage buildings, cobblestone sidewalks, and softly blurred figures passing by,
-    their outlines faint and indistinct. Streetlights cast gentle glow, while shadows play across
-    boy's path, adding depth scene. lighting highlights subtle smile, hinting at fleeting moment of
-    curiosity. overall cinematic atmosphere, complete with still aesthetics dramatic contrasts,
-    gives an evocative introspective feel. portrait of young old face light sea trees
-""".split()
-
-
 def cached_tiny_checkpoint() -> Path:
-    """The synthetic checkpoint in the user's cache folder, built there if it is not yet.
+    """The embedded checkpoint in the user's cache folder, built there if it is not yet.
 
     The folder's name carries a digest of the code that builds it, so that a newer version of the
     package never samples from an older build.
     """
-    code = b"".join(
-        Path(__file__).with_name(name).read_bytes() for name in ("build.py", "faces.py")
-    )
-    folder = cache_folder() / f"tiny-{hashlib.sha256(code).hexdigest()[:12]}"
+    digest = hashlib.sha256()
+    for name in ("build.py", "detector.py", "faces.py", "text.py", WEIGHTS):
+        digest.update(Path(__file__).with_name(name).read_bytes())
+    folder = cache_folder() / f"tiny-{digest.hexdigest()[:12]}"
     if not folder.is_dir():
         build_tiny_checkpoint(folder)
     return folder
 
 
 def build_tiny_checkpoint(folder: Path) -> None:
-    """Build the synthetic checkpoint in `folder`, which must not exist or be empty.
+    """Build the embedded checkpoint in `folder`, which must not exist or be empty.
 
     It is written to a folder beside and renamed, so that an interrupted build leaves nothing
     half-made; of two builds at the same moment one is kept.
@@ -142,36 +133,23 @@ def build_tiny_checkpoint(folder: Path) -> None:
 def write_checkpoint(folder: Path) -> None:
     """Write every file of the embedded checkpoint."""
     import torch
-    from diffusers import (
-        AutoencoderKLCogVideoX,
-        CogVideoXDPMScheduler,
-        ConsisIDTransformer3DModel,
-    )
-    from transformers import T5Config, T5EncoderModel
+    from diffusers import CogVideoXDPMScheduler
 
-    from teacache.embedded import faces as tiny_faces
+    from teacache.embedded import faces, weights
+    from teacache.embedded.text import write_text_encoder
 
     with torch.random.fork_rng(devices=[]), no_progress_bars():
         torch.manual_seed(SEED)
-        vocabulary = _write_tokenizer(folder / "tokenizer")
-        text_encoder = T5EncoderModel(
-            T5Config(
-                vocab_size=vocabulary,
-                d_model=TRANSFORMER["text_embed_dim"],
-                d_kv=16,
-                d_ff=128,
-                num_layers=2,
-                num_heads=4,
-                feed_forward_proj="gated-gelu",
-            )
-        )
-        text_encoder.save_pretrained(folder / "text_encoder")
-        transformer = ConsisIDTransformer3DModel(**TRANSFORMER)
-        smooth_time_embedding(transformer)
+        write_text_encoder(folder)
+        transformer, vae = untrained_transformer(), untrained_vae()
+        trained = weights.read()
+        weights.unpack(trained, transformer, vae)
         transformer.save_pretrained(folder / "transformer")
-        AutoencoderKLCogVideoX(**VAE).save_pretrained(folder / "vae")
+        vae.save_pretrained(folder / "vae")
         CogVideoXDPMScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
-        tiny_faces.write_face_encoder(folder / "face_encoder", TRANSFORMER["LFE_vit_dim"])
+        faces.write_face_encoder(
+            folder / "face_encoder", TRANSFORMER["LFE_vit_dim"], weights.detector_of(trained)
+        )
 
     index = {
         "_class_name": "ConsisIDPipeline",
@@ -182,6 +160,39 @@ def write_checkpoint(folder: Path) -> None:
         "vae": ["diffusers", "AutoencoderKLCogVideoX"],
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def untrained_vae() -> AutoencoderKLCogVideoX:
+    """The autoencoder before training."""
+    from diffusers import AutoencoderKLCogVideoX
+
+    return AutoencoderKLCogVideoX(**VAE)
+
+
+def untrained_transformer() -> ConsisIDTransformer3DModel:
+    """The transformer before training; face extractor and time embedding stay as they are here."""
+    from diffusers import ConsisIDTransformer3DModel
+
+    transformer = ConsisIDTransformer3DModel(**TRANSFORMER)
+    fill(transformer.local_facial_extractor, SEED)
+    smooth_time_embedding(transformer)
+    return transformer
+
+
+def fill(module: nn.Module, seed: int) -> None:
+    """Give its matrices normal values that keep the variance, and no bias, from the seed alone.
+
+    How a library fills a new module may change from version to version.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(module.named_parameters()):
+            if parameter.ndim > 1:
+                parameter.normal_(generator=generator).div_(parameter[0].numel() ** 0.5)
+            elif name.endswith("bias"):
+                parameter.zero_()
 
 
 def smooth_time_embedding(transformer: ConsisIDTransformer3DModel) -> None:
@@ -207,38 +218,11 @@ def smooth_time_embedding(transformer: ConsisIDTransformer3DModel) -> None:
         weight[:, fast] = 0.0
 
 
-def _write_tokenizer(folder: Path) -> int:
-    """Train a SentencePiece model on random sentences; return the number of its tokens."""
-    import sentencepiece
-
-    # In random order, so that what repeats, and becomes a piece, is the word and not the phrase.
-    order = random.Random(SEED)
-    sentences = [" ".join(order.sample(WORDS, 12)) for _ in range(500)]
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences),
-        model_writer=model,
-        model_type="unigram",
-        vocab_size=400,
-        hard_vocab_limit=False,
-        character_coverage=1.0,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=2,
-    )
-    folder.mkdir(parents=True)
-    (folder / "spiece.model").write_bytes(model.getvalue())
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size()
-    return pieces + 100  # T5's tokenizer adds a hundred <extra_id_...>
-
-
 def main(argv: list[str] | None = None) -> int:
     """Build the checkpoint in the folder named on the command line."""
     parser = argparse.ArgumentParser(
         prog="python3 -m teacache.embedded",
-        description="Build a synthetic ConsisID checkpoint: real layout, small random weights.",
+        description="Build a small ConsisID checkpoint: the real layout and classes, trained.",
     )
     parser.add_argument("folder", type=Path, help="where to build it; must not exist, or be empty")
     folder = parser.parse_args(argv).folder

@@ -1,0 +1,86 @@
+"""The trained weights of the embedded checkpoint, as the repository holds them: in half precision.
+
+What a seed gives, the face extractor and the time embedding, is not among them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from teacache.base.errors import CheckpointError
+from teacache.embedded.build import WEIGHTS
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKLCogVideoX, ConsisIDTransformer3DModel
+
+FILE = Path(__file__).with_name(WEIGHTS)
+SHA256 = "208c20b22bc1a1c9258b6de793eb713b735dd2a948888d91a8821af3e5c08106"
+FROM_SEEDS = ("local_facial_extractor.", "time_embedding.")
+POSITIONS = "patch_embed.pos_embedding"
+
+
+def read() -> dict[str, torch.Tensor]:
+    """The trained weights, as `pack` packed them.
+
+    Raises:
+        CheckpointError: where the file is not the one that the package came with.
+    """
+    from safetensors.torch import load
+
+    try:
+        content = FILE.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{FILE}: {error.strerror}") from error
+    if hashlib.sha256(content).hexdigest() != SHA256:
+        raise CheckpointError(f"{FILE} is damaged: take it from the repository again")
+    return load(content)
+
+
+def detector_of(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The face detector's weights, in single precision."""
+    return {name: value.float() for name, value in _part("detector.", tensors).items()}
+
+
+def unpack(
+    tensors: dict[str, torch.Tensor],
+    transformer: ConsisIDTransformer3DModel,
+    vae: AutoencoderKLCogVideoX,
+) -> None:
+    """Give transformer and VAE what `pack` made of them."""
+    own = {name: value for name, value in transformer.state_dict().items() if _from_seed(name)}
+    trained = _part("transformer.", tensors)
+    positions = transformer.patch_embed.pos_embedding.clone()
+    positions[:, transformer.config.max_text_seq_length :] = trained[POSITIONS]
+    transformer.load_state_dict({**own, **trained, POSITIONS: positions})
+    vae.register_to_config(scaling_factor=tensors["scaling_factor"].item())
+    vae.load_state_dict(_part("vae.", tensors))
+
+
+def pack(
+    transformer: ConsisIDTransformer3DModel,
+    vae: AutoencoderKLCogVideoX,
+    detector: dict[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Everything that was trained, in half precision; of the positions those of the video."""
+    import torch
+
+    state = dict(transformer.state_dict())
+    state[POSITIONS] = state[POSITIONS][:, transformer.config.max_text_seq_length :]
+    tensors = {f"transformer.{n}": value for n, value in state.items() if not _from_seed(n)}
+    tensors.update({f"vae.{name}": value for name, value in vae.state_dict().items()})
+    tensors.update({f"detector.{name}": value for name, value in detector.items()})
+    return {
+        **{name: value.half().contiguous() for name, value in tensors.items()},
+        "scaling_factor": torch.tensor(vae.config.scaling_factor, dtype=torch.float64),
+    }
+
+
+def _part(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+
+
+def _from_seed(name: str) -> bool:
+    return name.startswith(FROM_SEEDS)
