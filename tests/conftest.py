@@ -1,4 +1,4 @@
-"""What the tests share: the synthetic checkpoint, a pipeline on it, a real face."""
+"""What the tests share: the embedded checkpoint, a pipeline on it, a real face."""
 
 from __future__ import annotations
 

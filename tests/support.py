@@ -1,20 +1,23 @@
-"""What tests of every kind use: constants, the command within this process."""
+"""What tests of every kind use: constants, the command within this process, other detectors."""
 
 from __future__ import annotations
 
 import contextlib
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from teacache.checkpoint.size import VideoSize
+from teacache.embedded.portraits import ASTRONAUT
 
 CPU = torch.device("cpu")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ROOT = Path(__file__).parent.parent
-SIZE = VideoSize(width=144, height=96, num_frames=13)
+SIZE = VideoSize(width=112, height=96, num_frames=13)
 PROMPT = "a smiling astronaut stands by the sea"
 
 
@@ -39,3 +42,34 @@ def main(capsys, *arguments: object) -> tuple[int, str, str]:
         except SystemExit as end:
             code = end.code
     return code, *capsys.readouterr()
+
+
+def say(weights, head, numbers, levels=(0, 1, 2)):
+    """Have a head of RetinaFace say the same everywhere, whatever the picture shows."""
+    for level in levels:
+        weights[f"{head}.{level}.conv1x1.weight"].zero_()
+        weights[f"{head}.{level}.conv1x1.bias"].copy_(torch.tensor(numbers))
+
+
+def everywhere(weights, sizes=1, shift=0.0):
+    """Have it see a face of 70 pixels around the middle of each cell of 32, or two of two sizes.
+
+    Args:
+        shift: of the faces from there, right and down, in parts of the anchor's 256 pixels.
+    """
+    say(weights, "ClassHead", [5.0, -5.0] * 2)
+    say(weights, "ClassHead", [-5.0, 5.0] * sizes + [5.0, -5.0] * (2 - sizes), levels=[2])
+    box = [shift / 0.1, shift / 0.1, *[np.log(70 / 256) / 0.2] * 2]
+    say(weights, "BboxHead", box * 2, levels=[2])
+    marks = (np.array(ASTRONAUT) - ASTRONAUT[2]) / 256 + shift
+    say(weights, "LandmarkHead", (marks.flatten() / 0.1).tolist() * 2, levels=[2])
+
+
+def changed_retinaface(tiny, folder, change):
+    """A checkpoint whose RetinaFace has other biases in its heads."""
+    shutil.copytree(tiny, folder)
+    path = folder / "face_encoder" / "detection_Resnet50_Final.pth"
+    weights = torch.load(path, weights_only=True)
+    change(weights)
+    torch.save(weights, path)
+    return folder

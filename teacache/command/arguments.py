@@ -28,6 +28,7 @@ DEFAULT_PROMPT = (
     "curiosity. The overall cinematic atmosphere, complete with classic film still aesthetics and "
     "dramatic contrasts, gives the scene an evocative and introspective feel."
 )
+TINY_PROMPT = "An astronaut comes closer in front of a blue background in bright light."
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -50,6 +51,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         args.fps = args.fps or DEFAULT_FPS
     if args.image is None:
         args.image = "astronaut" if args.ckpts_path == "tiny" else DEFAULT_IMAGE
+    if args.prompt is None:
+        args.prompt = TINY_PROMPT if args.ckpts_path == "tiny" else DEFAULT_PROMPT
     return args
 
 
@@ -92,7 +95,7 @@ def _add_published(group: argparse._ArgumentGroup) -> None:
         type=readers.name,
         metavar="PATH",
         help="checkpoint folder; or a Hugging Face repository, downloaded into a folder of its "
-        "name; or tiny, a small synthetic checkpoint for machines without a GPU "
+        "name; or tiny, a small trained checkpoint for machines without a GPU "
         f"(default: {DEFAULT_CHECKPOINT})",
     )
     add(
@@ -105,9 +108,9 @@ def _add_published(group: argparse._ArgumentGroup) -> None:
     add(
         "--prompt",
         type=readers.prompt,
-        default=DEFAULT_PROMPT,
         metavar="TEXT",
-        help="what the video shows (default: the published one, a boy in a city street)",
+        help="what the video shows (default: the published one, a boy in a city street; with "
+        "--ckpts_path tiny a face that comes closer)",
     )
     add(
         "--seed",

@@ -205,8 +205,8 @@ def test_full_size_is_told_by_the_weights(light):
 
 
 def test_size_is_the_transformers_own(tiny):
-    assert video_size(tiny, None, None, None) == (144, 96, 13)
-    assert video_size(tiny, 144, 96, 9) == (144, 96, 9)
+    assert video_size(tiny, None, None, None) == (112, 96, 13)
+    assert video_size(tiny, 112, 96, 9) == (112, 96, 9)
 
 
 def test_another_number_of_frames_than_trained_is_told(tiny, caplog):
@@ -217,7 +217,7 @@ def test_another_number_of_frames_than_trained_is_told(tiny, caplog):
 
 
 def test_learned_positional_embeddings_allow_no_other_size(tiny):
-    with pytest.raises(ArgumentError, match="144x96 only"):
+    with pytest.raises(ArgumentError, match="112x96 only"):
         video_size(tiny, 160, 96, None)
 
 

@@ -77,7 +77,7 @@ def test_photograph_to_mp4(run):
     folder, _, _ = run
     assert sorted(p.name for p in folder.iterdir()) == ["42_0.15_0000.json", "42_0.15_0000.mp4"]
     video = read_video(folder / "42_0.15_0000.mp4")
-    assert video.frames.shape == (13, 96, 144, 3)
+    assert video.frames.shape == (13, 96, 112, 3)
     assert video.fps == 8
     assert video.frames.std() > 10, "not a flat picture"
     assert np.abs(video.frames[0].astype(int) - video.frames[-1]).mean() > 1, "something moves"
@@ -255,7 +255,7 @@ def test_wrong_input_gets_one_line_and_2(capsys, tmp_path, tiny):
         (("--ckpts_path", tmp_path / "none"), "no such folder"),
         (("--output_path", tmp_path / "file"), "is a file"),
         (("--num_frames", 11), "nearest are 9 and 12"),
-        (("--width", 160), "144x96 only"),
+        (("--width", 160), "112x96 only"),
         (("--device", "cuda:7"), "0 CUDA GPUs"),
         (("--offload", "model"), "this is a CPU"),
         (("--jobs", tmp_path / "jobs.jsonl"), "line 2: no JSON"),
@@ -338,7 +338,7 @@ def test_coefficients_rate_and_record(capsys, tmp_path):
         capsys,
         *("--ckpts_path", "tiny", "--rel_l1_thresh", 0.035, "--num_infer_steps", 10),
         *("--coefficients", tmp_path / "flat.json", "--fps", 12, "--seed", 7),
-        *("--width", 144, "--height", 96, "--device", "cpu", "--output_path", tmp_path),
+        *("--width", 112, "--height", 96, "--device", "cpu", "--output_path", tmp_path),
     )
     assert code == 0
     assert "4 computed, 6 reused" in output

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from support import main
+from support import changed_retinaface, everywhere, main
 
 from teacache.base.errors import ImageError
 from teacache.inputs import photograph as pictures
@@ -37,6 +37,12 @@ def command(capsys, image, folder) -> tuple[int, str, str]:
 @pytest.fixture
 def photo():
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8))
+
+
+@pytest.fixture(scope="module")
+def seeing_faces(tiny, tmp_path_factory):
+    """The checkpoint with a RetinaFace that sees a face in any picture."""
+    return changed_retinaface(tiny, tmp_path_factory.mktemp("seeing") / "checkpoint", everywhere)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +109,7 @@ def test_a_picture_that_finds_no_memory(capsys, tmp_path, photo, monkeypatch):
     assert error.startswith(f"error: --image {tmp_path}/photo.png takes more memory than there is")
 
 
-def test_pictures_of_every_kind_become_videos(capsys, tmp_path, photo):
+def test_pictures_of_every_kind_become_videos(capsys, tmp_path, photo, seeing_faces):
     """One run over all of them; the record tells what pixels each was taken for."""
     photo = photo.resize((200, 160))
     exif = Image.Exif()
@@ -134,7 +140,7 @@ def test_pictures_of_every_kind_become_videos(capsys, tmp_path, photo):
     (tmp_path / "jobs.jsonl").write_text("\n".join(lines))
     code, _, error = main(
         capsys,
-        *("--ckpts_path", "tiny", "--jobs", tmp_path / "jobs.jsonl", "--rel_l1_thresh", 0),
+        *("--ckpts_path", seeing_faces, "--jobs", tmp_path / "jobs.jsonl", "--rel_l1_thresh", 0),
         *("--num_infer_steps", 1, "--num_frames", 1, "--output_path", tmp_path / "out"),
     )
     assert code == 0
@@ -272,14 +278,14 @@ def server():
     server.server_close()
 
 
-def test_from_a_server(server, capsys, tmp_path):
+def test_from_a_server(server, capsys, tmp_path, seeing_faces):
     url = server.url.replace("://", "://name:s3cr3t@") + "/face.png?token=s3cr3t"
     image = load_image(url)
     assert (image.size, image.getpixel((0, 0))) == ((30, 20), (255, 0, 0))
     code, output, error = main(
         capsys,
-        *("--ckpts_path", "tiny", "--image", url, "--rel_l1_thresh", 0, "--num_infer_steps", 1),
-        *("--num_frames", 1, "--output_path", tmp_path),
+        *("--ckpts_path", seeing_faces, "--image", url, "--rel_l1_thresh", 0),
+        *("--num_infer_steps", 1, "--num_frames", 1, "--output_path", tmp_path),
     )
     assert code == 0
     record = (tmp_path / "42_0.0_0000.json").read_text()

@@ -92,7 +92,7 @@ def test_sweep(capsys, tmp_path, calls):
         markdown
     )
     assert "~110 (1.0x) | ~70 (1.6x) | ~53 (2.1x) | ~41 (2.7x)" in markdown
-    assert "this run: cpu, 144x96, 5 frames, 20 steps |" in markdown
+    assert "this run: cpu, 112x96, 5 frames, 20 steps |" in markdown
 
     # Everything, as JSON.
     report = read_record(tmp_path / "sweep", "sweep_42_0000.json")
@@ -108,7 +108,9 @@ def test_sweep(capsys, tmp_path, calls):
         by_threshold[0.1]["quality"]["psnr"]["mean"] > by_threshold[0.2]["quality"]["psnr"]["mean"]
     )
     assert not by_threshold[0.1]["quality"]["decoded"]
-    assert by_threshold[0.1]["quality"]["identity"]["frames_without_face"] == 5
+    identity = by_threshold[0.1]["quality"]["identity"]
+    assert len(identity["per_frame"]) == 5
+    assert identity["frames_without_face"] == identity["per_frame"].count(None)
 
     # The figure and the videos side by side.
     with Image.open(tmp_path / "sweep" / "sweep_42_0000.png") as figure:
@@ -338,4 +340,4 @@ def test_baseline_from_an_earlier_video(capsys, tmp_path, monkeypatch):
     assert "is one video" in error
     code, _, error = main(capsys, *common, "--num_frames", 9, "--baseline", earlier)
     assert code == 2
-    assert "has 5 frames of 144x96, this run samples 9 of 144x96" in error
+    assert "has 5 frames of 112x96, this run samples 9 of 112x96" in error

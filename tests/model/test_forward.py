@@ -130,7 +130,7 @@ def test_a_reused_step_embeds_the_video_as_the_patch_embedding_does(
     if changed.get("use_learned_positional_embeddings", True):
         torch.nn.init.normal_(patch_embed.pos_embedding)
     text = torch.randn(2, 226, TRANSFORMER["text_embed_dim"], dtype=dtype)
-    video = torch.randn(2, latent_frames, 32, height, 18, dtype=dtype)
+    video = torch.randn(2, latent_frames, 32, height, 14, dtype=dtype)
     expected = patch_embed(text, video)[:, 226:]
     assert torch.equal(embed_video(patch_embed, video), expected)
 
