@@ -222,11 +222,27 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
         help="JSON with other coefficients of the rescaling polynomial: values, highest power "
         f"first, and fitted_range (default: {COGVIDEOX_5B.source})",
     )
+    _add_limits(group)
     add(
         "--quiet",
         action="store_true",
         help="print nothing on standard output but the videos' paths",
     )
+
+
+def _add_limits(group: argparse._ArgumentGroup) -> None:
+    for name, default, what in (
+        ("--retain_first", 1, "compute the first N steps, whatever the threshold"),
+        ("--retain_last", 1, "compute the last N steps, whose errors no later step corrects"),
+        ("--max_reuse", None, "reuse no more than N steps in a row"),
+    ):
+        group.add_argument(
+            name,
+            type=readers.positive,
+            default=default,
+            metavar="N",
+            help=f"{what} (default: {default or 'any number'})",
+        )
 
 
 def _add_acceleration(group: argparse._ArgumentGroup) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from teacache.command.jobs import FIELDS, Job, read_jobs
-from teacache.core.rule import Coefficients
+from teacache.core.rule import Coefficients, Limits
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Order:
     format: Format
     machine: Machine
     coefficients: Coefficients
+    limits: Limits
     target_speedup: float | None
     ckpts_path: str
     output_path: Path
@@ -63,6 +64,7 @@ class Order:
             format=Format(**_named(Format, args)),
             machine=Machine(**_named(Machine, args)),
             coefficients=args.coefficients,
+            limits=Limits(**_named(Limits, args)),
             target_speedup=args.target_speedup,
             ckpts_path=args.ckpts_path,
             output_path=args.output_path,

@@ -183,7 +183,9 @@ def plan_jobs(
         known, threshold = distances(job.num_infer_steps), job.rel_l1_thresh
         if threshold is None:
             assert order.target_speedup is not None
-            threshold = smallest_threshold(known, order.target_speedup, order.coefficients)
+            threshold = smallest_threshold(
+                known, order.target_speedup, order.coefficients, order.limits
+            )
         job = dataclasses.replace(job, rel_l1_thresh=threshold)
-        planned[job] = schedule(known, threshold, order.coefficients)
+        planned[job] = schedule(known, threshold, order.coefficients, order.limits)
     return planned

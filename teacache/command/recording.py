@@ -46,6 +46,9 @@ def settings_of(job: Job, order: Order, ready: Ready) -> Settings:
         approximations=approximations,
         reuse_conditioning=order.reuse_conditioning,
         coefficients=order.coefficients.as_json(),
+        retain_first=order.limits.retain_first,
+        retain_last=order.limits.retain_last,
+        max_reuse=order.limits.max_reuse,
     )
 
 

@@ -18,7 +18,7 @@ from teacache.core.handle import (
     innermost_forward,
     put_in_place,
 )
-from teacache.core.rule import COGVIDEOX_5B, Coefficients, Schedule
+from teacache.core.rule import COGVIDEOX_5B, PUBLISHED, Coefficients, Limits, Schedule
 
 if TYPE_CHECKING:
     from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, ConsisIDPipeline
@@ -31,6 +31,7 @@ def apply_teacache(
     *,
     schedule: Schedule | Iterable[int] | None = None,
     coefficients: Coefficients = COGVIDEOX_5B,
+    limits: Limits = PUBLISHED,
     scheduler: CogVideoXDPMScheduler | CogVideoXDDIMScheduler | None = None,
 ) -> TeaCacheHandle:
     """Patch one ConsisID transformer's forward with TeaCache.
@@ -43,6 +44,7 @@ def apply_teacache(
         rel_l1_thresh: threshold on the accumulated distance; 0 is the original sampler.
         schedule: in place of a threshold, the steps to compute; see `TeaCacheHandle.follow`.
         coefficients: the polynomial that rescales the distance.
+        limits: what is computed whatever the threshold.
         scheduler: for a transformer that stands alone, whose timesteps a video has. One who writes
             his own loop calls its `set_timesteps` before each video.
 
@@ -71,7 +73,7 @@ def apply_teacache(
         owner = pipe_or_transformer.scheduler if scheduler is None else scheduler
         return owner.timesteps
 
-    handle = TeaCacheHandle(transformer, rel_l1_thresh, coefficients, timesteps, _dispatch)
+    handle = TeaCacheHandle(transformer, rel_l1_thresh, coefficients, limits, timesteps, _dispatch)
     handle.follow(schedule)
     put_in_place(transformer, handle.forward)
     return handle

@@ -13,6 +13,7 @@ import torch
 from teacache.base.errors import ArgumentError
 from teacache.core.rule import (
     Coefficients,
+    Limits,
     Schedule,
     check_threshold,
     distances_between,
@@ -69,11 +70,13 @@ class TeaCacheHandle:
         transformer: ConsisIDTransformer3DModel,
         rel_l1_thresh: float,
         coefficients: Coefficients,
+        limits: Limits,
         timesteps: Callable[[], torch.Tensor],
         forward: Callable[..., Any],
     ):
         self.forward = functools.partial(forward, transformer, self)
-        self.transformer, self.coefficients = transformer, coefficients
+        self.transformer = transformer
+        self.coefficients, self.limits = coefficients, limits
         self.rel_l1_thresh = rel_l1_thresh
         self.removed = False
         self._timesteps = timesteps
@@ -201,7 +204,7 @@ class TeaCacheHandle:
                 [embed_timestep(self.transformer, t.expand(batch), dtype) for t in timesteps]
             )
             if plan is None:
-                plan = schedule(distances, self.rel_l1_thresh, self.coefficients)
+                plan = schedule(distances, self.rel_l1_thresh, self.coefficients, self.limits)
             else:
                 plan = listed_schedule(plan, distances, self.coefficients)
         elif plan.num_steps != len(timesteps):

@@ -78,6 +78,35 @@ COGVIDEOX_5B = Coefficients(
 )
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What the rule may not reuse, whatever the threshold; as published unless said otherwise.
+
+    Attributes:
+        retain_first, retain_last: so many steps are computed at the start and at the end.
+        max_reuse: no more steps in a row are reused.
+    """
+
+    retain_first: int = 1
+    retain_last: int = 1
+    max_reuse: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ArgumentError where a number is below 1."""
+        for name, value in vars(self).items():
+            if value is not None and value < 1:
+                raise ArgumentError(f"{name} must be 1 or more: found {value}")
+
+    def forbid(self, step: int, num_steps: int, last_computed: int) -> bool:
+        """Whether `step` of `num_steps` has to be computed, the last computed one being that."""
+        if step < self.retain_first or step >= num_steps - self.retain_last:
+            return True
+        return self.max_reuse is not None and step - last_computed > self.max_reuse
+
+
+PUBLISHED = Limits()
+
+
 def relative_l1(embedding: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
     """How far the timestep embedding has moved: mean(|e_t - e_(t-1)|) / mean(|e_(t-1)|).
 
@@ -116,12 +145,14 @@ class Schedule:
         computed_steps: rising step indices.
         rel_l1_thresh: the threshold that they follow from; None where they were listed.
         coefficients: the polynomial that rescales the distances.
+        limits: what was computed whatever the threshold.
     """
 
     distances: tuple[float | None, ...]
     computed_steps: tuple[int, ...]
     rel_l1_thresh: float | None
     coefficients: Coefficients = COGVIDEOX_5B
+    limits: Limits = PUBLISHED
 
     @property
     def num_steps(self) -> int:
@@ -166,9 +197,12 @@ class Schedule:
         """The reason, in a few words, or None where a step was reused or none had to be."""
         if not self.rel_l1_thresh or self.reused_steps:
             return None
-        inner = self.distances[1:-1]
+        first, last = self.limits.retain_first, self.limits.retain_last
+        inner = self.distances[first : self.num_steps - last]
         if not inner:
-            return "the first and the last step are always computed"
+            if (first, last) == (1, 1):
+                return "the first and the last step are always computed"
+            return f"the first {first} and the last {last} steps are always computed"
         covered = [x for x in inner if x is not None and self.coefficients.covers(x)]
         if not covered:
             low, high = self.coefficients.fitted_range
@@ -185,14 +219,15 @@ def schedule(
     distances: Sequence[float | None],
     rel_l1_thresh: float,
     coefficients: Coefficients = COGVIDEOX_5B,
+    limits: Limits = PUBLISHED,
 ) -> Schedule:
     """The published rule, over a video whose distances are known.
 
     The first and the last step are computed; between them a step is computed when the rescaled
-    distances since the last computed one add up to the threshold. Two deviations, both where the
-    published rule would give garbage: a step whose distance the coefficients do not cover is
-    computed, where the rule would add a value that may be below zero; and threshold 0 never reuses,
-    which needs no case, since no sum of covered values is below it.
+    distances since the last computed one add up to the threshold, or where `limits` have it. Two
+    deviations, both where the published rule would give garbage: a step whose distance the
+    coefficients do not cover is computed, where the rule would add a value that may be below zero;
+    and threshold 0 never reuses, which needs no case, since no sum of covered values is below it.
 
     Args:
         distances: see `distances_between`.
@@ -201,15 +236,17 @@ def schedule(
         ArgumentError: where the threshold is negative or not finite.
     """
     check_threshold(rel_l1_thresh)
-    last, computed, accumulated = len(distances) - 1, [], 0.0
+    computed: list[int] = []
+    accumulated = 0.0
     for step, distance in enumerate(distances):
         covered = distance is not None and coefficients.covers(distance)
         if distance is not None and covered:
             accumulated += coefficients.rescale(distance)
-        if step in (0, last) or not covered or not accumulated < rel_l1_thresh:
+        forbidden = limits.forbid(step, len(distances), computed[-1] if computed else -1)
+        if forbidden or not covered or not accumulated < rel_l1_thresh:
             computed.append(step)
             accumulated = 0.0
-    return Schedule(tuple(distances), tuple(computed), rel_l1_thresh, coefficients)
+    return Schedule(tuple(distances), tuple(computed), rel_l1_thresh, coefficients, limits)
 
 
 def listed_schedule(
@@ -231,7 +268,10 @@ def listed_schedule(
 
 
 def smallest_threshold(
-    distances: Sequence[float | None], target_speedup: float, coefficients: Coefficients
+    distances: Sequence[float | None],
+    target_speedup: float,
+    coefficients: Coefficients = COGVIDEOX_5B,
+    limits: Limits = PUBLISHED,
 ) -> float:
     """The smallest multiple of 0.0001 whose schedule reaches the speed-up.
 
@@ -243,7 +283,8 @@ def smallest_threshold(
     """
 
     def reached(multiple: int) -> float:
-        return schedule(distances, round(multiple * RESOLUTION, 4), coefficients).speedup
+        threshold = round(multiple * RESOLUTION, 4)
+        return schedule(distances, threshold, coefficients, limits).speedup
 
     covered = [x for x in distances if x is not None and coefficients.covers(x)]
     total = min(sum(map(coefficients.rescale, covered)), HIGHEST)

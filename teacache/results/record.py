@@ -11,7 +11,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -74,6 +74,10 @@ class Settings:
     approximations: list[str]
     reuse_conditioning: bool = field(compare=False)
     coefficients: dict[str, Any]
+    # Those of earlier versions, whose records lack them.
+    retain_first: int = 1
+    retain_last: int = 1
+    max_reuse: int | None = None
 
     @property
     def group(self) -> tuple[str, str, str, int, int]:
@@ -132,11 +136,11 @@ class Record:
         """
         if not isinstance(data, dict):
             raise ValueError("its record is no object")
-        names = [f.name for kind in (Settings, cls) for f in fields(kind)]
-        lacks = set(names) - set(data) - {"settings", "quality"}
+        every = (f for kind in (Settings, cls) for f in fields(kind))
+        lacks = {f.name for f in every if f.default is MISSING} - set(data) - {"settings"}
         if lacks:
             raise ValueError(f"its record lacks {min(lacks)}")
-        settings = Settings(**{f.name: data[f.name] for f in fields(Settings)})
+        settings = Settings(**{f.name: data[f.name] for f in fields(Settings) if f.name in data})
         own: dict[str, Any] = {f.name: data.get(f.name) for f in fields(cls)}
         own["settings"] = settings
         return cls(**own)

@@ -357,6 +357,24 @@ def test_coefficients_rate_and_record(capsys, tmp_path):
     assert again.coefficients.as_json() == record["coefficients"]
 
 
+def test_limits_hold_in_plan_run_and_record(capsys, tmp_path):
+    # A threshold that reuses every inner step: what is computed, the limits alone have.
+    common = (
+        *("--ckpts_path", "tiny", "--rel_l1_thresh", 99, "--num_infer_steps", 12),
+        *("--num_frames", 1, "--output_path", tmp_path),
+    )
+    limits = ("--retain_first", 2, "--retain_last", 3, "--max_reuse", 2)
+    code, output, _ = main(capsys, *common, *limits, "--plan")
+    assert code == 0
+    assert "■■□□■□□■□■■■" in output
+    for arguments, expected in (((), [0, 11]), (limits, [0, 1, 4, 7, 9, 10, 11])):
+        code, output, _ = main(capsys, *common, *arguments, "--resume", "--quiet")
+        assert code == 0
+        record = json.loads(Path(output.strip()).with_suffix(".json").read_text())
+        assert record["computed_steps"] == expected
+    assert (record["retain_first"], record["retain_last"], record["max_reuse"]) == (2, 3, 2)
+
+
 def test_says_why_nothing_was_reused(capsys, tmp_path):
     code, output, error = main(
         capsys,

@@ -16,7 +16,14 @@ from support import CPU, ROOT, main
 from teacache.base.errors import ArgumentError, CheckpointError
 from teacache.checkpoint import distances
 from teacache.core.forward import apply_teacache
-from teacache.core.rule import COGVIDEOX_5B, RESOLUTION, Coefficients, schedule, smallest_threshold
+from teacache.core.rule import (
+    COGVIDEOX_5B,
+    RESOLUTION,
+    Coefficients,
+    Limits,
+    schedule,
+    smallest_threshold,
+)
 from teacache.embedded.build import TRANSFORMER
 from teacache.inputs.photograph import load_image
 
@@ -72,6 +79,10 @@ def test_plan_equals_the_run_at_many_thresholds(tiny, shallow, sample):
             handle.rel_l1_thresh = threshold
             sample(pipe, steps=20, num_frames=1)
             assert handle.schedule == schedule(known, threshold, COGVIDEOX_5B)
+    limits = Limits(retain_first=2, retain_last=3, max_reuse=1)
+    with apply_teacache(pipe, 0.3, limits=limits) as handle:
+        sample(pipe, steps=20, num_frames=1)
+        assert handle.schedule == schedule(known, 0.3, COGVIDEOX_5B, limits)
 
 
 def test_timesteps_equal_the_schedulers_own(tiny, tmp_path):

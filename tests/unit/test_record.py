@@ -60,5 +60,8 @@ def test_what_is_no_record_of_ours(tmp_path):
 def test_a_record_with_other_keys_is_read(tmp_path):
     """As earlier versions have written it."""
     record = record_of_a_video()
-    (tmp_path / "old.json").write_text(json.dumps({**record.as_json(), "keep_loaded": True}))
+    old = {**record.as_json(), "keep_loaded": True}
+    for limit in ("retain_first", "retain_last", "max_reuse"):
+        del old[limit]
+    (tmp_path / "old.json").write_text(json.dumps(old))
     assert read_record(tmp_path / "old.json") == record

@@ -13,13 +13,16 @@ from teacache.base.errors import ArgumentError
 from teacache.command.readers import coefficients_of
 from teacache.core.rule import (
     COGVIDEOX_5B,
+    RESOLUTION,
     Coefficients,
+    Limits,
     Schedule,
     check_threshold,
     distances_between,
     listed_schedule,
     relative_l1,
     schedule,
+    smallest_threshold,
 )
 
 IDENTITY = Coefficients((0.0, 0.0, 0.0, 1.0, 0.0), (0.0, math.inf), "p(x) = x")
@@ -85,6 +88,50 @@ def test_accumulates_until_the_threshold_and_starts_anew():
     assert found.distances == (None, 0.4, 0.4, 0.4, 0.25, 0.5, 0.25, 0.1)
     assert found.rescaled == found.distances
     assert (found.num_steps, found.speedup) == (8, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("limits", "computed"),
+    [
+        # Without limits: sums .3 .6 .9 1.2 compute, and so on by four.
+        (Limits(), (0, 4, 8, 11)),
+        (Limits(retain_first=3), (0, 1, 2, 6, 10, 11)),
+        (Limits(retain_last=3), (0, 4, 8, 9, 10, 11)),
+        (Limits(max_reuse=2), (0, 3, 6, 9, 11)),
+        (Limits(max_reuse=1, retain_last=2), (0, 2, 4, 6, 8, 10, 11)),
+        (Limits(retain_first=9, retain_last=9), tuple(range(12))),
+        (Limits(retain_first=99, retain_last=99), tuple(range(12))),
+    ],
+)
+def test_limits_are_computed_whatever_the_threshold(limits, computed):
+    distances = [None, *[0.3] * 11]
+    found = schedule(distances, 1.0, IDENTITY, limits)
+    assert found.computed_steps == computed
+    assert schedule(distances, 0.0, IDENTITY, limits).computed_steps == tuple(range(12))
+
+
+def test_nothing_is_left_between_limits():
+    limits = Limits(retain_first=2, retain_last=3)
+    why = schedule([None, *[0.3] * 4], 1.0, IDENTITY, limits).why_nothing_was_reused()
+    assert why == "the first 2 and the last 3 steps are always computed"
+    for wrong in ({"retain_first": 0}, {"retain_last": -1}, {"max_reuse": 0}):
+        with pytest.raises(ArgumentError, match=f"{min(wrong)} must be 1 or more"):
+            Limits(**wrong)
+
+
+@pytest.mark.parametrize("limits", [Limits(), Limits(2, 3), Limits(1, 2, 3), Limits(max_reuse=4)])
+def test_a_higher_threshold_computes_no_more(limits):
+    """What the search for a threshold relies on."""
+    distances = [None, *np.random.default_rng(0).uniform(0.02, 0.2, 49).tolist()]
+    thresholds = np.linspace(0, 2, 400)
+    plans = [schedule(distances, x, COGVIDEOX_5B, limits) for x in thresholds]
+    counts = [len(plan.computed_steps) for plan in plans]
+    assert counts == sorted(counts, reverse=True)
+    for speedup in (1.5, 2.0, plans[-1].speedup):
+        found = smallest_threshold(distances, speedup, COGVIDEOX_5B, limits)
+        assert schedule(distances, found, COGVIDEOX_5B, limits).speedup >= speedup
+        below = schedule(distances, found - RESOLUTION, COGVIDEOX_5B, limits)
+        assert below.speedup < speedup
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
