@@ -99,38 +99,106 @@ def denoise(
     Raises:
         SamplingError: naming the step after which the latents are not finite.
     """
-    scheduler, device = pipe.scheduler, start.noise.device
-    scheduler.set_timesteps(num_infer_steps, device=device)
-    generator = torch.Generator(device)
-    generator.set_state(start.generator_state)
-    extra = pipe.prepare_extra_step_kwargs(generator, eta=0.0)
-    conditions = _conditions(pipe, start, text, size)
-    latents, previous_value, previous_sample = start.noise, None, None
-    finite: list[torch.Tensor] = []
+    loop = Loop(pipe, start, text, size, num_infer_steps, guidance_scale)
+    device, finite = start.noise.device, []
     marks = [devices.mark(device)]
-    # The scheduler looks its coefficients up by the timestep. Given as a number of the host's it
-    # need not be read from the device, for which all the work before it would have to be done.
-    for t, value in zip(scheduler.timesteps, scheduler.timesteps.tolist(), strict=True):
-        predicted = _predict(pipe, latents, start.image_latents, t, conditions, guidance_scale)
-        if isinstance(scheduler, CogVideoXDPMScheduler):
-            latents, previous_sample = scheduler.step(
-                predicted,
-                previous_sample,
-                value,
-                previous_value,
-                latents,
-                **extra,
-                return_dict=False,
-            )
-        else:
-            latents = scheduler.step(predicted, value, latents, **extra, return_dict=False)[0]
-        latents = latents.to(start.noise.dtype)
-        previous_value = value
-        finite.append(torch.isfinite(latents).all())
+    for _ in range(num_infer_steps):
+        loop.advance(loop.predict())
+        finite.append(torch.isfinite(loop.latents).all())
         marks.append(devices.mark(device))
         on_step()
     _check_finite(finite, start.noise.dtype)
-    return Denoised(latents, devices.seconds_between(marks))
+    return Denoised(loop.latents, devices.seconds_between(marks))
+
+
+class State(NamedTuple):
+    """Where a video's denoising is.
+
+    latents, previous_sample: [1, latent frames, 16, height / 8, width / 8]; the second is what the
+    multistep scheduler remembers. generator_state: of what the scheduler draws.
+    """
+
+    step: int
+    latents: torch.Tensor
+    previous_sample: torch.Tensor | None
+    generator_state: torch.Tensor
+
+
+class Loop:
+    """One video's denoising, step by step: `ConsisIDPipeline.__call__` taken apart.
+
+    What it is at, `state`, can be set again to go on from there. One loop at a time: the
+    scheduler is the pipeline's.
+    """
+
+    def __init__(
+        self,
+        pipe: ConsisIDPipeline,
+        start: Start,
+        text: Text,
+        size: VideoSize,
+        num_infer_steps: int,
+        guidance_scale: float,
+    ) -> None:
+        device = start.noise.device
+        pipe.scheduler.set_timesteps(num_infer_steps, device=device)
+        self._pipe, self._guidance_scale = pipe, guidance_scale
+        self._image_latents = start.image_latents
+        self._conditions = _conditions(pipe, start, text, size)
+        self._generator = torch.Generator(device)
+        self._extra = pipe.prepare_extra_step_kwargs(self._generator, eta=0.0)
+        # The scheduler looks its coefficients up by the timestep. Given as a number of the host's
+        # it need not be read from the device, for which all the work before it would have to be
+        # done.
+        self._values = pipe.scheduler.timesteps.tolist()
+        self.step = 0
+        self.latents = start.noise
+        self.previous_sample: torch.Tensor | None = None
+        self._generator.set_state(start.generator_state)
+
+    @property
+    def state(self) -> State:
+        """Where it is."""
+        return State(self.step, self.latents, self.previous_sample, self._generator.get_state())
+
+    @state.setter
+    def state(self, state: State) -> None:
+        self.step, self.latents, self.previous_sample, drawn = state
+        self._generator.set_state(drawn)
+
+    @torch.no_grad()
+    def predict(self) -> torch.Tensor:
+        """What the scheduler steps with, guided, in float32, of the latents' shape."""
+        t = self._pipe.scheduler.timesteps[self.step]
+        return _predict(
+            self._pipe,
+            self.latents,
+            self._image_latents,
+            t,
+            self._conditions,
+            self._guidance_scale,
+        )
+
+    @torch.no_grad()
+    def advance(self, predicted: torch.Tensor) -> None:
+        """Step the latents with a prediction."""
+        scheduler, value = self._pipe.scheduler, self._values[self.step]
+        if isinstance(scheduler, CogVideoXDPMScheduler):
+            latents, self.previous_sample = scheduler.step(
+                predicted,
+                self.previous_sample,
+                value,
+                self._values[self.step - 1] if self.step else None,
+                self.latents,
+                **self._extra,
+                return_dict=False,
+            )
+        else:
+            latents = scheduler.step(
+                predicted, value, self.latents, **self._extra, return_dict=False
+            )[0]
+        self.latents = latents.to(self.latents.dtype)
+        self.step += 1
 
 
 def _check_finite(finite: list[torch.Tensor], dtype: torch.dtype) -> None:
