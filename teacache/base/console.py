@@ -48,11 +48,14 @@ class Console:
         print_now(str(video) if self.quiet else summary)
 
     @contextlib.contextmanager
-    def bar(self, steps: int, counts: Callable[[], dict[str, int]]) -> Iterator[Callable[[], None]]:
+    def bar(
+        self, steps: int, counts: Callable[[], dict[str, int]] = dict, what: str = "denoising"
+    ) -> Iterator[Callable[[], None]]:
         """A progress bar over denoising steps; nothing where standard error is no terminal.
 
         Args:
             counts: what it shows beside, after each step.
+            what: the steps are of.
 
         Yields:
             the function to call after each step.
@@ -61,7 +64,7 @@ class Console:
         from tqdm.contrib.logging import logging_redirect_tqdm
 
         with (
-            tqdm(total=steps, desc="denoising", leave=False, disable=self.quiet or None) as bar,
+            tqdm(total=steps, desc=what, leave=False, disable=self.quiet or None) as bar,
             logging_redirect_tqdm([logging.getLogger("teacache")]),  # warnings above the bar
         ):
 

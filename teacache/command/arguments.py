@@ -41,19 +41,44 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.target_speedup and args.rel_l1_thresh:
         parser.error("argument --target_speedup: not allowed with argument --rel_l1_thresh")
-    for other in ("plan", "jobs", "resume", "baseline", "rel_l1_thresh", "target_speedup"):
+    alone = ("plan", "jobs", "resume", "baseline", "rel_l1_thresh", "schedule", "target_speedup")
+    for other in alone:
         if args.latents and getattr(args, other):
             parser.error(f"argument --{other}: not allowed with argument --latents")
+    _check_schedules(parser, args)
     if args.rel_l1_thresh is None:
-        args.rel_l1_thresh = list(PLANNED_THRESHOLDS) if args.plan else [DEFAULT_THRESHOLD]
+        if args.plan:
+            args.rel_l1_thresh = list(PLANNED_THRESHOLDS)
+        else:
+            args.rel_l1_thresh = [] if args.schedule else [DEFAULT_THRESHOLD]
     if not args.latents:
         args.ckpts_path = args.ckpts_path or DEFAULT_CHECKPOINT
         args.fps = args.fps or DEFAULT_FPS
-    if args.image is None:
-        args.image = "astronaut" if args.ckpts_path == "tiny" else DEFAULT_IMAGE
-    if args.prompt is None:
-        args.prompt = TINY_PROMPT if args.ckpts_path == "tiny" else DEFAULT_PROMPT
+    choose_inputs(args)
     return args
+
+
+def choose_inputs(args: argparse.Namespace) -> None:
+    """Fill in the image and the prompt that the checkpoint has for a default."""
+    tiny = args.ckpts_path == "tiny"
+    args.image = args.image or ("astronaut" if tiny else DEFAULT_IMAGE)
+    args.prompt = args.prompt or (TINY_PROMPT if tiny else DEFAULT_PROMPT)
+
+
+def _check_schedules(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit where --schedule lacks a number of computed steps, or a number has no use."""
+    counted = [kind for kind in args.schedule or () if isinstance(kind, str)]
+    if counted and not (args.computed_steps or args.target_speedup):
+        parser.error(
+            f"argument --schedule {counted[0]}: how many steps to compute is said by "
+            "--computed_steps or --target_speedup"
+        )
+    if args.computed_steps and not counted:
+        parser.error("argument --computed_steps: needs --schedule even or calibrated")
+    if args.computed_steps and args.target_speedup:
+        parser.error("argument --target_speedup: not allowed with argument --computed_steps")
+    if args.calibration and "calibrated" not in counted:
+        parser.error("argument --calibration: needs --schedule calibrated")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -72,7 +97,15 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     _add_published(parser.add_argument_group("as published"))
-    _add_video(parser.add_argument_group("the video"))
+    video = parser.add_argument_group("the video")
+    add_video(video)
+    video.add_argument(
+        "--fps",
+        type=readers.fps,
+        metavar="N",
+        help=f"frames a second (default: {DEFAULT_FPS})",
+    )
+    _add_schedules(parser.add_argument_group("which steps are computed"))
     machine = parser.add_argument_group("the machine")
     _add_machine(machine)
     _add_acceleration(machine)
@@ -81,8 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_published(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add(
+    group.add_argument(
         "--rel_l1_thresh",
         type=readers.not_negative,
         nargs="+",
@@ -90,6 +122,13 @@ def _add_published(group: argparse._ArgumentGroup) -> None:
         help="threshold on the accumulated distance; 0 is the original sampler, higher is faster; "
         f"several make a sweep (default: {DEFAULT_THRESHOLD})",
     )
+    add_inputs(group)
+    add_output_path(group, "the results, {seed}_{rel_l1_thresh}_{index:04d}.mp4 and .json")
+
+
+def add_inputs(group: argparse._ActionsContainer) -> None:
+    """What a video is sampled from, of every command that samples one."""
+    add = group.add_argument
     add(
         "--ckpts_path",
         type=readers.name,
@@ -127,10 +166,10 @@ def _add_published(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="denoising steps (default: %(default)s)",
     )
-    add_output_path(group, "the results, {seed}_{rel_l1_thresh}_{index:04d}.mp4 and .json")
 
 
-def _add_video(group: argparse._ArgumentGroup) -> None:
+def add_video(group: argparse._ActionsContainer) -> None:
+    """The form of a video's latents, of every command that samples one."""
     add = group.add_argument
     add(
         "--negative_prompt",
@@ -158,12 +197,6 @@ def _add_video(group: argparse._ArgumentGroup) -> None:
             metavar="N",
             help=f"{what} (default: what the checkpoint was trained at)",
         )
-    add(
-        "--fps",
-        type=readers.fps,
-        metavar="N",
-        help=f"frames a second (default: {DEFAULT_FPS})",
-    )
 
 
 def add_device(group: argparse._ActionsContainer) -> None:
@@ -202,27 +235,12 @@ def add_output_path(group: argparse._ActionsContainer, what: str) -> None:
 def _add_machine(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add_device(group)
-    add(
-        "--offload",
-        choices=("none", "model", "sequential"),
-        default="none",
-        help="keep weights in host memory and bring them to the GPU model by model, or layer by "
-        "layer: less GPU memory, more time (default: %(default)s)",
-    )
+    add_offload(group)
     add(
         "--vae_tiling",
         action="store_true",
         help="run the VAE in tiles: less memory, not bit for bit",
     )
-    add(
-        "--coefficients",
-        type=readers.coefficients,
-        default=COGVIDEOX_5B,
-        metavar="FILE",
-        help="JSON with other coefficients of the rescaling polynomial: values, highest power "
-        f"first, and fitted_range (default: {COGVIDEOX_5B.source})",
-    )
-    _add_limits(group)
     add(
         "--quiet",
         action="store_true",
@@ -230,13 +248,79 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_limits(group: argparse._ArgumentGroup) -> None:
+def add_offload(group: argparse._ActionsContainer) -> None:
+    """`--offload`."""
+    group.add_argument(
+        "--offload",
+        choices=("none", "model", "sequential"),
+        default="none",
+        help="keep weights in host memory and bring them to the GPU model by model, or layer by "
+        "layer: less GPU memory, more time (default: %(default)s)",
+    )
+
+
+def add_attention(group: argparse._ActionsContainer) -> None:
+    """`--attention`."""
+    group.add_argument(
+        "--attention",
+        default="auto",
+        metavar="BACKEND",
+        help="attention of diffusers' dispatcher: native, cudnn, flash, flash3, sage (not exact) "
+        "and others; auto, the default, is cudnn on GPUs from Hopper on, else native",
+    )
+
+
+def add_jobs(group: argparse._ActionsContainer) -> None:
+    """`--jobs`."""
+    group.add_argument(
+        "--jobs",
+        type=readers.path,
+        metavar="FILE",
+        help="a video for each line of a CSV file or of JSON lines, with any of image, prompt, "
+        "negative_prompt, seed, rel_l1_thresh, num_infer_steps; the rest as on the command line",
+    )
+
+
+def _add_schedules(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--schedule",
+        type=readers.schedule,
+        nargs="+",
+        metavar="KIND",
+        help="instead of a threshold, or beside some: even (spread evenly, and the last three), "
+        "calibrated (the best by a calibration, see python3 -m teacache.calibrate), or a JSON file "
+        "that lists steps; several make a sweep",
+    )
+    add(
+        "--computed_steps",
+        type=readers.positive,
+        nargs="+",
+        metavar="N",
+        help="how many steps --schedule even and calibrated compute; several make a sweep",
+    )
+    add(
+        "--calibration",
+        type=readers.file,
+        metavar="FILE",
+        help="for --schedule calibrated (default: the one in the checkpoint folder, or in the "
+        "cache folder)",
+    )
+    add(
+        "--coefficients",
+        type=readers.coefficients,
+        default=COGVIDEOX_5B,
+        metavar="FILE",
+        help="JSON with other coefficients of the rescaling polynomial: values, highest power "
+        "first, and fitted_range; or a calibration or record that has them "
+        f"(default: {COGVIDEOX_5B.source})",
+    )
     for name, default, what in (
         ("--retain_first", 1, "compute the first N steps, whatever the threshold"),
         ("--retain_last", 1, "compute the last N steps, whose errors no later step corrects"),
         ("--max_reuse", None, "reuse no more than N steps in a row"),
     ):
-        group.add_argument(
+        add(
             name,
             type=readers.positive,
             default=default,
@@ -246,14 +330,8 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_acceleration(group: argparse._ArgumentGroup) -> None:
+    add_attention(group)
     add = group.add_argument
-    add(
-        "--attention",
-        default="auto",
-        metavar="BACKEND",
-        help="attention of diffusers' dispatcher: native, cudnn, flash, flash3, sage (not exact) "
-        "and others; auto, the default, is cudnn on GPUs from Hopper on, else native",
-    )
     add(
         "--compile",
         action="store_true",
@@ -274,14 +352,8 @@ def _add_acceleration(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_sweep(group: argparse._ArgumentGroup) -> None:
+    add_jobs(group)
     add = group.add_argument
-    add(
-        "--jobs",
-        type=readers.path,
-        metavar="FILE",
-        help="a video for each line of a CSV file or of JSON lines, with any of image, prompt, "
-        "negative_prompt, seed, rel_l1_thresh, num_infer_steps; the rest as on the command line",
-    )
     add(
         "--resume",
         action="store_true",
@@ -310,6 +382,6 @@ def _add_sweep(group: argparse._ArgumentGroup) -> None:
         "--target_speedup",
         type=readers.speedup,
         metavar="X",
-        help="instead of --rel_l1_thresh: the smallest threshold at which the denoising loop is "
-        "planned to be X times as fast",
+        help="instead of --rel_l1_thresh or --computed_steps: the smallest threshold, or the most "
+        "steps, with which the denoising loop is planned to be X times as fast",
     )

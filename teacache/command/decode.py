@@ -19,7 +19,6 @@ def decode_latents(
 ) -> None:
     """Decode them, and write video and record as the run would have."""
     settings, sampling_seconds = ready.record.settings, ready.record.seconds
-    prefix = f"{settings.seed}_{settings.rel_l1_thresh}"
     with explained_out_of_memory(order.machine, console):
         with stages.stage("loading"):
             pipe = load_pipeline(
@@ -32,7 +31,7 @@ def decode_latents(
             )
         with stages.stage("decoding"):
             frames = sampler.decode(pipe, ready.latents.to(ready.device))
-        with claimed_slot(order.output_path, prefix, f"{order.latents} stays") as slot:
+        with claimed_slot(order.output_path, settings.prefix, f"{order.latents} stays") as slot:
             with stages.stage("writing"):
                 slot.write(frames, settings.fps)
             own = stages.with_total()

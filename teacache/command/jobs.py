@@ -16,8 +16,28 @@ from teacache.command import readers
 
 
 @dataclass(frozen=True)
+class Selection:
+    """Steps to compute that no threshold has chosen.
+
+    Attributes:
+        kind: even, calibrated or listed.
+        computed: how many; None until a plan for `--target_speedup` has found it.
+        listed: the steps themselves, where they are listed.
+        calibration: the file that they are calibrated by; None until a plan has found it.
+    """
+
+    kind: str
+    computed: int | None = None
+    listed: tuple[int, ...] = ()
+    calibration: Path | None = None
+
+
+@dataclass(frozen=True)
 class Job:
-    """One video. `rel_l1_thresh` is None until a plan for `--target_speedup` has found it."""
+    """One video.
+
+    It follows a threshold, None until a plan for `--target_speedup` has found it, or a selection.
+    """
 
     image: str
     prompt: str
@@ -25,11 +45,12 @@ class Job:
     seed: int
     num_infer_steps: int
     rel_l1_thresh: float | None
+    selection: Selection | None = None
 
     @property
-    def prefix(self) -> str:
-        """Of the names of its files: `{seed}_{rel_l1_thresh}`."""
-        return f"{self.seed}_{self.rel_l1_thresh}"
+    def schedule(self) -> str | None:
+        """Which schedule it follows, where that is not a threshold's: `even 22`."""
+        return f"{self.selection.kind} {self.selection.computed}" if self.selection else None
 
 
 MOST_CHARACTERS = 10**7  # of a file, which may be a pipe

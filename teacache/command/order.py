@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from teacache.command.jobs import FIELDS, Job, read_jobs
+from teacache.command.jobs import FIELDS, Job, Selection, read_jobs
 from teacache.core.rule import Coefficients, Limits
 
 
@@ -45,6 +45,7 @@ class Order:
     machine: Machine
     coefficients: Coefficients
     limits: Limits
+    calibration: Path | None
     target_speedup: float | None
     ckpts_path: str
     output_path: Path
@@ -65,6 +66,7 @@ class Order:
             machine=Machine(**_named(Machine, args)),
             coefficients=args.coefficients,
             limits=Limits(**_named(Limits, args)),
+            calibration=args.calibration,
             target_speedup=args.target_speedup,
             ckpts_path=args.ckpts_path,
             output_path=args.output_path,
@@ -121,17 +123,36 @@ def _named(kind: type, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _jobs_of(args: argparse.Namespace) -> tuple[Job, ...]:
-    """Every video asked for: each line of --jobs, each seed, each threshold.
+    """Every video asked for: each line of --jobs, each seed, each threshold, each selection.
 
-    What a line leaves out comes from the command line, where seeds and thresholds may be several.
+    What a line leaves out comes from the command line, where seeds, thresholds and selections may
+    be several. A line with a threshold of its own takes no other and no selection.
     """
     lines = read_jobs(args.jobs) if args.jobs else [{}]
-    thresholds = [None] if args.target_speedup else args.rel_l1_thresh
+    thresholds: list[float | None] = list(args.rel_l1_thresh)
+    if args.target_speedup and not args.schedule:
+        thresholds = [None]
+    every: list[tuple[float | None, Selection | None]] = [
+        *((threshold, None) for threshold in thresholds),
+        *((None, selection) for selection in _selections_of(args)),
+    ]
     jobs = []
     for line in lines:
         seeds = [line["seed"]] if "seed" in line else args.seed
-        each = [line["rel_l1_thresh"]] if "rel_l1_thresh" in line else thresholds
-        for seed, threshold in itertools.product(seeds, each):
-            values = {name: line.get(name, getattr(args, name)) for name in FIELDS}
-            jobs.append(Job(**{**values, "seed": seed, "rel_l1_thresh": threshold}))
+        each = [(line["rel_l1_thresh"], None)] if "rel_l1_thresh" in line else every
+        values = {name: line.get(name, getattr(args, name)) for name in FIELDS}
+        for seed, (threshold, selection) in itertools.product(seeds, each):
+            chosen = {"seed": seed, "rel_l1_thresh": threshold, "selection": selection}
+            jobs.append(Job(**{**values, **chosen}))
     return tuple(dict.fromkeys(jobs))
+
+
+def _selections_of(args: argparse.Namespace) -> list[Selection]:
+    """What --schedule and --computed_steps ask for together."""
+    found = []
+    for schedule in args.schedule or ():
+        if isinstance(schedule, str):
+            found += [Selection(schedule, computed) for computed in args.computed_steps or [None]]
+        else:
+            found.append(Selection("listed", listed=schedule))
+    return found

@@ -33,23 +33,29 @@ def show(order: Order) -> None:
     form = order.format
     video_size(checkpoint, form.width, form.height, form.num_frames)  # refuses what cannot be
     planned = plan_jobs(order, checkpoint, device, dtype)
-    print_now(describe(list(dict.fromkeys(planned.values()))))
+    rows = [(job.schedule or f"{job.rel_l1_thresh:g}", plan) for job, plan in planned.items()]
+    print_now(describe(list(dict.fromkeys(rows))))
 
 
-def describe(schedules: list[Schedule]) -> str:
-    """The planned schedules as a table: a line for each, its cells filled where it computes."""
-    lines = [["rel_l1_thresh", "computed", "speed-up", "schedule"]]
-    for schedule in schedules:
+def describe(schedules: list[tuple[str, Schedule]]) -> str:
+    """The planned schedules as a table: a line for each, its cells filled where it computes.
+
+    Args:
+        schedules: each with its threshold or its name.
+    """
+    only_thresholds = all(schedule.rel_l1_thresh is not None for _, schedule in schedules)
+    lines = [["rel_l1_thresh" if only_thresholds else "", "computed", "speed-up", "schedule"]]
+    for name, schedule in schedules:
         computed, steps = set(schedule.computed_steps), schedule.num_steps
         lines.append(
             [
-                f"{schedule.rel_l1_thresh:g}",
+                name if only_thresholds or schedule.rel_l1_thresh is None else f"threshold {name}",
                 f"{len(computed)} of {steps}",
                 f"{schedule.speedup:.2f}x",
                 "".join("■" if step in computed else "□" for step in range(steps)),
             ]
         )
     remarks = ["speed-up: of the denoising loop over threshold 0, a reused step taken as free"]
-    if any(schedule.extrapolated_steps for schedule in schedules):
+    if any(schedule.extrapolated_steps and schedule.rel_l1_thresh for _, schedule in schedules):
         remarks.append("some distances lie outside what the coefficients cover: computed")
     return "\n".join([aligned(lines), "", *remarks])

@@ -20,9 +20,9 @@ from teacache.checkpoint.configuration import read_json, whole_number
 from teacache.checkpoint.download import download_checkpoint
 from teacache.checkpoint.folder import check_checkpoint, is_full_size, local_checkpoint
 from teacache.checkpoint.size import VideoSize, check_memory, video_size
-from teacache.command.jobs import Job
+from teacache.command.jobs import Job, Selection
 from teacache.command.order import LatentsOrder, Order
-from teacache.core.rule import Schedule, schedule, smallest_threshold
+from teacache.core.rule import Schedule, listed_schedule, schedule, smallest_threshold
 from teacache.inputs.photograph import load_image, pixels_sha256
 from teacache.results.output_folder import check_space, prepare_folder
 from teacache.results.video import check_encoder
@@ -170,10 +170,13 @@ def find_checkpoint(name: str) -> Path | None:
 def plan_jobs(
     order: Order, checkpoint: Path, device: torch.device, dtype: torch.dtype
 ) -> dict[Job, Schedule]:
-    """The schedule of each job; one without a threshold gets the smallest that is fast enough.
+    """The schedule of each job, in which then nothing is open any more.
+
+    For `--target_speedup` that is the smallest threshold that is fast enough, or the most steps.
 
     Raises:
-        ArgumentError: where the scheduler has not so many steps, or no threshold is fast enough.
+        ArgumentError: where the scheduler has not so many steps, nothing is fast enough, or a
+            calibration is missing or of something else.
     """
     from teacache.checkpoint.distances import distances_of
 
@@ -181,6 +184,14 @@ def plan_jobs(
     planned = {}
     for job in order.jobs:
         known, threshold = distances(job.num_infer_steps), job.rel_l1_thresh
+        if job.selection is not None:
+            steps, calibration = _selected(job.selection, job.num_infer_steps, order, checkpoint)
+            plan = listed_schedule(steps, known, order.coefficients)
+            selection = dataclasses.replace(
+                job.selection, computed=len(plan.computed_steps), calibration=calibration
+            )
+            planned[dataclasses.replace(job, selection=selection)] = plan
+            continue
         if threshold is None:
             assert order.target_speedup is not None
             threshold = smallest_threshold(
@@ -189,3 +200,29 @@ def plan_jobs(
         job = dataclasses.replace(job, rel_l1_thresh=threshold)
         planned[job] = schedule(known, threshold, order.coefficients, order.limits)
     return planned
+
+
+def _selected(
+    selection: Selection, num_steps: int, order: Order, checkpoint: Path
+) -> tuple[tuple[int, ...], Path | None]:
+    """The steps of a selection, and the calibration that they were chosen by."""
+    from teacache.checkpoint.calibration import check_fits, find_calibration, read_calibration
+    from teacache.core.calibrated import RETAINED, best_steps, even_steps
+
+    if selection.listed:
+        return selection.listed, None
+    computed = selection.computed
+    if computed is None:
+        assert order.target_speedup is not None
+        computed = int(num_steps / order.target_speedup)
+        if computed < 2 <= num_steps:
+            raise ArgumentError(
+                f"--target_speedup {order.target_speedup:g} cannot be reached: the first and the "
+                f"last of {num_steps} steps are always computed"
+            )
+    if selection.kind == "even":
+        return even_steps(num_steps, computed, max(RETAINED, order.limits.retain_last)), None
+    path = order.calibration or find_calibration(checkpoint, num_steps)
+    calibration = read_calibration(path)
+    check_fits(calibration, path, checkpoint, num_steps)
+    return best_steps(calibration.costs, computed), path

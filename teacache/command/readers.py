@@ -158,8 +158,38 @@ def device(text: str) -> str:
     return text
 
 
+def schedule(value: str) -> str | tuple[int, ...]:
+    """`even`, `calibrated`, or the steps that a file lists."""
+    if value in ("even", "calibrated"):
+        return value
+    try:
+        data = _json_file(value)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"neither even nor calibrated, and {error}") from error
+    steps = data.get("computed_steps") if isinstance(data, dict) else data
+    if (
+        not isinstance(steps, list)
+        or not steps
+        or any(isinstance(step, bool) or not isinstance(step, int) for step in steps)
+    ):
+        raise argparse.ArgumentTypeError(
+            f"{value} lists no steps, such as [0, 4, 8, 9], and is no record of a video"
+        )
+    return tuple(sorted(set(steps)))
+
+
 def coefficients(value: str) -> Coefficients:
-    """What a coefficients file holds."""
+    """What a coefficients file holds, or the `coefficients` of a calibration or a record."""
+    data = _json_file(value)
+    try:
+        found = coefficients_of(data.get("coefficients", data) if isinstance(data, dict) else data)
+        text(found.source)
+    except (ArgumentError, argparse.ArgumentTypeError) as error:
+        raise argparse.ArgumentTypeError(f"{value}: {error}") from error
+    return found
+
+
+def _json_file(value: str) -> object:
     try:
         content = Path(_at_home(_not_empty(value))).read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -167,15 +197,9 @@ def coefficients(value: str) -> Coefficients:
     except ValueError as error:  # not UTF-8, or a path that no file can have
         raise argparse.ArgumentTypeError(f"{value}: {error}") from error
     try:
-        data = json.loads(content)
+        return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"{value} is no JSON: {error}") from error
-    try:
-        found = coefficients_of(data)
-        text(found.source)
-    except (ArgumentError, argparse.ArgumentTypeError) as error:
-        raise argparse.ArgumentTypeError(f"{value}: {error}") from error
-    return found
 
 
 def coefficients_of(data: object) -> Coefficients:

@@ -20,7 +20,7 @@ def settings_of(job: Job, order: Order, ready: Ready) -> Settings:
         approximations.append(f"attention {attention.short_name(ready.backend)}")
     if machine.quantize:
         approximations.append(f"quantize {machine.quantize}")
-    assert job.rel_l1_thresh is not None
+    selection = job.selection
     return Settings(
         image=without_credentials(job.image),
         prompt=job.prompt,
@@ -49,6 +49,9 @@ def settings_of(job: Job, order: Order, ready: Ready) -> Settings:
         retain_first=order.limits.retain_first,
         retain_last=order.limits.retain_last,
         max_reuse=order.limits.max_reuse,
+        schedule=job.schedule,
+        selected_steps=list(ready.schedules[job].computed_steps) if selection else None,
+        calibration=str(selection.calibration) if selection and selection.calibration else None,
     )
 
 

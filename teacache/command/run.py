@@ -94,7 +94,8 @@ def sampled(
         for job in jobs:
             own, identity = Stages(console, shared=stages), identities[job.image]
             if len(ready.jobs) > 1:
-                console.say(f"seed {job.seed}, rel_l1_thresh {job.rel_l1_thresh}")
+                which = job.schedule or f"rel_l1_thresh {job.rel_l1_thresh}"
+                console.say(f"seed {job.seed}, {which}")
             with own.stage("encoding"):
                 if start is None or drawn_for != (job.image, job.seed):
                     start, drawn_for = None, (job.image, job.seed)
@@ -110,8 +111,9 @@ def sampled(
                     guidance_scale=guidance_scale,
                     on_step=on_step,
                 )
-            with claimed_slot(order.output_path, job.prefix) as slot:
-                slot.keep(latents, record_of(job, order, ready, step_seconds, own))
+            record = record_of(job, order, ready, step_seconds, own)
+            with claimed_slot(order.output_path, record.settings.prefix) as slot:
+                slot.keep(latents, record)
                 room = sampler.room_to_decode(
                     pipe, ready.size, machine.offload, last=job is jobs[-1]
                 )
@@ -236,7 +238,7 @@ def _without_finished(
 
 def _find_finished(job: Job, order: Order, ready: Ready) -> tuple[Path, Record] | None:
     settings = settings_of(job, order, ready)
-    for path in sorted(order.output_path.glob(f"{job.prefix}_*.json")):
+    for path in sorted(order.output_path.glob(f"{settings.prefix}_*.json")):
         video, record = path.with_suffix(".mp4"), read_record(path)
         if record and record.settings == settings and count_frames(video) == settings.num_frames:
             return video, record

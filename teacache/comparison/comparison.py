@@ -48,11 +48,6 @@ class Finished:
     record: Record
     frames: np.ndarray | None
 
-    @property
-    def threshold(self) -> float:
-        """Its rel_l1_thresh."""
-        return self.record.settings.rel_l1_thresh
-
     def frames_or_decoded(self) -> np.ndarray:
         """Its frames; where they are not at hand, those that its mp4 decodes to."""
         return video.read_video(self.path).frames if self.frames is None else self.frames
@@ -163,7 +158,8 @@ class Comparison:
         if record.settings.rel_l1_thresh == 0:
             return None, False
         for other in self.videos:
-            if other.threshold == 0 and other.record.settings.group == record.settings.group:
+            own = other.record.settings
+            if own.rel_l1_thresh == 0 and own.group == record.settings.group:
                 if other.frames is not None:
                     return other.frames, False
                 if self._decoded is None or self._decoded[0] != other.path:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from teacache.comparison.tables import Row
+from teacache.comparison.tables import Row, name
 from teacache.results.record import Record
 
 if TYPE_CHECKING:
@@ -31,9 +32,14 @@ def draw_sweep(rows: list[Row], records: list[Record], path: Path) -> None:
     FigureCanvasAgg(figure)
     cells, latency, psnr = figure.subplots(1, 3, width_ratios=[5, 2, 2])
     _draw_schedules(cells, rows, records)
-    _draw_curve(latency, rows, "latency", [row["latency"] for row in rows], "seconds a video")
+    seconds = [row["latency"] for row in rows]
+    _draw_curve(latency, rows, [row["computed"] for row in rows], seconds)
+    latency.set(xlabel="computed steps", ylabel="seconds a video")
+    latency.set_title("latency", loc="left", fontsize=10)
     latency.set_ylim(bottom=0)
-    _draw_curve(psnr, rows, "likeness to the baseline", list(map(_psnr, rows)), "PSNR, dB")
+    _draw_curve(psnr, rows, seconds, list(map(_psnr, rows)))
+    psnr.set(xlabel="seconds a video", ylabel="PSNR, dB")
+    psnr.set_title("likeness to the baseline", loc="left", fontsize=10)
     figure.savefig(path)
 
 
@@ -51,14 +57,14 @@ def _draw_schedules(axes: Axes, rows: list[Row], records: list[Record]) -> None:
                 )
             )
         which = f", {row['differs_in']}" if row["differs_in"] else ""
-        names.append(f"{row['rel_l1_thresh']:g}{which}: {row['computed']}")
+        names.append(f"{name(row)}{which}: {row['computed']}")
     steps = max(row["steps"] for row in rows)
     axes.set_xlim(0, steps)
     axes.set_ylim(len(rows), 0)
     axes.set_yticks([y + 0.5 for y in range(len(rows))], names)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("denoising step")
-    axes.set_title("threshold: computed steps", loc="left", fontsize=10)
+    axes.set_title("schedule: computed steps", loc="left", fontsize=10)
     axes.spines[:].set_visible(False)
     axes.legend(
         handles=[
@@ -73,22 +79,19 @@ def _draw_schedules(axes: Axes, rows: list[Row], records: list[Record]) -> None:
     )
 
 
-def _draw_curve(
-    axes: Axes, rows: list[Row], title: str, values: list[float | None], unit: str
-) -> None:
-    """One value for each threshold; the videos that share all else are joined."""
-    for group in dict.fromkeys(row["group"] for row in rows):
-        name = next(row["differs_in"] for row in rows if row["group"] == group)
-        points = sorted(
-            (row["rel_l1_thresh"], value)
-            for row, value in zip(rows, values, strict=True)
-            if row["group"] == group and value is not None
-        )
-        if points:
-            axes.plot(*zip(*points, strict=True), "o-", label=name, markersize=4)
-    axes.set_title(title, loc="left", fontsize=10)
-    axes.set_xlabel("rel_l1_thresh")
-    axes.set_ylabel(unit)
+def _draw_curve(axes: Axes, rows: list[Row], x: Sequence[float], y: Sequence[float | None]) -> None:
+    """One point for each video; those that differ in their number of computed steps are joined."""
+    lines: dict[tuple[int, str], list[tuple[float, float]]] = {}
+    for row, across, up in zip(rows, x, y, strict=True):
+        kind = name(row).split()[0]
+        if up is not None:
+            lines.setdefault((row["group"], kind), []).append((across, up))
+    kinds = {kind for _, kind in lines}
+    differences = {row["group"]: row["differs_in"] for row in rows}
+    for (group, kind), points in lines.items():
+        parts = [kind] if len(kinds) > 1 else []
+        label = ", ".join(filter(None, [*parts, differences[group]]))
+        axes.plot(*zip(*sorted(points), strict=True), "o-", label=label, markersize=4)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.locator_params(axis="x", nbins=5)

@@ -14,15 +14,17 @@ PUBLISHED_SECONDS = {0.0: 110, 0.1: 70, 0.15: 53, 0.2: 41}
 class Row(TypedDict):
     """One video of a sweep, as the tables and the figure show it.
 
-    group: a number that the videos share that differ in their threshold alone; differs_in: in a few
-    words, what tells that group from the others. latency: seconds of denoising and decoding;
+    rel_l1_thresh: None where no threshold has chosen the steps; schedule: what has, `even 22`, else
+    None. group: a number that the videos share that differ in their schedule alone; differs_in: in
+    a few words, what tells that group from the others. latency: seconds of denoising and decoding;
     speedup: that of the video without reuse over its own, None where its group has none.
     """
 
     video: str
     group: int
     differs_in: str
-    rel_l1_thresh: float
+    rel_l1_thresh: float | None
+    schedule: str | None
     computed: int
     steps: int
     latency: float
@@ -54,6 +56,7 @@ def sweep_rows(videos: list[tuple[str, Record]]) -> list[Row]:
                 "group": groups.index(record.settings.group),
                 "differs_in": _differences(record.settings, several, alike),
                 "rel_l1_thresh": record.settings.rel_l1_thresh,
+                "schedule": record.settings.schedule,
                 "computed": len(record.computed_steps),
                 "steps": record.settings.num_infer_steps,
                 "latency": round(record.latency, 3),
@@ -85,12 +88,17 @@ def _differences(settings: Settings, several: list[bool], alike: bool) -> str:
     return ", ".join(part for part, differs in zip(parts, several, strict=True) if differs)
 
 
+def name(row: Row) -> str:
+    """Which schedule a video follows: `threshold 0.15`, `even 22`."""
+    return row["schedule"] or f"threshold {row['rel_l1_thresh']:g}"
+
+
 def label(row: Row) -> str:
     """What a video is labelled with, side by side with the others."""
     faster = f", {row['speedup']:.2f}x" if row["speedup"] else ""
     which = f", {row['differs_in']}" if row["differs_in"] else ""
     return (
-        f"threshold {row['rel_l1_thresh']:g}{which}\n"
+        f"{name(row)}{which}\n"
         f"{row['computed']} of {row['steps']} steps, {row['latency']:.1f} s{faster}"
     )
 
@@ -115,7 +123,8 @@ def sweep_markdown(rows: list[Row], record: Record) -> str:
     Args:
         record: of any video of the sweep, for what they share.
     """
-    thresholds = sorted({*PUBLISHED_SECONDS, *(row["rel_l1_thresh"] for row in rows)})
+    own = {row["rel_l1_thresh"] for row in rows if row["rel_l1_thresh"] is not None}
+    thresholds = sorted({*PUBLISHED_SECONDS, *own})
     heads = ["ConsisID" if x == 0 else f"TeaCache ({x:g})" for x in thresholds]
     settings = record.settings
     where = f"{record.device_name}, {settings.width}x{settings.height}"
@@ -177,7 +186,7 @@ def _absences(rows: list[Row]) -> list[str]:
 def _cells(rows: list[Row]) -> list[list[str]]:
     """Headings, then a line for each row, without the columns that have nothing but dashes."""
     columns = {
-        "rel_l1_thresh": [f"{row['rel_l1_thresh']:g}" for row in rows],
+        **_which(rows),
         "computed": [f"{row['computed']} of {row['steps']}" for row in rows],
         "seconds": [f"{row['latency']:.1f}" for row in rows],
         "speed-up": [f"{row['speedup']:.2f}x" if row["speedup"] else "-" for row in rows],
@@ -191,6 +200,13 @@ def _cells(rows: list[Row]) -> list[list[str]]:
     }
     shown = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
     return [list(shown), *map(list, zip(*shown.values(), strict=True))]
+
+
+def _which(rows: list[Row]) -> dict[str, list[str]]:
+    """The first column: thresholds alone, or names where there are other schedules too."""
+    if any(row["schedule"] for row in rows):
+        return {"schedule": [name(row) for row in rows]}
+    return {"rel_l1_thresh": [f"{row['rel_l1_thresh']:g}" for row in rows]}
 
 
 def _figure(row: Row, name: Literal["psnr", "ssim", "lpips", "identity"], form: str) -> str:

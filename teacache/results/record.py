@@ -55,7 +55,7 @@ class Settings:
     negative_prompt: str
     seed: int
     num_infer_steps: int
-    rel_l1_thresh: float
+    rel_l1_thresh: float | None
     image_sha256: str
     ckpts_path: str
     output_path: str = field(compare=False)
@@ -78,10 +78,20 @@ class Settings:
     retain_first: int = 1
     retain_last: int = 1
     max_reuse: int | None = None
+    # Where no threshold has chosen the steps: which schedule, its steps, what it was calibrated by.
+    schedule: str | None = None
+    selected_steps: list[int] | None = None
+    calibration: str | None = field(default=None, compare=False)
+
+    @property
+    def prefix(self) -> str:
+        """Of the names of the video's files: `{seed}_{rel_l1_thresh}`, or `{seed}_even22`."""
+        which = self.schedule.replace(" ", "") if self.schedule else self.rel_l1_thresh
+        return f"{self.seed}_{which}"
 
     @property
     def group(self) -> tuple[str, str, str, int, int]:
-        """What the videos share that are compared with each other: all but the threshold."""
+        """What the videos share that are compared with each other: all but the schedule."""
         return (
             self.image_sha256,
             self.prompt,
