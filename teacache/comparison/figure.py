@@ -57,14 +57,15 @@ def _draw_schedules(axes: Axes, rows: list[Row], records: list[Record]) -> None:
                 )
             )
         which = f", {row['differs_in']}" if row["differs_in"] else ""
-        names.append(f"{name(row)}{which}: {row['computed']}")
+        number = "" if row["schedule"] else f": {row['computed']}"  # whose name has it
+        names.append(f"{name(row)}{which}{number}")
     steps = max(row["steps"] for row in rows)
     axes.set_xlim(0, steps)
     axes.set_ylim(len(rows), 0)
     axes.set_yticks([y + 0.5 for y in range(len(rows))], names)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("denoising step")
-    axes.set_title("schedule: computed steps", loc="left", fontsize=10)
+    axes.set_title("computed steps", loc="left", fontsize=10)
     axes.spines[:].set_visible(False)
     axes.legend(
         handles=[
@@ -95,7 +96,6 @@ def _draw_curve(axes: Axes, rows: list[Row], x: Sequence[float], y: Sequence[flo
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.locator_params(axis="x", nbins=5)
-    axes.set_xlim(left=0 if len(rows) > 1 else None)
     if not axes.lines:
         axes.text(0.5, 0.5, "no differences to show", ha="center", transform=axes.transAxes)
         axes.set_xticks([])
