@@ -9,6 +9,7 @@ known from the checkpoint alone; timesteps, schedules and attention need parts o
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -181,11 +182,13 @@ def plan_jobs(
     from teacache.checkpoint.distances import distances_of
 
     distances = distances_of(checkpoint, order.format.guidance_scale, device, dtype)
+    # Read and searched once, however many videos follow it.
+    selected = functools.cache(functools.partial(_selected, order, checkpoint))
     planned = {}
     for job in order.jobs:
         known, threshold = distances(job.num_infer_steps), job.rel_l1_thresh
         if job.selection is not None:
-            steps, calibration = _selected(job.selection, job.num_infer_steps, order, checkpoint)
+            steps, calibration = selected(job.selection, job.num_infer_steps)
             plan = listed_schedule(steps, known, order.coefficients)
             selection = dataclasses.replace(
                 job.selection, computed=len(plan.computed_steps), calibration=calibration
@@ -203,7 +206,7 @@ def plan_jobs(
 
 
 def _selected(
-    selection: Selection, num_steps: int, order: Order, checkpoint: Path
+    order: Order, checkpoint: Path, selection: Selection, num_steps: int
 ) -> tuple[tuple[int, ...], Path | None]:
     """The steps of a selection, and the calibration that they were chosen by."""
     from teacache.checkpoint.calibration import check_fits, find_calibration, read_calibration
