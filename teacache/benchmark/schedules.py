@@ -162,9 +162,9 @@ def _rules(distances: Distances, runs: list[tuple[Run, torch.Tensor]]) -> dict[s
 def _at_threshold(distances: Distances, last: int, computed: int) -> tuple[int, ...] | None:
     """The published rule's schedule of so many steps, where a threshold has one."""
     for threshold in np.arange(0, 3, 0.001):
-        steps = schedule(distances, float(threshold), limits=Limits(retain_last=last))
-        if len(steps.computed_steps) <= computed:
-            found = steps.computed_steps
+        limits = Limits(retain_last=last)
+        found = schedule(distances, float(threshold), limits=limits).computed_steps
+        if len(found) <= computed:
             return found if len(found) == computed else None
     return None
 
@@ -196,8 +196,9 @@ def _mag_cache(
         return tuple(steps)
 
     for threshold in np.geomspace(1e-4, 10, 2000):
-        if len(at(threshold)) <= computed:
-            return at(threshold) if len(at(threshold)) == computed else None
+        found = at(threshold)
+        if len(found) <= computed:
+            return found if len(found) == computed else None
     return None
 
 

@@ -21,7 +21,7 @@ from diffusers.models.autoencoders import autoencoder_kl_cogvideox as upstream
 from torch import Tensor
 
 from teacache.embedded import clips
-from teacache.embedded.build import VAE
+from teacache.embedded.build import untrained_vae
 from teacache.embedded.descent import Descent, mean_gradients
 
 SEED = 1
@@ -34,7 +34,7 @@ POOL = 48  # clips at hand, a new one at each step
 def untrained() -> AutoencoderKLCogVideoX:
     """The real class at small widths, so that a residual block passes on its input at first."""
     torch.manual_seed(SEED)
-    vae = AutoencoderKLCogVideoX(**VAE)
+    vae = untrained_vae()
     with torch.no_grad():
         for module in vae.modules():
             if isinstance(module, upstream.CogVideoXResnetBlock3D):
