@@ -14,8 +14,8 @@ from teacache.base.environment import check_environment
 from teacache.base.files import written_whole
 from teacache.base.interruption import run_command
 from teacache.base.quiet import silence_libraries
-from teacache.command import readers
-from teacache.command.arguments import OneLineParser, add_device, add_output_path
+from teacache.command import flags, readers
+from teacache.command.arguments import OneLineParser
 from teacache.comparison.tables import markdown_table
 from teacache.results.output_folder import claimed_stem, prepare_folder
 from teacache.results.record import versions, write_json
@@ -87,8 +87,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--compile", action="store_true", help="measure compiled layers too")
     add("--quantize", choices=("fp8",), help="measure float8 layers too")
     add("--rounds", type=readers.positive, default=3, metavar="N", help="(default: %(default)s)")
-    add_device(parser)
-    add_output_path(parser, "benchmark_{index:04d}.md and .json")
+    flags.add_device(parser)
+    flags.add_output_path(parser, "benchmark_{index:04d}.md and .json")
     args = parser.parse_args(argv)
     if not args.ckpts_path and not args.random_weights:
         args.random_weights = "small"

@@ -19,20 +19,8 @@ from teacache.base.errors import ArgumentError, without_credentials
 from teacache.base.files import cache_folder, with_ending, written_whole
 from teacache.base.interruption import run_command
 from teacache.base.quiet import silence_libraries
-from teacache.command import readers
-from teacache.command.arguments import (
-    DEFAULT_CHECKPOINT,
-    DEFAULT_FPS,
-    OneLineParser,
-    add_attention,
-    add_device,
-    add_inputs,
-    add_jobs,
-    add_offload,
-    add_video,
-    build_parser,
-    choose_inputs,
-)
+from teacache.command import flags, readers
+from teacache.command.arguments import OneLineParser, build_parser, choose_inputs
 from teacache.command.order import Order
 from teacache.command.preflight import Ready, preflight
 from teacache.results.output_folder import prepare_folder
@@ -62,12 +50,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "the same command goes on with it.",
         allow_abbrev=False,
     )
-    add_inputs(parser)
-    add_jobs(parser)
-    add_video(parser)
-    add_device(parser)
-    add_offload(parser)
-    add_attention(parser)
+    flags.add_inputs(parser)
+    flags.add_jobs(parser)
+    flags.add_video(parser)
+    flags.add_device(parser)
+    flags.add_offload(parser)
+    flags.add_attention(parser)
     parser.add_argument(
         "--output",
         type=readers.path,
@@ -78,8 +66,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     # What else a video is asked for with: as the sampler's command has it, every step computed.
     parser.set_defaults(**vars(build_parser().parse_args(["--rel_l1_thresh", "0"])))
     args = parser.parse_args(argv)
-    args.ckpts_path = args.ckpts_path or DEFAULT_CHECKPOINT
-    args.fps = DEFAULT_FPS
+    args.ckpts_path = args.ckpts_path or flags.DEFAULT_CHECKPOINT
+    args.fps = flags.DEFAULT_FPS
     args.output_path = args.output.parent if args.output else cache_folder()
     choose_inputs(args)
     return args
