@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -18,30 +17,26 @@ import numpy as np
 from teacache.base.environment import check_environment
 from teacache.base.interruption import run_command
 from teacache.base.quiet import silence_libraries
+from teacache.benchmark.rules import PUBLISHED, rules_by_name
 from teacache.command import readers
 from teacache.command.arguments import OneLineParser
 from teacache.comparison.tables import aligned
-from teacache.core.calibrated import best_steps, even_steps
-from teacache.core.rule import Limits, schedule
 
 if TYPE_CHECKING:
     import torch
     from diffusers import ConsisIDPipeline
 
+    from teacache.benchmark.adaptive import Sampled
     from teacache.calibrate.measure import Run
     from teacache.embedded.portraits import Picture
     from teacache.inputs.identity import FaceModels
     from teacache.inputs.text import Text
-    from teacache.sampling.sampler import Start
+    from teacache.sampling.sampler import Loop, Start
 
 STEPS, GUIDANCE_SCALE = 50, 6.0
 COMPUTED = (30, 22, 16, 12)
 CALIBRATED_SEED, HELD_OUT_SEED = 7, 100
 SCHEDULERS = ("CogVideoXDPMScheduler", "CogVideoXDDIMScheduler")
-PUBLISHED = "published rule"
-
-Distances = tuple[float | None, ...]
-Rule = Callable[[int], tuple[int, ...] | None]
 
 
 class Case(NamedTuple):
@@ -49,6 +44,17 @@ class Case(NamedTuple):
 
     start: Start
     text: Text
+
+
+class Figure(NamedTuple):
+    """What came of a video: dB to its latents with every step computed, and the steps it took."""
+
+    psnr: float
+    computed: int
+
+
+# By rule and number of computed steps, a figure for each video.
+Found = dict[tuple[str, int], list[Figure]]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,8 +101,7 @@ def compare(scheduler: str, videos: int, calibrated_on: int) -> None:
     pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
     models = load_face_models(checkpoint, device, dtype)
     distances = step_distances(checkpoint, GUIDANCE_SCALE, device, dtype, STEPS)
-    runs = list(_calibrated(pipe, models, calibrated_on))
-    rules = _rules(distances, runs)
+    rules = rules_by_name(distances, list(_calibrated(pipe, models, calibrated_on)))
     chosen = {
         (name, computed): steps
         for name, rule in rules.items()
@@ -105,17 +110,24 @@ def compare(scheduler: str, videos: int, calibrated_on: int) -> None:
     }
     for (name, computed), steps in chosen.items():
         print(f"{name}, {computed}: {' '.join(map(str, steps))}", flush=True)
-    found: dict[tuple[str, int], list[float]] = {key: [] for key in chosen}
+    found: Found = {}
     for number, case in enumerate(_held_out(pipe, models, videos)):
         full = _latents(pipe, case, tuple(range(STEPS)))
-        for key in found:
-            found[key].append(psnr(_latents(pipe, case, chosen[key]), full))
+        for key, steps in chosen.items():
+            found.setdefault(key, []).append(
+                Figure(psnr(_latents(pipe, case, steps), full), len(steps))
+            )
+        for key, sampled in _adaptive(pipe, case):
+            found.setdefault(key, []).append(
+                Figure(psnr(sampled.latents, full), len(sampled.computed_steps))
+            )
         print(f"video {number + 1} of {videos}", file=sys.stderr, flush=True)
     print(
         f"\n{scheduler}, {videos} videos; PSNR of the latents in dB: mean, worst; and against the"
     )
-    print(f"{PUBLISHED} the mean difference with its standard error\n")
-    print(table(found, list(rules)))
+    print(f"{PUBLISHED} the mean difference with its standard error; where they are others, the")
+    print("mean number of computed steps\n")
+    print(table(found))
 
 
 def psnr(latents: torch.Tensor, full: torch.Tensor) -> float:
@@ -124,82 +136,49 @@ def psnr(latents: torch.Tensor, full: torch.Tensor) -> float:
     return 20 * float(((full.max() - full.min()) / error).log10())
 
 
-def table(found: dict[tuple[str, int], list[float]], names: list[str]) -> str:
+def table(found: Found) -> str:
     """A line for each rule, a column for each number of computed steps."""
     lines = [["", *map(str, COMPUTED)]]
-    for name in names:
-        cells = []
-        for computed in COMPUTED:
-            own, other = found.get((name, computed)), found.get((PUBLISHED, computed))
-            if own is None or other is None:
-                cells.append("-")
-                continue
-            gain = np.array(own) - np.array(other)
-            error = gain.std(ddof=1) / len(gain) ** 0.5 if len(gain) > 1 else np.nan
-            difference = "" if name == PUBLISHED else f" {gain.mean():+.1f} +- {error:.1f}"
-            cells.append(f"{np.mean(own):.1f}, {min(own):.1f}{difference}")
+    for name in dict.fromkeys(name for name, _ in found):
+        cells = [
+            _cell(found.get((name, computed)), found[PUBLISHED, computed], computed)
+            for computed in COMPUTED
+        ]
         lines.append([name, *cells])
     return aligned(lines)
 
 
-def _rules(distances: Distances, runs: list[tuple[Run, torch.Tensor]]) -> dict[str, Rule]:
-    """Each rule by its name: number of computed steps -> the steps, None where it has none."""
-    from teacache.calibrate.measure import costs_of
-
-    costs = costs_of(runs)
-    magnitudes = np.mean([run.magnitudes for run, _ in runs], axis=0)
-    rules: dict[str, Rule] = {PUBLISHED: partial(_at_threshold, distances, 1)}
-    for last in (2, 3, 4):
-        rules[f"published, --retain_last {last}"] = partial(_at_threshold, distances, last)
-    for last in (1, 2, 3):
-        rules[f"even, last {last}"] = partial(even_steps, STEPS, retain_last=last)
-    rules["MagCache"] = partial(_mag_cache, magnitudes, retention=0.2, most=3)
-    rules["MagCache, no retention"] = partial(_mag_cache, magnitudes, retention=0.02, most=STEPS)
-    rules["calibrated"] = partial(best_steps, costs)
-    return rules
+def _cell(own: list[Figure] | None, published: list[Figure], computed: int) -> str:
+    if own is None or len(own) < len(published):  # some video has no schedule of so many steps
+        return "-"
+    decibels = np.array([figure.psnr for figure in own])
+    said = f"{decibels.mean():.1f}, {decibels.min():.1f}"
+    if own is not published:
+        gain = decibels - [figure.psnr for figure in published]
+        error = gain.std(ddof=1) / len(gain) ** 0.5 if len(gain) > 1 else np.nan
+        said += f" {gain.mean():+.1f} +- {error:.1f}"
+    steps = np.mean([figure.computed for figure in own])
+    return said if steps == computed else f"{said} ({steps:.1f})"
 
 
-def _at_threshold(distances: Distances, last: int, computed: int) -> tuple[int, ...] | None:
-    """The published rule's schedule of so many steps, where a threshold has one."""
-    for threshold in np.arange(0, 3, 0.001):
-        limits = Limits(retain_last=last)
-        found = schedule(distances, float(threshold), limits=limits).computed_steps
-        if len(found) <= computed:
-            return found if len(found) == computed else None
-    return None
+def _adaptive(pipe: ConsisIDPipeline, case: Case) -> Iterator[tuple[tuple[str, int], Sampled]]:
+    """A video of each cache that decides while it samples, for each number of computed steps."""
+    from teacache.benchmark import adaptive
 
+    def sea_cache(order: int) -> Callable[[float], Sampled]:
+        return lambda threshold: adaptive.sea_cache(pipe, _loop(pipe, case), threshold, order=order)
 
-def _mag_cache(
-    magnitudes: np.ndarray, computed: int, *, retention: float, most: int
-) -> tuple[int, ...] | None:
-    """MagCache's rule, as diffusers 0.42.1 has it in hooks/mag_cache.py, at a threshold that gives
-    so many steps; arXiv:2506.09045.
+    def db_cache(threshold: float) -> Sampled:
+        return adaptive.db_cache(pipe.transformer, lambda: _denoised(pipe, case), STEPS, threshold)
 
-    Args:
-        magnitudes: [steps], of the residuals; NaN for the last.
-        retention: the share of the first steps that are computed.
-        most: steps reused in a row.
-    """
-    ratios = np.append(1.0, magnitudes[1:] / magnitudes[:-1])
-
-    def at(threshold: float) -> tuple[int, ...]:
-        steps, ratio, error, reused = [], 1.0, 0.0, 0
-        for step in range(STEPS):
-            if step >= int(retention * STEPS + 0.5):
-                ratio *= ratios[step]
-                error += abs(1 - ratio)
-                reused += 1
-                if error <= threshold and reused <= most and step < STEPS - 1:
-                    continue
-            steps.append(step)
-            ratio, error, reused = 1.0, 0.0, 0
-        return tuple(steps)
-
-    for threshold in np.geomspace(1e-4, 10, 2000):
-        found = at(threshold)
-        if len(found) <= computed:
-            return found if len(found) == computed else None
-    return None
+    caches = {"SeaCache": sea_cache(1), "SeaCache, not extrapolated": sea_cache(0)}
+    if adaptive.has_cache_dit():
+        caches["DBCache"] = db_cache
+    for name, sample in caches.items():
+        for computed in COMPUTED:
+            sampled = adaptive.with_computed(sample, computed)
+            if sampled is not None:
+                yield (name, computed), sampled
 
 
 def _calibrated(
@@ -211,14 +190,13 @@ def _calibrated(
     from teacache.calibrate.measure import error_left, full_run
     from teacache.core.forward import apply_teacache
     from teacache.embedded import clips, portraits
-    from teacache.sampling.sampler import Loop
 
     rng = np.random.default_rng(CALIBRATED_SEED)
     for number in range(videos):
         portrait = portraits.training_portrait(rng)
         prompt = clips.prompt_of(clips.random_scene(rng), rng)
         case = _case(pipe, models, portrait, prompt, CALIBRATED_SEED + number)
-        loop = Loop(pipe, case.start, case.text, _size(), STEPS, GUIDANCE_SCALE)
+        loop = _loop(pipe, case)
         with apply_teacache(pipe) as handle:
             run = full_run(handle, loop, STEPS, lambda: None)
             left = [torch.zeros_like(run.final)] * STEPS
@@ -252,17 +230,29 @@ def _case(
 
 def _latents(pipe: ConsisIDPipeline, case: Case, steps: tuple[int, ...]) -> torch.Tensor:
     from teacache.core.forward import apply_teacache
-    from teacache.sampling import sampler
 
     with apply_teacache(pipe, schedule=steps):
-        return sampler.denoise(
-            pipe,
-            case.start,
-            case.text,
-            _size(),
-            num_infer_steps=STEPS,
-            guidance_scale=GUIDANCE_SCALE,
-        ).latents
+        return _denoised(pipe, case)
+
+
+def _denoised(pipe: ConsisIDPipeline, case: Case) -> torch.Tensor:
+    """The latents that the pipeline samples as it is."""
+    from teacache.sampling.sampler import denoise
+
+    return denoise(
+        pipe,
+        case.start,
+        case.text,
+        _size(),
+        num_infer_steps=STEPS,
+        guidance_scale=GUIDANCE_SCALE,
+    ).latents
+
+
+def _loop(pipe: ConsisIDPipeline, case: Case) -> Loop:
+    from teacache.sampling.sampler import Loop
+
+    return Loop(pipe, case.start, case.text, _size(), STEPS, GUIDANCE_SCALE)
 
 
 def _size():  # type: ignore[no-untyped-def]

@@ -64,11 +64,11 @@ def full_run(
     handle.follow([0])
     for step in range(num_steps):
         states.append(loop.state)
-        predicted = _computed(handle, loop)
+        predicted = predict_computed(handle, loop)
         kept = handle.video.residual  # none at the last step, which nothing follows
         reusing = None
         for earlier, residual in residuals.items() if kept is not None else ():
-            reusing = _reusing(handle, loop, residual.to(predicted.device))
+            reusing = predict_reusing(handle, loop, residual.to(predicted.device))
             cost[earlier, step] = _rms(reusing - predicted)
         tried.append(reusing)  # the last is of the step before
         if kept is not None:
@@ -97,7 +97,7 @@ def error_left(
     loop.state = run.states[step]
     loop.advance(predicted)
     while loop.step < len(run.states):
-        loop.advance(_computed(handle, loop))
+        loop.advance(predict_computed(handle, loop))
         on_step()
     return (loop.latents.float() - run.final.float()).cpu()
 
@@ -125,14 +125,14 @@ def costs_of(runs: list[tuple[Run, torch.Tensor]]) -> Costs:
     return Costs(cost, sensitivity, np.mean(alignments, axis=0))
 
 
-def _computed(handle: TeaCacheHandle, loop: Loop) -> torch.Tensor:
+def predict_computed(handle: TeaCacheHandle, loop: Loop) -> torch.Tensor:
     """What the loop's step predicts; its residual is then the handle's, unless it is the last."""
     _be_at(handle, loop.step, computed=(loop.step,))
     return loop.predict()
 
 
-def _reusing(handle: TeaCacheHandle, loop: Loop, residual: torch.Tensor) -> torch.Tensor:
-    """What the loop's step predicts with an earlier residual."""
+def predict_reusing(handle: TeaCacheHandle, loop: Loop, residual: torch.Tensor) -> torch.Tensor:
+    """What the loop's step predicts with another's residual, [batch, video tokens, inner dim]."""
     _be_at(handle, loop.step, computed=())
     handle.video.residual = residual
     return loop.predict()
