@@ -80,9 +80,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add(
         "--attention",
-        default="auto",
+        default="native",
         metavar="BACKEND",
-        help="measure this attention too, where it is not native (default: auto)",
+        help="measure this attention too, where it is not native (default: %(default)s)",
     )
     add("--compile", action="store_true", help="measure compiled layers too")
     add("--quantize", choices=("fp8",), help="measure float8 layers too")

@@ -166,10 +166,10 @@ def add_attention(group: argparse._ActionsContainer) -> None:
     """`--attention`."""
     group.add_argument(
         "--attention",
-        default="auto",
+        default="native",
         metavar="BACKEND",
-        help="attention of diffusers' dispatcher: native, cudnn, flash, flash3, sage (not exact) "
-        "and others; auto, the default, is cudnn on GPUs from Hopper on, else native",
+        help="attention of diffusers' dispatcher: native (torch's own choice), cudnn, flash, "
+        "flash3, sage (not exact) and others (default: %(default)s)",
     )
 
 

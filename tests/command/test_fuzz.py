@@ -78,7 +78,7 @@ PLAUSIBLE = {
     "--device": st.sampled_from(["auto", "cpu", "cuda", "cuda:1"]),
     "--dtype": st.sampled_from(["auto", "bfloat16", "float16", "float32"]),
     "--offload": st.sampled_from(["none", "model", "sequential"]),
-    "--attention": st.sampled_from(["auto", "native", "cudnn", "flash", "sage", "flex", "xla"]),
+    "--attention": st.sampled_from(["native", "cudnn", "flash", "sage", "flex", "xla"]),
     "--quantize": st.just("fp8"),
     "--target_speedup": st.floats(1, 30),
     "--output_path": st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=30),

@@ -66,7 +66,6 @@ def test_fused_projections_are_used(pipe, sample):
 
 
 def test_choosing_a_backend():
-    assert choose_backend("auto", CPU, torch.float32) == "native"
     assert choose_backend("native", CPU, torch.bfloat16) == "native"
     with pytest.raises(ArgumentError, match=r"diffusers knows .*cudnn.*sage"):
         choose_backend("fastest", CPU, torch.float32)
@@ -75,10 +74,3 @@ def test_choosing_a_backend():
             choose_backend(gpu_only, CPU, torch.bfloat16)
     assert is_exact("_native_cudnn")
     assert not is_exact("sage_hub")
-
-
-def test_auto_takes_torchs_own_where_the_faster_one_does_not_work(monkeypatch, caplog):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert choose_backend("auto", torch.device("cuda"), torch.bfloat16) == "native"
-    assert "--attention cudnn does not work here" in caplog.text
-    assert "torch's own is taken" in caplog.text
