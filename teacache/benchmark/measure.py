@@ -28,6 +28,7 @@ from teacache.inputs.conditioning import Conditioning
 from teacache.inputs.text import Text
 from teacache.results.video import write_video
 from teacache.sampling import acceleration, attention, sampler
+from teacache.sampling.decoder import undo_lean_decoder, use_lean_decoder
 
 if TYPE_CHECKING:
     from diffusers import ConsisIDTransformer3DModel
@@ -224,6 +225,7 @@ class Bench:
             yield None
             return
         attention.use_attention(transformer, variant.attention)
+        use_lean_decoder(pipe.vae)
         if variant.compile:
             acceleration.compile_transformer(transformer)
         try:
@@ -232,6 +234,7 @@ class Bench:
         finally:
             acceleration.undo_compile(transformer)
             transformer.set_attn_processor(processors)
+            undo_lean_decoder(pipe.vae)
 
     def _only_on_device(self, quantize: str | None) -> ConsisIDTransformer3DModel:
         """The transformer, or its copy with float8 layers, with the other in host memory."""

@@ -12,6 +12,7 @@ from teacache.command.preflight import ReadyLatents
 from teacache.results.record import summary
 from teacache.results.slot import claimed_slot
 from teacache.sampling import sampler
+from teacache.sampling.decoder import use_lean_decoder
 
 
 def decode_latents(
@@ -29,6 +30,7 @@ def decode_latents(
                 vae_tiling=order.machine.vae_tiling,
                 parts=("vae",),
             )
+            use_lean_decoder(pipe.vae)
         with stages.stage("decoding"):
             frames = sampler.decode(pipe, ready.latents.to(ready.device))
         with claimed_slot(order.output_path, settings.prefix, f"{order.latents} stays") as slot:

@@ -27,6 +27,7 @@ from teacache.results.record import Record, read_record, summary
 from teacache.results.slot import claimed_slot
 from teacache.results.video import count_frames
 from teacache.sampling import acceleration, attention, sampler
+from teacache.sampling.decoder import use_lean_decoder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -175,6 +176,7 @@ def load(order: Order, ready: Ready) -> ConsisIDPipeline:
         parts=("transformer", "vae"),
     )
     attention.use_attention(pipe.transformer, ready.backend)
+    use_lean_decoder(pipe.vae)
     if machine.quantize:
         acceleration.quantize_fp8(pipe.transformer)
     if machine.compile:

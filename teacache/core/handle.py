@@ -152,7 +152,10 @@ class TeaCacheHandle:
         if video is None or video.timesteps is not timesteps or video.step == len(timesteps):
             self._forget()
             video = self._video = Video(timesteps, self._plan(timesteps, batch, dtype))
-        return video.step in video.plan.computed_steps
+        computed = video.step in video.plan.computed_steps
+        if computed:
+            video.residual = None  # its memory is the blocks' until there is a new one
+        return computed
 
     def end_step(self) -> None:
         """Count a step that is done. After the last one the memory is the VAE's."""

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
-from diffusers.models.embeddings import apply_rotary_emb
 
 from teacache.base.errors import ArgumentError, reason
 
@@ -51,23 +50,51 @@ class ConsisIDAttnProcessor:
             both, in the same order and shapes.
         """
         text_tokens = encoder_hidden_states.shape[1]
-        tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        if attn.fused_projections:
-            projected = attn.to_qkv(tokens).chunk(3, dim=-1)
-        else:
-            projected = (attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens))
-        # [batch, tokens, heads, head dim] each: what the dispatcher takes, without a transposition
-        query, key, value = (each.unflatten(2, (attn.heads, -1)) for each in projected)
-        query, key = attn.norm_q(query), attn.norm_k(key)
+        query, key, value = _projected(
+            attn, torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        )
         if image_rotary_emb is not None:
-            for turned in (query, key):
-                turned[:, text_tokens:] = apply_rotary_emb(
-                    turned[:, text_tokens:], image_rotary_emb, sequence_dim=1
-                )
+            for tokens in (query, key):
+                turn(tokens[:, text_tokens:], image_rotary_emb)
         attended = dispatch_attention_fn(query, key, value, backend=self._attention_backend)
+        del query, key, value, tokens  # 0.6 GiB at full size, before as much is allocated again
         out = attn.to_out[1](attn.to_out[0](attended.flatten(2, 3)))
         text, video = out.split([text_tokens, out.shape[1] - text_tokens], dim=1)
         return video, text
+
+
+def _projected(
+    attn: Attention, tokens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query, key and value, [batch, tokens, heads, head dim]: what the dispatcher takes, without a
+    transposition. What they were before their norms is gone at the end.
+
+    Args:
+        tokens: [batch, tokens, inner dim].
+    """
+    if attn.fused_projections:
+        query, key, value = attn.to_qkv(tokens).chunk(3, dim=-1)
+    else:
+        query, key, value = attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)
+    query, key, value = (each.unflatten(2, (attn.heads, -1)) for each in (query, key, value))
+    return attn.norm_q(query), attn.norm_k(key), value
+
+
+def turn(tokens: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Apply the rotary embedding in place: diffusers' `apply_rotary_emb`, bit for bit.
+
+    It moves 60 % of the bytes. The sign of the turned half goes to the sines, which are few, and
+    the products are made in float32 from where the tokens lie, not from copies of them.
+
+    Args:
+        tokens: [batch, tokens, heads, head dim].
+        rotary: cosines and sines, float32, [tokens, head dim].
+    """
+    cosines, sines = (each[:, None] for each in rotary)
+    sines = sines.clone()
+    sines[..., 0::2].neg_()
+    turned = tokens.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * sines
+    tokens.copy_((tokens * cosines).add_(turned))
 
 
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:

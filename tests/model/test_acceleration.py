@@ -18,6 +18,7 @@ from teacache.core.forward import apply_teacache
 from teacache.embedded.build import VAE
 from teacache.sampling import acceleration
 from teacache.sampling.attention import use_attention
+from teacache.sampling.decoder import use_lean_decoder
 
 HEADER = Path(sysconfig.get_paths()["include"]) / "Python.h"
 needs_compiler = pytest.mark.skipif(
@@ -79,7 +80,8 @@ def test_a_second_run_finds_what_the_first_one_compiled(make_pipe, sample, stric
 
 
 @needs_compiler
-def test_the_decoder_in_regions(strict_dynamo):
+@pytest.mark.parametrize("lean", [False, True])
+def test_the_decoder_in_regions(strict_dynamo, lean):
     torch.manual_seed(0)
     levels = {
         "block_out_channels": (16, 16),
@@ -90,6 +92,8 @@ def test_the_decoder_in_regions(strict_dynamo):
     latents = torch.randn(1, 16, 5, 8, 8)
     with torch.no_grad():
         expected = vae.decode(latents).sample
+        if lean:
+            use_lean_decoder(vae)
         acceleration.compile_decoder(vae)
         assert acceleration.is_compiled(vae)
         first = vae.decode(latents).sample

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
+from diffusers.models.embeddings import apply_rotary_emb
 from support import CPU
 
 from teacache.base.errors import ArgumentError
@@ -13,6 +14,7 @@ from teacache.sampling.attention import (
     ConsisIDAttnProcessor,
     choose_backend,
     is_exact,
+    turn,
     use_attention,
 )
 
@@ -29,6 +31,20 @@ def test_native_equals_the_processor_it_replaces(make_pipe, sample, threshold, d
     assert all(isinstance(processor, ConsisIDAttnProcessor) for processor in processors)
     before = theirs.transformer.attn_processors.values()
     assert all(isinstance(processor, CogVideoXAttnProcessor2_0) for processor in before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_rotary_embedding_is_diffusers_bit_for_bit(dtype):
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(2, 7 + 300, 6, 64, generator=generator).to(dtype)
+    angles = torch.rand(300, 64, generator=generator) * 7
+    rotary = angles.cos(), angles.sin()
+    expected = apply_rotary_emb(tokens[:, 7:], rotary, sequence_dim=1)
+    text = tokens[:, :7].clone()
+    turn(tokens[:, 7:], rotary)
+    assert torch.equal(tokens[:, 7:], expected)
+    assert torch.equal(tokens[:, :7], text)
+    assert torch.equal(rotary[1], angles.sin()), "another layer reads them again"
 
 
 def test_exact_backends_differ_in_rounding_alone(make_pipe, sample):
