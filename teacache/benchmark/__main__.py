@@ -10,7 +10,7 @@ import statistics
 import sys
 from typing import TYPE_CHECKING, Any
 
-from teacache.base.environment import check_environment
+from teacache.base.environment import prepare_environment
 from teacache.base.files import written_whole
 from teacache.base.interruption import run_command
 from teacache.base.quiet import silence_libraries
@@ -105,7 +105,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 def _benchmark(args: argparse.Namespace) -> None:
     prepare_folder(args.output_path)
-    check_environment()
+    prepare_environment()
     from teacache.command.machine import choose_device, choose_dtype
     from teacache.sampling.acceleration import prepare_acceleration
 

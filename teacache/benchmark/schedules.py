@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from teacache.base.environment import check_environment
+from teacache.base.environment import prepare_environment
 from teacache.base.interruption import run_command
 from teacache.base.quiet import silence_libraries
 from teacache.benchmark.rules import PUBLISHED, rules_by_name
@@ -86,7 +86,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 def compare(scheduler: str, videos: int, calibrated_on: int) -> None:
     """Print the table, and what it grows from."""
-    check_environment()
+    prepare_environment()
     import diffusers
     import torch
 

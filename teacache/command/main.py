@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from teacache.base import interruption
 from teacache.base.console import Console, Stages
-from teacache.base.environment import check_environment
+from teacache.base.environment import prepare_environment
 from teacache.base.quiet import allow_any_encoding, silence_libraries
 from teacache.command.arguments import parse_arguments
 from teacache.command.order import LatentsOrder, Order
@@ -60,7 +60,7 @@ def decode(order: LatentsOrder, console: Console) -> None:
 
 def show_plan(order: Order) -> None:
     """Print which steps each threshold computes, without sampling."""
-    check_environment()
+    prepare_environment()
     from teacache.command.plan import show
 
     show(order)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from teacache.base.console import Stages
-from teacache.base.environment import check_environment
+from teacache.base.environment import prepare_environment
 from teacache.base.errors import ArgumentError, CheckpointError
 from teacache.checkpoint.configuration import read_json, whole_number
 from teacache.checkpoint.download import download_checkpoint
@@ -70,7 +70,7 @@ def preflight(order: Order, stages: Stages) -> Ready:
     """
     machine, form = order.machine, order.format
     prepare_folder(order.output_path)
-    check_environment()
+    prepare_environment()
     check_encoder()
     with stages.stage("checkpoint"):
         checkpoint = find_checkpoint(order.ckpts_path)
@@ -118,7 +118,7 @@ class ReadyLatents(NamedTuple):
 def preflight_latents(order: LatentsOrder, stages: Stages) -> ReadyLatents:
     """The same for `--latents`, which needs neither an image nor a schedule."""
     prepare_folder(order.output_path)
-    check_environment()
+    prepare_environment()
     check_encoder()
     with stages.stage("latents"):
         from teacache.command.machine import choose_device

@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from teacache.base.environment import check_environment
+from teacache.base.environment import prepare_environment
 from teacache.base.errors import CheckpointError, TeaCacheError
 from teacache.base.files import cache_folder
 from teacache.base.quiet import no_progress_bars, silence_libraries
@@ -235,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = parser.parse_args(argv).folder
     silence_libraries()
     try:
-        check_environment()
+        prepare_environment()
         build_tiny_checkpoint(folder)
     except TeaCacheError as error:
         print(f"error: {error}", file=sys.stderr)

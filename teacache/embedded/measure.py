@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
-from teacache.base.environment import check_environment
+from teacache.base.environment import prepare_environment
 from teacache.base.errors import TeaCacheError
 from teacache.base.quiet import silence_libraries
 from teacache.embedded import clips, portraits
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     silence_libraries()
     try:
-        check_environment()
+        prepare_environment()
         measure(args.videos, args.sheet)
     except TeaCacheError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from teacache.base.environment import check_environment
+from teacache.base.environment import prepare_environment
 from teacache.base.errors import CheckpointError, TeaCacheError
 from teacache.base.files import written_whole
 from teacache.base.quiet import silence_libraries
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _arguments(argv)
     silence_libraries()
     try:
-        check_environment()
+        prepare_environment()
         digest = train(args.folder, {name: getattr(args, name) for name in LENGTHS})
     except TeaCacheError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -52,10 +52,10 @@ def test_a_file_of_sound_alone_has_no_size(tmp_path):
         video.probe(path)
 
 
-CHECK = "from teacache.base.environment import check_environment; check_environment()"
+PREPARE = "from teacache.base.environment import prepare_environment; prepare_environment()"
 
 
-def check_environment(*options: str, limit: int | None = None, **variables: str) -> str:
+def after_preparing(*options: str, limit: int | None = None, **variables: str) -> str:
     """What the check raises in a process of its own: the last line; "" where all is well."""
 
     def limited() -> None:
@@ -63,7 +63,7 @@ def check_environment(*options: str, limit: int | None = None, **variables: str)
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
     ended = subprocess.run(
-        [sys.executable, *options, "-c", CHECK],
+        [sys.executable, *options, "-c", PREPARE],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -74,8 +74,26 @@ def check_environment(*options: str, limit: int | None = None, **variables: str)
     return (ended.stderr.splitlines() or [""])[-1]
 
 
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ({}, "expandable_segments:True None"),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native None"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "None backend:native"),
+    ],
+)
+def test_the_allocator_is_chosen_where_the_user_has_not(chosen, expected):
+    names = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+    shown = f"{PREPARE}; import os; print(*map(os.environ.get, {names}))"
+    variables = {name: value for name, value in os.environ.items() if name not in names}
+    said = subprocess.check_output(
+        [sys.executable, "-c", shown], text=True, cwd=ROOT, env={**variables, **chosen}
+    )
+    assert said.strip() == expected
+
+
 def test_this_machine_has_what_is_needed():
-    assert check_environment() == ""
+    assert after_preparing() == ""
 
 
 @pytest.mark.parametrize("library", ["libGL.so.1", "libgthread-2.0.so.0"])
@@ -83,7 +101,7 @@ def test_a_server_without_a_screen_is_told_what_to_install(tmp_path, library):
     said = f"{library}: cannot open shared object file: No such file or directory"
     (tmp_path / "cv2").mkdir()
     (tmp_path / "cv2" / "__init__.py").write_text(f"raise ImportError({said!r})")
-    assert check_environment(PYTHONPATH=str(tmp_path)) == (
+    assert after_preparing(PYTHONPATH=str(tmp_path)) == (
         f"teacache.base.errors.DeviceError: opencv does not find {library}: "
         "apt-get install libgl1 libglib2.0-0"
     )
@@ -92,22 +110,22 @@ def test_a_server_without_a_screen_is_told_what_to_install(tmp_path, library):
 def test_an_opencv_that_is_missing_or_broken_otherwise(tmp_path):
     (tmp_path / "cv2").mkdir()
     (tmp_path / "cv2" / "__init__.py").write_text("raise ImportError('no\\nABI')")
-    assert check_environment(PYTHONPATH=str(tmp_path)) == (
+    assert after_preparing(PYTHONPATH=str(tmp_path)) == (
         "teacache.base.errors.DeviceError: opencv cannot be imported: no\\nABI"
     )
 
 
 def test_python_without_docstrings_is_refused():
-    assert check_environment("-OO").startswith("teacache.base.errors.DeviceError: python -OO ")
-    assert check_environment("-O") == ""
+    assert after_preparing("-OO").startswith("teacache.base.errors.DeviceError: python -OO ")
+    assert after_preparing("-O") == ""
 
 
 def test_too_little_address_space_is_told_before_torch_fails_in_it():
-    assert check_environment(limit=3 * 2**30) == (
+    assert after_preparing(limit=3 * 2**30) == (
         "teacache.base.errors.DeviceError: not enough address space: 6 GB are needed, "
         "`ulimit -v` allows 3.0"
     )
-    assert check_environment(limit=6 * 2**30) == ""
+    assert after_preparing(limit=6 * 2**30) == ""
 
 
 def program(path: Path, script: str) -> Path:
