@@ -19,6 +19,7 @@ from teacache.core.handle import (
     put_in_place,
 )
 from teacache.core.rule import COGVIDEOX_5B, PUBLISHED, Coefficients, Limits, Schedule
+from teacache.core.team import Share
 
 if TYPE_CHECKING:
     from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, ConsisIDPipeline
@@ -114,16 +115,20 @@ def _forward(
         id_cond, id_vit_hidden: the identity, see `TeaCacheHandle.face_embedding`.
     """
     batch_size, num_frames, _, height, width = hidden_states.shape
-    text_seq_length = encoder_hidden_states.shape[1]
+    text_seq_length, p = encoder_hidden_states.shape[1], self.config.patch_size
+    video_seq_length = num_frames * (height // p) * (width // p)
 
     emb = embed_timestep(self, timestep, hidden_states.dtype, timestep_cond)
+    computed = handle.begin_step(batch_size, hidden_states.dtype)
 
-    if handle.begin_step(batch_size, hidden_states.dtype):
-        embedded = self.embedding_dropout(self.patch_embed(encoder_hidden_states, hidden_states))
-        # Contiguous, as the blocks return them: to a compiler the first block is one like the rest.
-        text = embedded[:, :text_seq_length].contiguous()  # [batch, text tokens, inner dim]
-        video = embedded[:, text_seq_length:].contiguous()  # [batch, video tokens, inner dim]
-        del embedded
+    # What follows is of this process's share of samples and tokens; alone, it has all of them.
+    share = handle.team.share(batch_size, text_seq_length, video_seq_length)
+    hidden_states, emb = hidden_states[share.batch], emb[share.batch]
+    if computed:
+        text, video = embed(self, encoder_hidden_states[share.batch], hidden_states, share)
+        if image_rotary_emb is not None:
+            cosines, sines = image_rotary_emb
+            image_rotary_emb = cosines[share.video], sines[share.video]
         face = None
         if self.is_train_face:
             face = handle.face_embedding(id_cond, id_vit_hidden, video.device, video.dtype)
@@ -131,19 +136,44 @@ def _forward(
         handle.keep_residual(before=video, after=out)
         video = out
     else:
-        video = handle.reuse_residual(embed_video(self.patch_embed, hidden_states))
+        video = embed_video(self.patch_embed, hidden_states)[:, share.video]
+        video = handle.reuse_residual(video)
 
     # The text tokens end here: norms and projection work on each token alone.
     video = self.norm_final(video)
     video = self.norm_out(video, temb=emb)
     video = self.proj_out(video)  # [batch, video tokens, patch x patch x out channels]
+    video = handle.team.whole(video, share, batch_size, video_seq_length)
 
     handle.end_step()
 
-    p = self.config.patch_size
     video = video.reshape(batch_size, num_frames, height // p, width // p, -1, p, p)
     output = video.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
     return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+
+def embed(
+    transformer: ConsisIDTransformer3DModel,
+    encoder_hidden_states: torch.Tensor,
+    hidden_states: torch.Tensor,
+    share: Share,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The text and the video tokens of a share, each [batch, tokens, inner dim].
+
+    Contiguous, as the blocks return them, copies even of a batch of one, whose slices have strides
+    of their own: to a compiler the first block is then one like the rest.
+
+    Args:
+        encoder_hidden_states, hidden_states: of the share's samples, with all tokens.
+    """
+    embedded = transformer.patch_embed(encoder_hidden_states, hidden_states)
+    embedded = transformer.embedding_dropout(embedded)
+    text_tokens = encoder_hidden_states.shape[1]
+    text, video = embedded[:, :text_tokens], embedded[:, text_tokens:]
+    return tuple(
+        tokens[:, own].clone(memory_format=torch.contiguous_format)
+        for tokens, own in ((text, share.text), (video, share.video))
+    )
 
 
 def embed_video(patch_embed: CogVideoXPatchEmbed, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from teacache.core.rule import (
     listed_schedule,
     schedule,
 )
+from teacache.core.team import ALONE
 
 if TYPE_CHECKING:
     from diffusers import ConsisIDTransformer3DModel
@@ -56,7 +57,8 @@ class Video:
 class TeaCacheHandle:
     """TeaCache on one transformer: what the next video follows, its state, its undoing.
 
-    Made by `apply_teacache`. As a context manager it undoes itself at the end of the block.
+    Made by `apply_teacache`. As a context manager it undoes itself at the end of the block. `team`
+    are the processes that compute a step together.
 
     Args:
         transformer: the transformer that is patched.
@@ -78,6 +80,7 @@ class TeaCacheHandle:
         self.transformer = transformer
         self.coefficients, self.limits = coefficients, limits
         self.rel_l1_thresh = rel_l1_thresh
+        self.team = ALONE
         self.removed = False
         self._timesteps = timesteps
         self._followed: Schedule | tuple[int, ...] | None = None

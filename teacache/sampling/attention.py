@@ -56,7 +56,13 @@ class ConsisIDAttnProcessor:
         if image_rotary_emb is not None:
             for tokens in (query, key):
                 turn(tokens[:, text_tokens:], image_rotary_emb)
-        attended = dispatch_attention_fn(query, key, value, backend=self._attention_backend)
+        attended = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
         del query, key, value, tokens  # 0.6 GiB at full size, before as much is allocated again
         out = attn.to_out[1](attn.to_out[0](attended.flatten(2, 3)))
         text, video = out.split([text_tokens, out.shape[1] - text_tokens], dim=1)

@@ -1,0 +1,104 @@
+"""The processes of a team: finding each other, exchanging tokens for heads, passing orders."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from teacache.base.errors import ArgumentError
+from teacache.core.team import Team
+
+if TYPE_CHECKING:
+    from diffusers import ConsisIDTransformer3DModel
+
+    from teacache.parallel.division import Division
+
+# So long the others wait for an order, while the first downloads, decodes and compares.
+PATIENCE = datetime.timedelta(days=7)
+
+_orders: dist.ProcessGroup | None = None
+
+
+def is_one_of_several() -> bool:
+    """Whether torch's launcher has started this process, by `--num_gpus` or as torchrun."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def world_size() -> int:
+    """How many processes the launcher has started."""
+    return int(os.environ["WORLD_SIZE"])
+
+
+def rank() -> int:
+    """Which of them this is; the first is the command."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def connect(device: torch.device) -> None:
+    """Find the other processes. Where all GPUs are visible, each takes its own."""
+    global _orders
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "cpu:gloo")
+    _orders = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def disconnect() -> None:
+    """Leave the others, at the end."""
+    dist.destroy_process_group()
+
+
+def tell(order: Any) -> None:
+    """Let every other process's `listen` return this. Tensors in it are to be on the CPU."""
+    dist.broadcast_object_list([order], group=_orders, device=torch.device("cpu"))
+
+
+def listen() -> Any:
+    """What the first process tells next."""
+    order = [None]
+    dist.broadcast_object_list(order, group=_orders, device=torch.device("cpu"))
+    return order[0]
+
+
+def join(transformer: ConsisIDTransformer3DModel, division: Division, device: torch.device) -> Team:
+    """Let the transformer's attention be over the tokens of all parts, by diffusers' Ulysses.
+
+    To be called by all processes, and after their attention processors are in place.
+    """
+    from diffusers import ContextParallelConfig, ParallelConfig
+
+    names = ("guidance", "ring", "ulysses")
+    mesh = dist.init_device_mesh(
+        device.type, (division.halves, 1, division.parts), mesh_dim_names=names
+    )
+    if division.parts > 1:
+        # What `transformer.enable_parallelism` does, which divides by the number of GPUs and so
+        # fails where there are none.
+        ulysses = ContextParallelConfig(ulysses_degree=division.parts, mesh=mesh)
+        config = ParallelConfig(context_parallel_config=ulysses)
+        config.setup(dist.get_rank(), dist.get_world_size(), device, mesh=mesh)
+        for processor in transformer.attn_processors.values():
+            processor._parallel_config = config
+    return Team(division.halves, division.parts, dist.get_rank())
+
+
+def check_backend(name: str, backend: str, division: Division) -> None:
+    """Raise ArgumentError where an attention backend cannot be exchanged tokens for heads.
+
+    Args:
+        name: as `--attention` has it; backend: the dispatcher's name.
+    """
+    from diffusers.models.attention_dispatch import (
+        AttentionBackendName,
+        _AttentionBackendRegistry,
+    )
+
+    available = _AttentionBackendRegistry._is_context_parallel_available
+    if division.parts > 1 and not available(AttentionBackendName(backend)):
+        raise ArgumentError(
+            f"--attention {name} does not go with --num_gpus, which shares tokens: native does"
+        )

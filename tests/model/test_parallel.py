@@ -1,0 +1,100 @@
+"""One video on several processes: real gloo groups, against one process."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from ranks import STEPS, TEXT, THRESHOLDS, VIDEO, WIDE, free_port, sample, work
+
+from teacache.base.errors import ArgumentError
+from teacache.core.team import ALONE, Team
+from teacache.parallel.division import Division, bytes_sent, divide
+
+F32, BF16 = torch.float32, torch.bfloat16
+CASES = {
+    2: [(1, 2, F32, 6.0), (1, 2, BF16, 6.0), (1, 2, F32, 1.0), (2, 1, F32, 6.0)],
+    4: [(1, 4, F32, 6.0), (1, 4, BF16, 6.0), (2, 2, F32, 6.0)],
+}
+
+
+@pytest.fixture(scope="module")
+def on_ranks(tmp_path_factory):
+    """By case: of each rank the latents, the computed steps and the bytes of each exchange."""
+    found = {}
+    for world, cases in CASES.items():
+        folder = tmp_path_factory.mktemp(f"ranks{world}")
+        torch.multiprocessing.spawn(
+            work, (world, free_port(), cases, str(folder)), nprocs=world, join=True
+        )
+        ranks = [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+        found |= {case: [results[case] for results in ranks] for case in cases}
+    return found
+
+
+alone = functools.cache(lambda dtype, guidance_scale: sample(dtype, guidance_scale=guidance_scale))
+
+
+@pytest.mark.parametrize("case", [case for cases in CASES.values() for case in cases])
+def test_ranks_agree_with_each_other_and_with_one_process(on_ranks, case):
+    halves, _, dtype, guidance_scale = case
+    expected, schedules = alone(dtype, guidance_scale)
+    assert len(schedules[0]) == STEPS > len(schedules[-1]), "some steps are reused"
+    for latents, steps, _ in on_ranks[case]:
+        assert steps == schedules
+        assert torch.equal(latents, on_ranks[case][0][0])
+        if halves == 1:
+            assert torch.equal(latents, expected), "tokens that are shared change no bit"
+        else:
+            # A linear layer of one row rounds otherwise than one of two: the modulations'. Measured:
+            # 1.2e-6 of the largest latent after ten steps; float32 rounds at 6e-8.
+            assert (latents - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("case", [case for cases in CASES.values() for case in cases])
+def test_what_is_sent_is_what_the_formula_says(on_ranks, case):
+    halves, parts, dtype, guidance_scale = case
+    division, layers = Division(halves, parts), WIDE["num_layers"]
+    width = WIDE["num_attention_heads"] * WIDE["attention_head_dim"]
+    batch = 2 if guidance_scale > 1 else 1
+    for _, schedules, exchanged in on_ranks[case]:
+        computed = sum(len(steps) for steps in schedules)
+        # Query, key, value and output of each layer, and nothing to tell sizes by.
+        assert len(exchanged) == (4 * layers * computed if parts > 1 else 0)
+        each = bytes_sent(division, batch, layers, TEXT + VIDEO, width) * dtype.itemsize // 2
+        # A rank keeps one in `parts` of what it exchanges.
+        assert sum(exchanged) * (parts - 1) // parts == each * computed
+    assert len(schedules) == len(THRESHOLDS)
+
+
+def test_the_published_size_divides_among_2_4_and_8():
+    real = {"heads": 48, "text": 226, "video": 17550}
+    assert [divide(n, True, **real) for n in (1, 2, 4, 8)] == [(1, 1), (2, 1), (2, 2), (2, 4)]
+    assert [divide(n, False, **real) for n in (1, 2, 4, 8)] == [(1, 1), (1, 2), (1, 4), (1, 8)]
+    with pytest.raises(ArgumentError, match=r"--num_gpus 3: 17776 tokens .* 2 and 4 would do"):
+        divide(3, True, **real)
+    with pytest.raises(ArgumentError, match=r"--num_gpus 64: .* 32 would do"):
+        divide(64, True, **real)
+    assert str(divide(4, True, **real)) == "4 GPUs: guidance x2, tokens x2"
+    assert str(divide(2, True, **real)) == "2 GPUs: guidance x2"
+    # 17,776 x 3072 numbers of 2 bytes, 4 in each of 42 layers; a half of its half is sent.
+    assert bytes_sent(Division(2, 2), 2, 42, 17776, 3072) == pytest.approx(4.59e9, rel=1e-3)
+
+
+def test_the_embedded_checkpoint_divides_where_every_part_has_video_tokens():
+    embedded = {"heads": 6, "text": 226, "video": 294}
+    assert divide(4, True, **embedded) == (2, 2)
+    with pytest.raises(ArgumentError, match=r"--num_gpus 8: .* 4 would do"):
+        divide(8, True, **embedded)
+
+
+@pytest.mark.parametrize(("halves", "parts"), [(1, 1), (2, 1), (1, 4), (2, 4)])
+def test_shares_are_everything_once(halves, parts):
+    seen = torch.zeros(2, 10 + 30, dtype=torch.int)
+    for rank in range(halves * parts):
+        share = Team(halves, parts, rank).share(2, 10, 30)
+        seen[share.batch, :10][:, share.text] += 1
+        seen[share.batch, 10:][:, share.video] += 1
+    assert bool((seen == 1).all())
+    assert ALONE.share(2, 10, 30) == (slice(0, 2), slice(0, 10), slice(0, 30))
