@@ -66,8 +66,11 @@ def _ask(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
 
-def run_command(work: Callable[[], None]) -> int:
+def run_command(work: Callable[[], None], interrupted: str = "interrupted") -> int:
     """Run `work`; return the process's exit code.
+
+    Args:
+        interrupted: what to say where it was; nothing where another process says so.
 
     That is 0 where it is done, 2 for wrong input, 130 where it was interrupted. Anything else keeps
     its traceback, with which Python exits with 1.
@@ -78,7 +81,7 @@ def run_command(work: Callable[[], None]) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if stop_requested() or isinstance(error, KeyboardInterrupt):
             # Some libraries turn an interruption into an error of their own.
-            _tell(". ".join(["interrupted", *getattr(error, "__notes__", ())]))
+            _tell(". ".join(filter(None, [interrupted, *getattr(error, "__notes__", ())])))
             return 130
         if isinstance(error, TeaCacheError):
             _tell(f"error: {error}")
@@ -88,5 +91,7 @@ def run_command(work: Callable[[], None]) -> int:
 
 
 def _tell(line: str) -> None:
+    if not line:
+        return
     with contextlib.suppress(OSError):  # of a terminal that is closed
         print(line, file=sys.stderr, flush=True)

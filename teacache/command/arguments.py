@@ -39,6 +39,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for other in alone:
         if args.latents and getattr(args, other):
             parser.error(f"argument --{other}: not allowed with argument --latents")
+    if args.latents and args.num_gpus > 1:
+        parser.error("argument --num_gpus: not allowed with argument --latents")
     _check_schedules(parser, args)
     if args.rel_l1_thresh is None:
         if args.plan:

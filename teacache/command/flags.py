@@ -138,6 +138,14 @@ def add_machine(group: argparse._ActionsContainer) -> None:
     """What the machine is, and what it has to spare."""
     add = group.add_argument
     add_device(group)
+    add(
+        "--num_gpus",
+        type=readers.positive,
+        default=1,
+        metavar="N",
+        help="compute each video on N GPUs of this machine: 2, 4 or 8 at published settings; with "
+        "--device cpu on N processes (default: %(default)s)",
+    )
     add_offload(group)
     add(
         "--vae_tiling",

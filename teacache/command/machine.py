@@ -37,6 +37,14 @@ def choose_device(name: str, full_size: bool = False, offload: str = "none") -> 
     return device
 
 
+def check_number(num_gpus: int, device: torch.device) -> None:
+    """Raise DeviceError where `--num_gpus` asks for more GPUs than torch finds."""
+    if device.type == "cuda" and num_gpus > torch.cuda.device_count():
+        raise DeviceError(
+            f"--num_gpus {num_gpus}: torch finds {torch.cuda.device_count()} CUDA GPUs here"
+        )
+
+
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The sampling dtype for `--dtype`: `auto` is bfloat16 on CUDA, float32 on a CPU."""
     if name == "auto":

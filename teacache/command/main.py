@@ -13,23 +13,33 @@ from teacache.base.quiet import allow_any_encoding, silence_libraries
 from teacache.command.arguments import parse_arguments
 from teacache.command.order import LatentsOrder, Order
 from teacache.command.preflight import preflight, preflight_latents
+from teacache.command.ranks import help_denoising
+from teacache.parallel.launch import is_one_of_several, launch, rank, run_as_rank, world_size
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns its exit code, see `teacache.base.interruption.run_command`."""
     args = parse_arguments(argv)
+    if is_one_of_several():
+        args.num_gpus = world_size()
+    elif args.num_gpus > 1 and not args.plan:
+        return launch(args.num_gpus, main, argv)
     silence_libraries()
     allow_any_encoding()
     console = Console(args.quiet)
 
     def work() -> None:
-        if args.latents:
+        if rank() > 0:
+            help_denoising(args.device, args.num_gpus)
+        elif args.latents:
             decode(LatentsOrder.of(args), console)
         elif args.plan:
             show_plan(Order.of(args))
         else:
             sample(Order.of(args), console)
 
+    if is_one_of_several():
+        return run_as_rank(work, helping=rank() > 0)
     return interruption.run_command(work)
 
 

@@ -28,6 +28,7 @@ class Machine:
     """What to compute on and how, by the names of the arguments."""
 
     device: str
+    num_gpus: int
     dtype: str
     attention: str
     compile: bool

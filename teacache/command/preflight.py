@@ -23,8 +23,10 @@ from teacache.checkpoint.folder import check_checkpoint, is_full_size, local_che
 from teacache.checkpoint.size import VideoSize, check_memory, video_size
 from teacache.command.jobs import Job, Selection
 from teacache.command.order import LatentsOrder, Order
+from teacache.command.ranks import division_of
 from teacache.core.rule import Schedule, listed_schedule, schedule, smallest_threshold
 from teacache.inputs.photograph import load_image, pixels_sha256
+from teacache.parallel.division import Division
 from teacache.results.output_folder import check_space, prepare_folder
 from teacache.results.video import check_encoder
 
@@ -44,6 +46,7 @@ class Ready:
         images: each job's photograph, by its source.
         digests: sha256 of the pixels of each image, by its source.
         backend: of the attention, see `teacache.sampling.attention.choose_backend`.
+        division: of each denoising step, among GPUs.
         schedules: of each job, which then has its threshold.
     """
 
@@ -54,6 +57,7 @@ class Ready:
     device: torch.device
     dtype: torch.dtype
     backend: str
+    division: Division
     schedules: dict[Job, Schedule]
 
     @property
@@ -78,10 +82,11 @@ def preflight(order: Order, stages: Stages) -> Ready:
             check_checkpoint(checkpoint)
     full_size = checkpoint is None or is_full_size(checkpoint)
     with stages.stage("torch"):
-        from teacache.command.machine import choose_device, choose_dtype
+        from teacache.command.machine import check_number, choose_device, choose_dtype
         from teacache.sampling.acceleration import prepare_acceleration
 
         device = choose_device(machine.device, full_size, machine.offload)
+        check_number(machine.num_gpus, device)
         dtype = choose_dtype(machine.dtype, device)
         prepare_acceleration(machine.compile, machine.quantize, machine.offload, device, dtype)
     with stages.stage("image"):
@@ -92,14 +97,19 @@ def preflight(order: Order, stages: Stages) -> Ready:
             checkpoint = download_checkpoint(order.ckpts_path)
     size = video_size(checkpoint, form.width, form.height, form.num_frames)
     check_memory(size)
+    division = division_of(order, checkpoint, size)
     check_space(order.output_path, size.width * size.height, size.num_frames, len(order.jobs))
     with stages.stage("schedule"):
         schedules = plan_jobs(order, checkpoint, device, dtype)
         from teacache.sampling.attention import choose_backend
 
         backend = choose_backend(machine.attention, device, dtype)
+        if division.parts > 1:
+            from teacache.parallel.group import check_backend
+
+            check_backend(machine.attention, backend)
     digests = {source: pixels_sha256(image) for source, image in images.items()}
-    return Ready(checkpoint, images, digests, size, device, dtype, backend, schedules)
+    return Ready(checkpoint, images, digests, size, device, dtype, backend, division, schedules)
 
 
 class ReadyLatents(NamedTuple):

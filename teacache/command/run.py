@@ -11,11 +11,12 @@ from teacache.base.console import Console, Stages
 from teacache.base.errors import ArgumentError, reason
 from teacache.base.files import cache_folder
 from teacache.base.interruption import stop_requested
-from teacache.checkpoint.pipeline import load_pipeline
 from teacache.command.jobs import Job
+from teacache.command.loading import load
 from teacache.command.memory import explained_out_of_memory
 from teacache.command.order import Order, in_order
 from teacache.command.preflight import Ready
+from teacache.command.ranks import Ranks
 from teacache.command.recording import record_of, settings_of
 from teacache.comparison.comparison import Comparison, read_baseline
 from teacache.core.forward import apply_teacache
@@ -26,8 +27,7 @@ from teacache.inputs.text import TEXT_TOKENS, Text
 from teacache.results.record import Record, read_record, summary
 from teacache.results.slot import claimed_slot
 from teacache.results.video import count_frames
-from teacache.sampling import acceleration, attention, sampler
-from teacache.sampling.decoder import use_lean_decoder
+from teacache.sampling import acceleration, sampler
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,17 +81,21 @@ def sampled(
     jobs: list[Job], order: Order, ready: Ready, stages: Stages, console: Console
 ) -> Iterator[Sampled]:
     """Load what the jobs need, and sample one after the other: each is written when it comes."""
+    ranks = Ranks(ready)
     if not jobs:
+        ranks.end()
         return
+    ranks.begin(order, ready)
     identities, texts = condition(jobs, order, ready, stages)
     with stages.stage("loading"):
         pipe = load(order, ready)
     machine, guidance_scale = order.machine, order.format.guidance_scale
     start, drawn_for = None, None
     with apply_teacache(pipe) as handle:
+        handle.team = ranks.join(pipe.transformer)
         if machine.compile:
             with stages.stage("compiling"):
-                compile_ahead(pipe, identities[jobs[0].image], texts[jobs[0]], order, ready)
+                compile_ahead(pipe, identities[jobs[0].image], texts[jobs[0]], order, ready, ranks)
         for job in jobs:
             own, identity = Stages(console, shared=stages), identities[job.image]
             if len(ready.jobs) > 1:
@@ -102,6 +106,7 @@ def sampled(
                     start, drawn_for = None, (job.image, job.seed)
                     start = sampler.prepare(pipe, identity, ready.size, job.seed)
             handle.follow(ready.schedules[job])
+            ranks.denoise(ready.schedules[job], start, texts[job], job.num_infer_steps)
             with own.stage("denoising"), console.bar(job.num_infer_steps, handle.counts) as on_step:
                 latents, step_seconds = sampler.denoise(
                     pipe,
@@ -125,6 +130,7 @@ def sampled(
                 record = record_of(job, order, ready, step_seconds, own)
                 slot.finish(record)
             yield Sampled(job, slot.video, record, frames, identity)
+    ranks.end()
 
 
 def condition(
@@ -164,33 +170,17 @@ def condition(
     }
 
 
-def load(order: Order, ready: Ready) -> ConsisIDPipeline:
-    """Transformer, VAE and scheduler, accelerated as the order says."""
-    machine = order.machine
-    pipe = load_pipeline(
-        ready.checkpoint,
-        ready.device,
-        ready.dtype,
-        offload=machine.offload,
-        vae_tiling=machine.vae_tiling,
-        parts=("transformer", "vae"),
-    )
-    attention.use_attention(pipe.transformer, ready.backend)
-    use_lean_decoder(pipe.vae)
-    if machine.quantize:
-        acceleration.quantize_fp8(pipe.transformer)
-    if machine.compile:
-        acceleration.compile_transformer(pipe.transformer)
-        if len(ready.jobs) >= acceleration.COMPILED_DECODER_PAYS_FROM:
-            acceleration.compile_decoder(pipe.vae)
-    return pipe
-
-
 def compile_ahead(
-    pipe: ConsisIDPipeline, identity: Identity, text: Text, order: Order, ready: Ready
+    pipe: ConsisIDPipeline,
+    identity: Identity,
+    text: Text,
+    order: Order,
+    ready: Ready,
+    ranks: Ranks,
 ) -> None:
     """Call what is to be compiled once, so that no video's seconds hold the compilation."""
     start = sampler.prepare(pipe, identity, ready.size, seed=0)
+    ranks.denoise(None, start, text, num_infer_steps=1)  # whose one step is computed
     guidance_scale = order.format.guidance_scale
     latents, _ = sampler.denoise(
         pipe, start, text, ready.size, num_infer_steps=1, guidance_scale=guidance_scale

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,22 +19,7 @@ if TYPE_CHECKING:
 # So long the others wait for an order, while the first downloads, decodes and compares.
 PATIENCE = datetime.timedelta(days=7)
 
-_orders: dist.ProcessGroup | None = None
-
-
-def is_one_of_several() -> bool:
-    """Whether torch's launcher has started this process, by `--num_gpus` or as torchrun."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def world_size() -> int:
-    """How many processes the launcher has started."""
-    return int(os.environ["WORLD_SIZE"])
-
-
-def rank() -> int:
-    """Which of them this is; the first is the command."""
-    return int(os.environ.get("RANK", "0"))
+_orders: Any = None  # the process group that orders go through
 
 
 def connect(device: torch.device) -> None:
@@ -86,8 +70,8 @@ def join(transformer: ConsisIDTransformer3DModel, division: Division, device: to
     return Team(division.halves, division.parts, dist.get_rank())
 
 
-def check_backend(name: str, backend: str, division: Division) -> None:
-    """Raise ArgumentError where an attention backend cannot be exchanged tokens for heads.
+def check_backend(name: str, backend: str) -> None:
+    """Raise ArgumentError where diffusers has no exchange of tokens for heads around a backend.
 
     Args:
         name: as `--attention` has it; backend: the dispatcher's name.
@@ -98,7 +82,7 @@ def check_backend(name: str, backend: str, division: Division) -> None:
     )
 
     available = _AttentionBackendRegistry._is_context_parallel_available
-    if division.parts > 1 and not available(AttentionBackendName(backend)):
+    if not available(AttentionBackendName(backend)):
         raise ArgumentError(
             f"--attention {name} does not go with --num_gpus, which shares tokens: native does"
         )

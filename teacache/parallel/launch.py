@@ -3,18 +3,42 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
+import time
 import traceback
 import uuid
 from collections.abc import Callable
 
+from teacache.base import interruption
+from teacache.base.errors import TeaCacheError
+
 # Of a process that ends because another one has: not the one to speak of.
 LOST_THE_OTHERS = 3
+PATIENCE = 3.0  # seconds, in which whoever has started it sees the other's end first
+INTERRUPTED = 130
+
+_launched = False  # whether `launch` has started this process, and says how all of them end
+
+
+def is_one_of_several() -> bool:
+    """Whether torch's launcher has started this process, by `--num_gpus` or as torchrun."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def world_size() -> int:
+    """How many processes the launcher has started."""
+    return int(os.environ["WORLD_SIZE"])
+
+
+def rank() -> int:
+    """Which of them this is; the first is the command."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def launch(processes: int, main: Callable[[list[str] | None], int], argv: list[str] | None) -> int:
-    """Run `main` in as many processes, each of which sees one GPU; the first one is the command.
+    """Run `main` in as many processes, one for each GPU; the first one is the command.
 
     Where one of them ends badly, the others are ended too, and one line says which and why.
 
@@ -26,6 +50,8 @@ def launch(processes: int, main: Callable[[list[str] | None], int], argv: list[s
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.disable(logging.CRITICAL)  # each process says itself what is wrong
+    # Of what a process has left that was ended, Python clears up and warns.
+    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker:UserWarning"
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -35,16 +61,57 @@ def launch(processes: int, main: Callable[[list[str] | None], int], argv: list[s
         run_id=uuid.uuid4().hex,
         max_restarts=0,
         monitor_interval=0.2,
-        virtual_local_rank=True,
     )
     try:
         elastic_launch(config, _exit_with)(main, argv)
     except SignalException:
-        return 130
+        return _explain({0: INTERRUPTED}, processes)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         return _explain(codes, processes)
     return 0
+
+
+def run_as_rank(work: Callable[[], None], helping: bool) -> int:
+    """Run `work` as one of several ranks. Returns 0; where it fails it ends the process.
+
+    Args:
+        helping: whether this is not the first, which alone speaks and cleans up. The others may be
+            ended at any moment: by SIGTERM at once, and not by Ctrl-C, of which the first is told.
+    """
+    try:
+        if helping:
+            code = _work_as_helper(work)
+        else:
+            code = interruption.run_command(work, "" if _launched else "interrupted")
+    except RuntimeError as error:
+        if not _has_lost_the_others(error):
+            raise
+        code = LOST_THE_OTHERS
+        time.sleep(PATIENCE)
+    if code:
+        # At once: what waits for another rank in a thread of a library would abort on the way out.
+        sys.stdout.flush()
+        os._exit(code)
+    return 0
+
+
+def _work_as_helper(work: Callable[[], None]) -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.getLogger("teacache").setLevel(logging.ERROR)  # the first rank warns
+    try:
+        work()
+    except TeaCacheError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def _has_lost_the_others(error: RuntimeError) -> bool:
+    """Whether another rank has ended in the middle of something that all do together."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or "gloo" in str(error)
 
 
 def _explain(codes: dict[int, int], processes: int) -> int:
@@ -53,17 +120,21 @@ def _explain(codes: dict[int, int], processes: int) -> int:
     Args:
         codes: the exit codes of those that failed, by rank; of a signal negative.
     """
-    consequences = (LOST_THE_OTHERS, -signal.SIGTERM)
+    consequences = (LOST_THE_OTHERS, -signal.SIGTERM, INTERRUPTED)
     causes = {rank: code for rank, code in codes.items() if code not in consequences} or codes
     rank, code = min(causes.items())
-    if code > 0:
-        return code if code != LOST_THE_OTHERS else 2
-    name = signal.Signals(-code).name
-    print(f"error: rank {rank} of {processes} was ended by {name}", file=sys.stderr, flush=True)
+    if code == INTERRUPTED:
+        print("interrupted", file=sys.stderr, flush=True)
+    if code > 0 and code != LOST_THE_OTHERS:
+        return code
+    why = "lost the others" if code > 0 else f"was ended by {signal.Signals(-code).name}"
+    print(f"error: rank {rank} of {processes} {why}", file=sys.stderr, flush=True)
     return 2
 
 
 def _exit_with(main: Callable[[list[str] | None], int], argv: list[str] | None) -> None:
+    global _launched
+    _launched = True
     try:
         code = main(argv)
     except Exception:

@@ -82,6 +82,8 @@ class Settings:
     schedule: str | None = None
     selected_steps: list[int] | None = None
     calibration: str | None = field(default=None, compare=False)
+    num_gpus: int = 1
+    division: str | None = None  # of a denoising step among them
 
     @property
     def prefix(self) -> str:
@@ -210,6 +212,8 @@ def summary(video: Path, record: Record) -> str:
     psnr = (record.quality or {}).get("psnr")
     if psnr and psnr["mean"] is not None:
         lines.insert(2, f"PSNR        {psnr['mean']:.1f} dB, worst frame {psnr['worst']:.1f}")
+    if record.settings.division:
+        lines.insert(2, f"            on {record.settings.division}")
     if record.settings.approximations:
         lines.insert(2, f"not exact   {', '.join(record.settings.approximations)}")
     if record.why_nothing_was_reused:

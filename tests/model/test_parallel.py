@@ -47,8 +47,8 @@ def test_ranks_agree_with_each_other_and_with_one_process(on_ranks, case):
         if halves == 1:
             assert torch.equal(latents, expected), "tokens that are shared change no bit"
         else:
-            # A linear layer of one row rounds otherwise than one of two: the modulations'. Measured:
-            # 1.2e-6 of the largest latent after ten steps; float32 rounds at 6e-8.
+            # A linear layer of one row rounds otherwise than one of two: the modulations'. After
+            # ten steps that is 1.2e-6 of the largest latent; float32 rounds at 6e-8.
             assert (latents - expected).abs().max() < 1e-5 * expected.abs().max()
 
 

@@ -1,0 +1,39 @@
+"""The models that videos are sampled with, accelerated as an order says."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from teacache.checkpoint.pipeline import load_pipeline
+from teacache.command.order import Order
+from teacache.command.preflight import Ready
+from teacache.sampling import acceleration, attention
+from teacache.sampling.decoder import use_lean_decoder
+
+if TYPE_CHECKING:
+    from diffusers import ConsisIDPipeline
+
+
+def load(
+    order: Order, ready: Ready, parts: tuple[str, ...] = ("transformer", "vae")
+) -> ConsisIDPipeline:
+    """Transformer and scheduler, and the VAE where it is among the parts."""
+    machine = order.machine
+    pipe = load_pipeline(
+        ready.checkpoint,
+        ready.device,
+        ready.dtype,
+        offload=machine.offload,
+        vae_tiling=machine.vae_tiling,
+        parts=parts,
+    )
+    attention.use_attention(pipe.transformer, ready.backend)
+    if machine.quantize:
+        acceleration.quantize_fp8(pipe.transformer)
+    if machine.compile:
+        acceleration.compile_transformer(pipe.transformer)
+    if "vae" in parts:
+        use_lean_decoder(pipe.vae)
+        if machine.compile and len(ready.jobs) >= acceleration.COMPILED_DECODER_PAYS_FROM:
+            acceleration.compile_decoder(pipe.vae)
+    return pipe
