@@ -42,6 +42,9 @@ def run_and_exit() -> NoReturn:
 
 def sample(order: Order, console: Console) -> None:
     """Every job, stage by stage: what is cheap to check comes before what is slow to load."""
+    if not order.jobs:
+        console.say(f"shard {order.shard} has nothing to do: {len(order.all_jobs)} videos in all")
+        return
     stages = Stages(console)
     ready = preflight(order, stages)
     with stages.stage("diffusers"):
