@@ -263,8 +263,8 @@ def add_sweep(group: argparse._ActionsContainer) -> None:
     add(
         "--resume",
         action="store_true",
-        help="skip the videos whose records in --output_path have the same settings, and those that "
-        "another process with --resume is at",
+        help="skip the videos whose records in --output_path have the same settings, and those "
+        "that another process with --resume is at",
     )
     add(
         "--baseline",
