@@ -20,7 +20,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from teacache.base import interruption
 from teacache.base.console import Console
-from teacache.base.errors import DeviceError, TeaCacheError, one_line, without_credentials
+from teacache.base.errors import DeviceError, TeaCacheError, one_line, reason, without_credentials
 from teacache.cluster.worker import Answer, Worker
 from teacache.command.order import Order
 from teacache.command.shards import units
@@ -31,6 +31,7 @@ FAILURES = 2  # of a job, after which it is given up
 LOSSES = 3  # of workers with one job, which may be what ends them; or, for each worker, in a row
 MOST_CONDITIONED = 64  # jobs whose embeddings a worker keeps: 8 MB each at full size
 STOPPING_SECONDS = 10.0
+WAITING_SECONDS = 120.0  # for the first worker, after which the user is told
 
 
 @dataclass
@@ -81,6 +82,7 @@ class Dispatch:
         self._losses_in_a_row = 0
         self._seconds: list[float] = []
         self._refusals: list[str] = []
+        self._begun = False
         self._told: set[str] = set()
 
     def run(self) -> None:
@@ -91,11 +93,15 @@ class Dispatch:
         """
         for _ in range(self._workers):
             self._begin()
+        tell_at = time.monotonic() + WAITING_SECONDS
         try:
             while len(self.finished) + len(self.failed) < len(self.order.jobs):
                 # Not longer than a second: signals are looked at between.
                 answered, _ = ray.wait(list(self._calls), timeout=1)
                 interruption.check()
+                if time.monotonic() > tell_at and not self._begun:
+                    self.console.say("no worker could begin yet: `ray status` says what is free")
+                    tell_at = math.inf
                 for call in answered:
                     self._take(call, self._calls.pop(call))
         except KeyboardInterrupt as error:
@@ -141,8 +147,11 @@ class Dispatch:
             self._lose(place, worker, error)
             return
         for warning in [*warnings, *self._refusals]:
-            self._warn(warning)
+            if warning not in self._told:  # by another worker
+                self._told.add(warning)
+                logger.warning("%s", warning)
         self._refusals.clear()
+        self._begun = True
         if place is not None:
             self._losses_in_a_row = 0
             self._finish(place, answer, time.monotonic() - worker.since)
@@ -169,7 +178,7 @@ class Dispatch:
         self._failures[place] += 1
         again = self._failures[place] < FAILURES
         then = "It is tried once more" if again else "It is given up"
-        self._warn(f"{self._name(place)} failed: {said(error)}. {then}")
+        logger.warning("%s failed: %s. %s", self._name(place), said(error), then)
         if isinstance(error.cause, TeaCacheError):
             self._next(worker)
         else:  # a fault, after which a GPU may be of no more use to the process
@@ -181,19 +190,22 @@ class Dispatch:
 
     def _lose(self, place: int | None, worker: Running, error: RayError) -> None:
         """A worker is gone: others do its jobs, and a new one begins."""
+        ray.kill(worker.actor)  # it may be out of reach alone
         self._losses_in_a_row += 1
         self._return(worker.given)
         why = said(error)
         if self._losses_in_a_row > LOSSES * self._workers:
-            raise DeviceError(f"workers end one after the other: {why}")
+            raise DeviceError(
+                f"workers end one after the other, as where host memory runs out: {why}"
+            )
         self._begin()
         if place is None:
-            self._warn(f"a worker was lost: {why}")
+            logger.warning("a worker was lost: %s", why)
             return
         self._losses[place] += 1
         again = self._losses[place] < LOSSES
         then = "Another does it" if again else "It is given up"
-        self._warn(f"{self._name(place)} has lost its worker: {why}. {then}")
+        logger.warning("%s has lost its worker: %s. %s", self._name(place), why, then)
         self._put_back_or_give_up(place, again, DeviceError(f"its workers were lost: {why}"))
 
     def _give_up(self, worker: Running, error: RayTaskError) -> None:
@@ -223,7 +235,9 @@ class Dispatch:
         for worker in self._calls.values():
             worker.actor.stop.remote()
         calls = list(self._calls)
-        stopped, _ = ray.wait(calls, num_returns=len(calls), timeout=STOPPING_SECONDS)
+        stopped = []
+        if calls:
+            stopped, _ = ray.wait(calls, num_returns=len(calls), timeout=STOPPING_SECONDS)
         for call in stopped:
             try:
                 answer, _ = ray.get(call)
@@ -239,23 +253,17 @@ class Dispatch:
     def _name(self, place: int) -> str:
         job = self.order.jobs[place]
         image = without_credentials(job.image)
-        which = f"image {image}, seed {job.seed}, {job.which}"
+        planned = "" if self.order.target_speedup else f", {job.which}"
+        which = f"image {image}, seed {job.seed}{planned}"
         return f"video {place + 1} of {len(self.order.jobs)} ({which})"
-
-    def _warn(self, message: str) -> None:
-        """Say it once, whichever workers say it."""
-        if message not in self._told:
-            self._told.add(message)
-            logger.warning("%s", message)
 
 
 def said(error: Exception) -> str:
     """What an error says, or what it was caused by in a worker, in one line."""
     cause = error.cause if isinstance(error, RayTaskError) else error
-    text = str(cause)
-    if not isinstance(cause, (TeaCacheError, RayError)):
-        text = f"{type(cause).__name__}: {cause}"
-    return one_line(text.strip().splitlines()[0]).rstrip(".")
+    foreseen = isinstance(cause, (TeaCacheError, RayError))
+    kind = "" if foreseen else f"{type(cause).__name__}: "
+    return one_line(kind + reason(cause)).rstrip(".")
 
 
 def in_words(seconds: float) -> str:

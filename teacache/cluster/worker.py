@@ -149,8 +149,14 @@ class Worker:
 
     def _condition(self, jobs: list[Job], skip_failures: bool) -> None:
         from teacache.command.run import condition
+        from teacache.sampling.sampler import room_to_decode
 
-        identities, texts = condition(jobs, self.order, self.ready, self.stages, skip_failures)
+        room: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if self._loaded:  # the text encoder and the face models take less than decoding
+            pipe, offload = self._loaded.pipe, self.order.machine.offload
+            room = room_to_decode(pipe, self.ready.size, offload, last=False)
+        with room:
+            identities, texts = condition(jobs, self.order, self.ready, self.stages, skip_failures)
         self._identities.update(identities)
         self._texts.update(texts)
 
