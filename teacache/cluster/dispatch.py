@@ -235,7 +235,7 @@ class Dispatch:
         for worker in self._calls.values():
             worker.actor.stop.remote()
         calls = list(self._calls)
-        stopped = []
+        stopped: list[Any] = []
         if calls:
             stopped, _ = ray.wait(calls, num_returns=len(calls), timeout=STOPPING_SECONDS)
         for call in stopped:

@@ -128,7 +128,7 @@ def test_one_killed_and_a_job_that_fails(capsys, tmp_path, tiny, faceless):
 
 def test_ctrl_c_then_the_rest_by_one_process(capsys, tmp_path, tiny):
     arguments = (*COMMON, "--num_infer_steps", 100, "--seed", 1, 2, 3, "--output_path", tmp_path)
-    process = start(tmp_path, *arguments, "--workers", 2)
+    process = start(tmp_path, *arguments, "--workers", 1)
     read_until(process, r"1 of 3  ")
     os.killpg(process.pid, signal.SIGINT)
     sent = time.monotonic()
