@@ -58,6 +58,12 @@ def stop_requested() -> bool:
     return _asked is not None
 
 
+def request_stop() -> None:
+    """Have `check` raise KeyboardInterrupt from now on: in a process that another one controls."""
+    global _asked
+    _asked = time.monotonic()
+
+
 def _ask(number: int, frame: object) -> None:
     global _asked
     now = time.monotonic()

@@ -31,12 +31,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     Fills in defaults that depend on other arguments. With `--latents`, `ckpts_path` and `fps` may
     be None: use the record's.
     """
-    parser = build_parser()
+    return parse_with(build_parser(), argv)
+
+
+def parse_with(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The same with the parser of another command that samples videos, see `add_sampling`."""
     args = parser.parse_args(argv)
     if args.target_speedup and args.rel_l1_thresh:
         parser.error("argument --target_speedup: not allowed with argument --rel_l1_thresh")
-    alone = ("plan", "jobs", "resume", "baseline", "rel_l1_thresh", "schedule", "target_speedup")
-    for other in alone:
+    alone = ("plan", "jobs", "resume", "shard", "baseline", "rel_l1_thresh", "schedule")
+    for other in (*alone, "target_speedup"):
         if args.latents and getattr(args, other):
             parser.error(f"argument --{other}: not allowed with argument --latents")
     if args.latents and args.num_gpus > 1:
@@ -92,6 +96,20 @@ def build_parser() -> argparse.ArgumentParser:
         description="Sample an identity-preserving video with ConsisID and TeaCache.",
         allow_abbrev=False,
     )
+    several = add_sampling(parser, "several videos, and what to expect of one")
+    flags.add_command(several)
+    return parser
+
+
+def add_sampling(parser: argparse.ArgumentParser, several: str) -> argparse._ActionsContainer:
+    """Every argument of a command that samples videos.
+
+    Args:
+        several: title of the group of arguments for several videos.
+
+    Returns:
+        that group, for what else belongs to it.
+    """
     flags.add_published(parser.add_argument_group("as published"))
     video = parser.add_argument_group("the video")
     flags.add_video(video)
@@ -105,5 +123,6 @@ def build_parser() -> argparse.ArgumentParser:
     machine = parser.add_argument_group("the machine")
     flags.add_machine(machine)
     flags.add_acceleration(machine)
-    flags.add_sweep(parser.add_argument_group("several videos, and what to expect of one"))
-    return parser
+    group = parser.add_argument_group(several)
+    flags.add_sweep(group)
+    return group

@@ -265,20 +265,14 @@ def add_acceleration(group: argparse._ActionsContainer) -> None:
 
 
 def add_sweep(group: argparse._ActionsContainer) -> None:
-    """Several videos in one run, and what to expect of one."""
+    """Several videos in one run, of every command that samples them."""
     add_jobs(group)
     add = group.add_argument
     add(
         "--resume",
         action="store_true",
-        help="skip the videos whose records in --output_path have the same settings",
-    )
-    add(
-        "--latents",
-        type=readers.file,
-        metavar="FILE",
-        help="make the video of latents that a run has kept when it failed or was ended before "
-        "there was one; --ckpts_path and --fps default to that run's",
+        help="skip the videos whose records in --output_path have the same settings, and those "
+        "that another process with --resume is at",
     )
     add(
         "--baseline",
@@ -287,15 +281,34 @@ def add_sweep(group: argparse._ActionsContainer) -> None:
         help="an earlier video to compare with, where a sweep has none of threshold 0",
     )
     add(
+        "--target_speedup",
+        type=readers.speedup,
+        metavar="X",
+        help="instead of --rel_l1_thresh or --computed_steps: the smallest threshold, or the most "
+        "steps, with which the denoising loop is planned to be X times as fast",
+    )
+
+
+def add_command(group: argparse._ActionsContainer) -> None:
+    """What the sampler's command alone has: a part of the videos, a plan, kept latents."""
+    add = group.add_argument
+    add(
+        "--shard",
+        type=readers.shard,
+        metavar="I/N",
+        help="sample part I of N, counted from 0, of the videos that --jobs or a sweep asks for; "
+        "the shard that ends last reports on all",
+    )
+    add(
         "--plan",
         action="store_true",
         help="print which steps would be computed, and exit; thresholds "
         f"{' '.join(map(str, PLANNED_THRESHOLDS))} unless others are given",
     )
     add(
-        "--target_speedup",
-        type=readers.speedup,
-        metavar="X",
-        help="instead of --rel_l1_thresh or --computed_steps: the smallest threshold, or the most "
-        "steps, with which the denoising loop is planned to be X times as fast",
+        "--latents",
+        type=readers.file,
+        metavar="FILE",
+        help="make the video of latents that a run has kept when it failed or was ended before "
+        "there was one; --ckpts_path and --fps default to that run's",
     )

@@ -52,6 +52,16 @@ class Job:
         """Which schedule it follows, where that is not a threshold's: `even 22`."""
         return f"{self.selection.kind} {self.selection.computed}" if self.selection else None
 
+    @property
+    def which(self) -> str:
+        """Its schedule, or the threshold that it follows: `rel_l1_thresh 0.15`."""
+        return self.schedule or f"rel_l1_thresh {self.rel_l1_thresh}"
+
+    @property
+    def group(self) -> tuple[str, str, str, int, int]:
+        """What it shares with the videos that it is compared with: all but the schedule."""
+        return self.image, self.prompt, self.negative_prompt, self.seed, self.num_infer_steps
+
 
 MOST_CHARACTERS = 10**7  # of a file, which may be a pipe
 # Reads the text of one field, as the argument of the same name reads it.

@@ -34,6 +34,6 @@ def load(
         acceleration.compile_transformer(pipe.transformer)
     if "vae" in parts:
         use_lean_decoder(pipe.vae)
-        if machine.compile and len(ready.jobs) >= acceleration.COMPILED_DECODER_PAYS_FROM:
+        if machine.compile and len(order.jobs) >= acceleration.COMPILED_DECODER_PAYS_FROM:
             acceleration.compile_decoder(pipe.vae)
     return pipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import sys
 from typing import NoReturn
@@ -23,14 +24,16 @@ def main(argv: list[str] | None = None) -> int:
     if is_one_of_several():
         args.num_gpus = world_size()
     elif args.num_gpus > 1 and not args.plan:
-        return launch(args.num_gpus, main, argv)
+        # What is wrong with the order is said by one process, before there are several.
+        return interruption.run_command(lambda: _check(args)) or launch(args.num_gpus, main, argv)
     silence_libraries()
     allow_any_encoding()
     console = Console(args.quiet)
 
     def work() -> None:
         if rank() > 0:
-            help_denoising(args.device, args.num_gpus)
+            if Order.of(args).jobs:
+                help_denoising(args.device, args.num_gpus)
         elif args.latents:
             decode(LatentsOrder.of(args), console)
         elif args.plan:
@@ -43,6 +46,11 @@ def main(argv: list[str] | None = None) -> int:
     return interruption.run_command(work)
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Raise ArgumentError where no order can be made of the arguments."""
+    Order.of(args)
+
+
 def run_and_exit() -> NoReturn:
     """Run the command as a program of its own."""
     code = main()
@@ -52,6 +60,9 @@ def run_and_exit() -> NoReturn:
 
 def sample(order: Order, console: Console) -> None:
     """Every job, stage by stage: what is cheap to check comes before what is slow to load."""
+    if not order.jobs:
+        console.say(f"shard {order.shard} has nothing to do: {len(order.all_jobs)} videos in all")
+        return
     stages = Stages(console)
     ready = preflight(order, stages)
     with stages.stage("diffusers"):

@@ -8,7 +8,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from teacache.base.errors import ArgumentError
 from teacache.command.jobs import FIELDS, Job, Selection, read_jobs
+from teacache.command.shards import Shard, part_of
 from teacache.core.rule import Coefficients, Limits
 
 
@@ -39,9 +41,16 @@ class Machine:
 
 @dataclass(frozen=True)
 class Order:
-    """Everything that a run is asked for. A job's threshold is None until a plan has found it."""
+    """Everything that a run is asked for. A job's threshold is None until a plan has found it.
+
+    Attributes:
+        jobs: the videos of this run.
+        all_jobs: those of all shards together; without `--shard` the same.
+    """
 
     jobs: tuple[Job, ...]
+    all_jobs: tuple[Job, ...]
+    shard: Shard | None
     format: Format
     machine: Machine
     coefficients: Coefficients
@@ -59,10 +68,20 @@ class Order:
         """What the parsed arguments ask for, see `teacache.command.arguments`.
 
         Raises:
-            ArgumentError: naming the line of `--jobs` and what is wrong with it.
+            ArgumentError: naming the line of `--jobs` and what is wrong with it; or where
+                `--baseline` is asked to be compared with several groups.
         """
+        jobs = _jobs_of(args)
+        if args.baseline and len({job.group for job in jobs}) > 1:
+            raise ArgumentError(
+                f"--baseline {args.baseline} is one video, and cannot be compared with those of "
+                "several faces, prompts, seeds or numbers of steps: sample --rel_l1_thresh 0 with "
+                "them instead"
+            )
         return cls(
-            jobs=_jobs_of(args),
+            jobs=tuple(part_of(jobs, args.shard)) if args.shard else jobs,
+            all_jobs=jobs,
+            shard=args.shard,
             format=Format(**_named(Format, args)),
             machine=Machine(**_named(Machine, args)),
             coefficients=args.coefficients,

@@ -19,6 +19,7 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 from teacache.base.errors import ArgumentError
+from teacache.command.shards import Shard
 from teacache.core.rule import UNBOUNDED, Coefficients
 
 DEGREE = 4  # of the rescaling polynomial
@@ -150,6 +151,17 @@ def _number(
             return value
     shown = text if len(text) < 40 else f"{text[:30]}..."
     raise argparse.ArgumentTypeError(f"{shown!r} is not {wanted}")
+
+
+def shard(text: str) -> Shard:
+    """`I/N`: part I of N, counted from 0."""
+    numbers = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    if not numbers or int(numbers[2]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N, such as 0/8 to 7/8")
+    index, count = int(numbers[1]), int(numbers[2])
+    if index >= count:
+        raise argparse.ArgumentTypeError(f"{text}: shards are numbered from 0 to {count - 1}")
+    return Shard(index, count)
 
 
 def device(text: str) -> str:

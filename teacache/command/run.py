@@ -8,29 +8,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from teacache.base.console import Console, Stages
-from teacache.base.errors import ArgumentError, reason
 from teacache.base.files import cache_folder
-from teacache.base.interruption import stop_requested
+from teacache.command.finished import add_others, left_to_do, of_all_shards, without_finished
 from teacache.command.jobs import Job
 from teacache.command.loading import load
 from teacache.command.memory import explained_out_of_memory
 from teacache.command.order import Order, in_order
 from teacache.command.preflight import Ready
 from teacache.command.ranks import Ranks
-from teacache.command.recording import record_of, settings_of
+from teacache.command.recording import record_of
+from teacache.command.report import write_report, write_report_of_shards
 from teacache.comparison.comparison import Comparison, read_baseline
 from teacache.core.forward import apply_teacache
+from teacache.core.handle import TeaCacheHandle
 from teacache.inputs.conditioning import Conditioning
 from teacache.inputs.embedding_cache import EmbeddingCache
 from teacache.inputs.identity import Identity, load_analyser
 from teacache.inputs.text import TEXT_TOKENS, Text
-from teacache.results.record import Record, read_record, summary
+from teacache.results.record import Record, summary
 from teacache.results.slot import claimed_slot
-from teacache.results.video import count_frames
 from teacache.sampling import acceleration, sampler
 
 if TYPE_CHECKING:
-    import numpy as np
     from diffusers import ConsisIDPipeline
     from PIL import Image
 
@@ -49,16 +48,12 @@ class Sampled(NamedTuple):
 
 def run(order: Order, ready: Ready, stages: Stages, console: Console) -> None:
     """Sample every video of an order; several of them, or one with a baseline, are compared."""
-    jobs, comparison = ready.jobs, None
-    if len(jobs) > 1 or order.baseline:
-        comparison = Comparison(
-            videos=len(jobs),
-            baseline=_baseline(order, ready),
-            load_analyser=lambda: load_analyser(ready.checkpoint),
-        )
-    to_do, places = jobs, {job: place for place, job in enumerate(jobs)}
+    comparison, to_do = comparison_of(order, ready, len(order.all_jobs)), ready.jobs
+    every = of_all_shards(order, ready)
+    jobs = every.jobs
+    places = {job: place for place, job in enumerate(jobs)}
     if order.resume:
-        to_do = _without_finished(places, order, ready, console, comparison)
+        to_do = without_finished(places, order, ready, console, comparison)
     to_do = in_order(to_do, ready.digests)
     try:
         with explained_out_of_memory(order.machine, console):
@@ -71,10 +66,28 @@ def run(order: Order, ready: Ready, stages: Stages, console: Console) -> None:
                         )
                 if console.quiet or len(jobs) == 1:
                     console.done(video.path, summary(video.path, record))
+        missing = add_others(comparison, places, order, every) if comparison else 0
+        if comparison and order.shard:
+            write_report_of_shards(comparison, order, missing, console)
     finally:
         # Also of a sweep that failed or was interrupted: what is done is done.
-        if len(jobs) > 1 and comparison:
-            _report(comparison, order, len(jobs), console)
+        if len(jobs) > 1 and comparison and not order.shard:
+            write_report(comparison, order, len(jobs), console)
+
+
+def comparison_of(order: Order, ready: Ready, videos: int | None) -> Comparison | None:
+    """What the videos are compared by, where they are several or there is a baseline.
+
+    Args:
+        videos: how many this process will add, see `Comparison`.
+    """
+    if len(order.all_jobs) == 1 and not order.baseline:
+        return None
+    return Comparison(
+        videos=videos,
+        baseline=read_baseline(order.baseline, ready.size) if order.baseline else None,
+        load_analyser=lambda: load_analyser(ready.checkpoint),
+    )
 
 
 def sampled(
@@ -89,54 +102,94 @@ def sampled(
     identities, texts = condition(jobs, order, ready, stages)
     with stages.stage("loading"):
         pipe = load(order, ready)
-    machine, guidance_scale = order.machine, order.format.guidance_scale
-    start, drawn_for = None, None
     with apply_teacache(pipe) as handle:
         handle.team = ranks.join(pipe.transformer)
-        if machine.compile:
+        if order.machine.compile:
             with stages.stage("compiling"):
                 compile_ahead(pipe, identities[jobs[0].image], texts[jobs[0]], order, ready, ranks)
+        loaded = Loaded(pipe, handle, order, stages, console, ranks)
         for job in jobs:
-            own, identity = Stages(console, shared=stages), identities[job.image]
-            if len(ready.jobs) > 1:
-                which = job.schedule or f"rel_l1_thresh {job.rel_l1_thresh}"
-                console.say(f"seed {job.seed}, {which}")
-            with own.stage("encoding"):
-                if start is None or drawn_for != (job.image, job.seed):
-                    start, drawn_for = None, (job.image, job.seed)
-                    start = sampler.prepare(pipe, identity, ready.size, job.seed)
-            handle.follow(ready.schedules[job])
-            ranks.denoise(ready.schedules[job], start, texts[job], job.num_infer_steps)
-            with own.stage("denoising"), console.bar(job.num_infer_steps, handle.counts) as on_step:
-                latents, step_seconds = sampler.denoise(
-                    pipe,
-                    start,
-                    texts[job],
-                    ready.size,
-                    num_infer_steps=job.num_infer_steps,
-                    guidance_scale=guidance_scale,
-                    on_step=on_step,
-                )
-            record = record_of(job, order, ready, step_seconds, own)
-            with claimed_slot(order.output_path, record.settings.prefix) as slot:
-                slot.keep(latents, record)
-                room = sampler.room_to_decode(
-                    pipe, ready.size, machine.offload, last=job is jobs[-1]
-                )
-                with own.stage("decoding"), room:
-                    frames = sampler.decode(pipe, latents)
-                with own.stage("writing"):
-                    slot.write(frames, order.format.fps)
-                record = record_of(job, order, ready, step_seconds, own)
-                slot.finish(record)
-            yield Sampled(job, slot.video, record, frames, identity)
+            with left_to_do(job, order, ready, console) as to_do:
+                if to_do:
+                    if len(ready.jobs) > 1:
+                        console.say(f"seed {job.seed}, {job.which}")
+                    last = job is jobs[-1]
+                    yield loaded.sample(job, ready, identities[job.image], texts[job], last)
     ranks.end()
 
 
+class Loaded:
+    """What is loaded once and samples job after job: a pipeline that TeaCache is applied to.
+
+    Args:
+        stages: that the videos share.
+        ranks: that denoise with this one.
+    """
+
+    def __init__(
+        self,
+        pipe: ConsisIDPipeline,
+        handle: TeaCacheHandle,
+        order: Order,
+        stages: Stages,
+        console: Console,
+        ranks: Ranks,
+    ):
+        self.pipe, self.handle, self.order = pipe, handle, order
+        self.stages, self.console, self.ranks = stages, console, ranks
+        self._start: sampler.Start | None = None
+        self._drawn_for: tuple[str, int] | None = None
+
+    def sample(self, job: Job, ready: Ready, identity: Identity, text: Text, last: bool) -> Sampled:
+        """Sample one job's video, and write it with its record.
+
+        Args:
+            last: whether no other follows, see `teacache.sampling.sampler.room_to_decode`.
+        """
+        pipe, order, own = self.pipe, self.order, Stages(self.console, shared=self.stages)
+        with own.stage("encoding"):
+            start = self._start_of(job, ready, identity)
+        self.handle.follow(ready.schedules[job])
+        self.ranks.denoise(ready.schedules[job], start, text, job.num_infer_steps)
+        bar = self.console.bar(job.num_infer_steps, self.handle.counts)
+        with own.stage("denoising"), bar as on_step:
+            latents, step_seconds = sampler.denoise(
+                pipe,
+                start,
+                text,
+                ready.size,
+                num_infer_steps=job.num_infer_steps,
+                guidance_scale=order.format.guidance_scale,
+                on_step=on_step,
+            )
+        record = record_of(job, order, ready, step_seconds, own)
+        with claimed_slot(order.output_path, record.settings.prefix) as slot:
+            slot.keep(latents, record)
+            room = sampler.room_to_decode(pipe, ready.size, order.machine.offload, last)
+            with own.stage("decoding"), room:
+                frames = sampler.decode(pipe, latents)
+            with own.stage("writing"):
+                slot.write(frames, order.format.fps)
+            record = record_of(job, order, ready, step_seconds, own)
+            slot.finish(record)
+        return Sampled(job, slot.video, record, frames, identity)
+
+    def _start_of(self, job: Job, ready: Ready, identity: Identity) -> sampler.Start:
+        """The start of a video; the one before is dropped first, and kept where it is the same."""
+        if self._start is None or self._drawn_for != (job.image, job.seed):
+            self._start, self._drawn_for = None, (job.image, job.seed)
+            self._start = sampler.prepare(self.pipe, identity, ready.size, job.seed)
+        return self._start
+
+
 def condition(
-    jobs: list[Job], order: Order, ready: Ready, stages: Stages
+    jobs: list[Job], order: Order, ready: Ready, stages: Stages, skip_failures: bool = False
 ) -> tuple[dict[str, Identity], dict[Job, Text]]:
-    """The identity in each image by its source, and the text of each job."""
+    """The identity in each image by its source, and the text of each job.
+
+    Args:
+        skip_failures: leave images without a face out, instead of raising.
+    """
     cache = EmbeddingCache(cache_folder() / "embeddings") if order.reuse_conditioning else None
     conditioning = Conditioning(
         ready.checkpoint, ready.device, ready.dtype, order.machine.offload, cache
@@ -144,7 +197,7 @@ def condition(
     with stages.stage("identity"):
         sources = dict.fromkeys(job.image for job in jobs)
         identities = conditioning.find_identities(
-            {source: ready.images[source] for source in sources}
+            {source: ready.images[source] for source in sources}, skip_failures
         )
     guided = order.format.guidance_scale > 1
     wanted = {"prompt": dict.fromkeys(job.prompt for job in jobs)}
@@ -188,68 +241,3 @@ def compile_ahead(
     if acceleration.is_compiled(pipe.vae):
         with sampler.room_to_decode(pipe, ready.size, order.machine.offload, last=False):
             sampler.decode(pipe, latents)
-
-
-def _baseline(order: Order, ready: Ready) -> np.ndarray | None:
-    """The frames of `--baseline`, which one group of videos can be compared with."""
-    if order.baseline is None:
-        return None
-    if len({settings_of(job, order, ready).group for job in ready.jobs}) > 1:
-        raise ArgumentError(
-            f"--baseline {order.baseline} is one video, and cannot be compared with those of "
-            "several faces, prompts, seeds or numbers of steps: sample --rel_l1_thresh 0 with them "
-            "instead"
-        )
-    return read_baseline(order.baseline, ready.size)
-
-
-def _without_finished(
-    places: dict[Job, int],
-    order: Order,
-    ready: Ready,
-    console: Console,
-    comparison: Comparison | None,
-) -> list[Job]:
-    """The jobs that no video, whole, in the output folder has the settings of; say which have.
-
-    Args:
-        places: of every job, in the order asked for.
-    """
-    left = []
-    for job, place in places.items():
-        finished = _find_finished(job, order, ready)
-        if finished is None:
-            left.append(job)
-            continue
-        video, record = finished
-        console.done(video, f"done before {video}")
-        if comparison:
-            comparison.add_earlier(place, video, record)
-    return left
-
-
-def _find_finished(job: Job, order: Order, ready: Ready) -> tuple[Path, Record] | None:
-    settings = settings_of(job, order, ready)
-    for path in sorted(order.output_path.glob(f"{settings.prefix}_*.json")):
-        video, record = path.with_suffix(".mp4"), read_record(path)
-        if record and record.settings == settings and count_frames(video) == settings.num_frames:
-            return video, record
-    return None
-
-
-def _report(comparison: Comparison, order: Order, videos: int, console: Console) -> None:
-    """Write the report of a sweep, as far as it got, and show its table."""
-    try:
-        # Decoding videos to compare them, drawing and encoding take seconds: not after a signal.
-        table, files = comparison.report(
-            order.output_path, order.format.fps, in_full=not stop_requested()
-        )
-    except OSError as error:
-        logger.warning("the sweep's report cannot be written: %s", reason(error))
-        return
-    if files:
-        console.say(f"\n{table}\n")
-        for file in files:
-            console.say(f"sweep       {file}")
-        if len(comparison.videos) < videos:
-            console.say(f"            {len(comparison.videos)} of {videos} videos: see --resume")

@@ -92,6 +92,12 @@ class Settings:
         return f"{self.seed}_{which}"
 
     @property
+    def name(self) -> str:
+        """A text that two settings share where they are equal, and only there."""
+        compared = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
+        return json.dumps(compared, sort_keys=True)
+
+    @property
     def group(self) -> tuple[str, str, str, int, int]:
         """What the videos share that are compared with each other: all but the schedule."""
         return (

@@ -1,0 +1,215 @@
+"""One of many processes that sample an order's videos: it loads once, and is handed job after job.
+
+It does what the command does in one process, and knows nothing of who hands out the jobs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from teacache.base import interruption
+from teacache.base.console import Console, Stages
+from teacache.base.errors import DeviceError, SamplingError, TeaCacheError
+from teacache.base.quiet import silence_libraries
+from teacache.command.jobs import Job
+from teacache.command.memory import explained_out_of_memory
+from teacache.command.order import Order
+from teacache.command.preflight import plan_jobs, preflight
+from teacache.inputs.photograph import load_image, pixels_sha256
+from teacache.results.lock import locked
+from teacache.results.output_folder import check_space
+from teacache.results.record import Record
+
+if TYPE_CHECKING:
+    from teacache.command.run import Loaded
+    from teacache.comparison.comparison import Comparison
+    from teacache.inputs.identity import Identity
+    from teacache.inputs.text import Text
+
+logger = logging.getLogger("teacache")
+
+
+class Answer(NamedTuple):
+    """A video that is there.
+
+    earlier: whether another process has made it.
+    """
+
+    path: Path
+    record: Record
+    earlier: bool
+
+
+class Worker:
+    """Samples the jobs of an order, one after the other.
+
+    A job is named by its place in `order.jobs`. Each method's answer comes with the warnings that
+    the user should be told.
+
+    Args:
+        folder: what relative paths start from, on every machine.
+        ignored: names of records that were there before the order, and do not count as done.
+    """
+
+    def __init__(self, order: Order, folder: Path, ignored: Collection[str]):
+        self.order, self.folder, self.ignored = order, folder, ignored
+        self.console = Console(quiet=True)
+        self.stages = Stages(self.console)
+        self._loaded: Loaded | None = None
+        self._comparison: Comparison | None = None
+        self._identities: dict[str, Identity] = {}
+        self._texts: dict[Job, Text] = {}
+
+    def start(self) -> tuple[None, list[str]]:
+        """Check the machine and the checkpoint, before anything is loaded.
+
+        Raises:
+            TeaCacheError: in one line, for what this machine lacks.
+        """
+        silence_libraries()
+        try:
+            os.chdir(self.folder)
+        except OSError as error:
+            raise DeviceError(
+                f"there is no {self.folder} on {os.uname().nodename}: all machines need the same "
+                "folders, on a shared file system"
+            ) from error
+        with _collected_warnings() as warnings:
+            self.ready = preflight(dataclasses.replace(self.order, jobs=()), self.stages)
+        size, videos = self.ready.size, len(self.order.jobs)
+        check_space(self.order.output_path, size.width * size.height, size.num_frames, videos)
+        with self.stages.stage("diffusers"):
+            from teacache.command.run import comparison_of
+        self._comparison = comparison_of(self.order, self.ready, videos=None)
+        return None, warnings
+
+    def condition(self, places: list[int]) -> tuple[None, list[str]]:
+        """Find the faces and embed the prompts of jobs to come, each model loaded once for all.
+
+        Those of earlier jobs are dropped. What is wrong with a job is said when its turn comes.
+        """
+        self.ready = dataclasses.replace(self.ready, images={}, digests={}, schedules={})
+        self._identities, self._texts = {}, {}
+        for place in places:
+            with contextlib.suppress(TeaCacheError):
+                self._plan(self.order.jobs[place])
+        with (
+            _collected_warnings() as warnings,
+            explained_out_of_memory(self.order.machine, self.console),
+        ):
+            self._condition(self.ready.jobs, skip_failures=True)
+        return None, warnings
+
+    def sample(self, place: int) -> tuple[Answer, list[str]]:
+        """Sample a job's video, unless it is there already.
+
+        Raises:
+            TeaCacheError: in one line, for what is wrong with the job.
+        """
+        from teacache.command.finished import find_finished
+        from teacache.command.recording import settings_of
+
+        with (
+            _collected_warnings() as warnings,
+            _said_in_one_line(),
+            explained_out_of_memory(self.order.machine, self.console),
+        ):
+            job = self._plan(self.order.jobs[place])
+            settings, folder = settings_of(job, self.order, self.ready), self.order.output_path
+            with self._lock(settings.name) as ours:
+                finished = find_finished(settings, folder, self.ignored)
+                if finished and self._comparison:
+                    path, record = finished
+                    self._comparison.add_earlier(place, path, record)
+                if not finished and not ours:
+                    raise SamplingError("another process samples it")
+                path, record = finished or self._sample(job, place)
+                return Answer(path, record, earlier=finished is not None), warnings
+
+    def stop(self) -> None:
+        """End what `sample` is at within a step: from another thread than its own."""
+        interruption.request_stop()
+
+    def _plan(self, job: Job) -> Job:
+        """Look at a job's image, and plan its steps; return the job as it is planned."""
+        ready = self.ready
+        if job.image not in ready.images:
+            image = load_image(job.image)
+            ready.images[job.image], ready.digests[job.image] = image, pixels_sha256(image)
+        order = dataclasses.replace(self.order, jobs=(job,))
+        planned = plan_jobs(order, ready.checkpoint, ready.device, ready.dtype)
+        ready.schedules.update(planned)
+        return next(iter(planned))
+
+    def _condition(self, jobs: list[Job], skip_failures: bool) -> None:
+        from teacache.command.run import condition
+        from teacache.sampling.sampler import room_to_decode
+
+        room: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if self._loaded:  # the text encoder and the face models take less than decoding
+            pipe, offload = self._loaded.pipe, self.order.machine.offload
+            room = room_to_decode(pipe, self.ready.size, offload, last=False)
+        with room:
+            identities, texts = condition(jobs, self.order, self.ready, self.stages, skip_failures)
+        self._identities.update(identities)
+        self._texts.update(texts)
+
+    def _sample(self, job: Job, place: int) -> tuple[Path, Record]:
+        if job not in self._texts or job.image not in self._identities:
+            self._condition([job], skip_failures=False)
+        identity, text = self._identities[job.image], self._texts[job]
+        self._loaded = self._loaded or self._load(job)
+        video = self._loaded.sample(job, self.ready, identity, text, last=False)
+        record = video.record
+        if self._comparison:
+            record = self._comparison.add(place, video.path, record, video.frames, video.identity)
+        return video.path, record
+
+    def _load(self, job: Job) -> Loaded:
+        """The pipeline, compiled ahead where that is asked for. It stays until the process ends."""
+        from teacache.command.loading import load
+        from teacache.command.ranks import Ranks
+        from teacache.command.run import Loaded, compile_ahead
+        from teacache.core.forward import apply_teacache
+
+        with self.stages.stage("loading"):
+            pipe = load(self.order, self.ready)
+        handle, ranks = apply_teacache(pipe), Ranks(self.ready)
+        if self.order.machine.compile:
+            with self.stages.stage("compiling"):
+                identity, text = self._identities[job.image], self._texts[job]
+                compile_ahead(pipe, identity, text, self.order, self.ready, ranks)
+        return Loaded(pipe, handle, self.order, self.stages, self.console, ranks)
+
+    def _lock(self, name: str) -> contextlib.AbstractContextManager[bool]:
+        if self.order.resume:
+            return locked(self.order.output_path, name)
+        return contextlib.nullcontext(True)
+
+
+@contextlib.contextmanager
+def _collected_warnings() -> Iterator[list[str]]:
+    """The warnings of the block, which nobody reads where they are printed."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+
+
+@contextlib.contextmanager
+def _said_in_one_line() -> Iterator[None]:
+    """Of an interruption, say what it has left."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise SamplingError(". ".join(["interrupted", *getattr(error, "__notes__", ())])) from error

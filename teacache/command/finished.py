@@ -1,0 +1,120 @@
+"""Videos that are finished already, by this process or another one, and what that leaves to do."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from teacache.base.console import Console
+from teacache.command.jobs import Job
+from teacache.command.order import Order
+from teacache.command.preflight import Ready, plan_jobs
+from teacache.command.recording import settings_of
+from teacache.comparison.comparison import Comparison
+from teacache.results.lock import locked
+from teacache.results.record import Record, Settings, read_record
+from teacache.results.video import count_frames
+
+
+def find_finished(
+    settings: Settings, folder: Path, ignored: Collection[str] = ()
+) -> tuple[Path, Record] | None:
+    """A video in the folder, whole, that has the settings, and its record.
+
+    Args:
+        settings: with an empty `image_sha256` where the image has not been looked at: then its
+            source counts, and the video that was made last.
+        ignored: names of records that do not count.
+    """
+    records = sorted(folder.glob(f"{settings.prefix}_*.json"), reverse=not settings.image_sha256)
+    for path in records:
+        video, record = path.with_suffix(".mp4"), read_record(path)
+        if path.name in ignored or record is None:
+            continue
+        found = record.settings
+        if not settings.image_sha256:
+            found = dataclasses.replace(found, image_sha256="")
+        if found == settings and count_frames(video) == settings.num_frames:
+            return video, record
+    return None
+
+
+def of_all_shards(order: Order, ready: Ready) -> Ready:
+    """The same with the jobs of all shards, of whose images those of this one alone are looked at.
+
+    The digest of the others is empty.
+    """
+    if order.shard is None:
+        return ready
+    schedules = plan_jobs(
+        dataclasses.replace(order, jobs=order.all_jobs), ready.checkpoint, ready.device, ready.dtype
+    )
+    digests = {job.image: ready.digests.get(job.image, "") for job in schedules}
+    return dataclasses.replace(ready, schedules=schedules, digests=digests)
+
+
+def without_finished(
+    places: dict[Job, int],
+    order: Order,
+    ready: Ready,
+    console: Console,
+    comparison: Comparison | None,
+) -> list[Job]:
+    """The jobs that no video, whole, in the output folder has the settings of; say which have.
+
+    Args:
+        places: of every job, in the order asked for.
+    """
+    left = []
+    for job in ready.jobs:
+        finished = find_finished(settings_of(job, order, ready), order.output_path)
+        if finished is None:
+            left.append(job)
+            continue
+        video, record = finished
+        console.done(video, f"done before {video}")
+        if comparison:
+            comparison.add_earlier(places[job], video, record)
+    return left
+
+
+@contextlib.contextmanager
+def left_to_do(job: Job, order: Order, ready: Ready, console: Console) -> Iterator[bool]:
+    """Keep other processes with `--resume` from a job for as long as the block runs.
+
+    Yields:
+        whether it is left to do: False where one of them is at it, or has done it since this one
+        looked.
+    """
+    if not order.resume:
+        yield True
+        return
+    settings = settings_of(job, order, ready)
+    with locked(order.output_path, settings.name) as ours:
+        finished = find_finished(settings, order.output_path) if ours else None
+        if finished:
+            console.done(finished[0], f"done by another process {finished[0]}")
+        elif not ours:
+            console.say(f"seed {job.seed}, {job.which}: another process samples it")
+        yield ours and not finished
+
+
+def add_others(comparison: Comparison, places: dict[Job, int], order: Order, every: Ready) -> int:
+    """Add what other processes have finished; return how many videos nobody has.
+
+    Args:
+        places: of every job, in the order asked for.
+        every: with the jobs of all shards.
+    """
+    there, missing = {finished.place for finished in comparison.videos}, 0
+    for job, place in places.items():
+        if place in there:
+            continue
+        finished = find_finished(settings_of(job, order, every), order.output_path)
+        if finished:
+            comparison.add_earlier(place, finished[0], finished[1])
+        else:
+            missing += 1
+    return missing

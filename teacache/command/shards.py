@@ -1,0 +1,43 @@
+"""Many videos in parts: which of them a shard has, and which are best sampled by one process."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from teacache.command.jobs import Job
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of `count` parts, counted from 0."""
+
+    index: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
+def units(jobs: Sequence[Job], workers: int) -> list[list[Job]]:
+    """What is not divided between workers, in the order of the jobs.
+
+    That are the videos that differ in their schedule alone, which are compared with each other and
+    share their start; where there are fewer such groups than workers, every video by itself.
+    """
+    groups: dict[tuple[object, ...], list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(job.group, []).append(job)
+    return list(groups.values()) if len(groups) >= workers else [[job] for job in jobs]
+
+
+def part_of(jobs: Sequence[Job], shard: Shard) -> list[Job]:
+    """The jobs of a shard: each is in one, and none has a unit more than another has and one.
+
+    It depends on the arguments alone, so that shards on different machines agree.
+    """
+    mine = units(jobs, shard.count)[shard.index :: shard.count]
+    return list(itertools.chain.from_iterable(mine))

@@ -1,0 +1,184 @@
+"""Shards: one after the other, in any order, side by side, started twice, killed."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import ROOT, main
+
+from teacache.results.lock import FILE, locked
+from teacache.results.record import read_record
+from teacache.sampling import sampler
+
+COMMON = ("--ckpts_path", "tiny", "--num_infer_steps", 12, "--num_frames", 1)
+SWEEP = (*COMMON, "--seed", 1, 2, 3, "--rel_l1_thresh", 0, 0.3)
+
+
+def videos(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("[0-9]*.mp4"))
+
+
+def reports(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("sweep_*.json"))
+
+
+def report(folder: Path) -> dict:
+    (name,) = reports(folder)
+    return json.loads((folder / name).read_text())
+
+
+@pytest.fixture
+def denoised(monkeypatch):
+    """Counts the videos that are sampled."""
+    counted, real = [], sampler.denoise
+    monkeypatch.setattr(sampler, "denoise", lambda *a, **k: counted.append(1) or real(*a, **k))
+    return counted
+
+
+def test_the_last_of_all_reports(capsys, tmp_path, denoised):
+    """Whichever ends last, and what one process would have reported."""
+    one, parts = tmp_path / "one", tmp_path / "parts"
+    assert main(capsys, *SWEEP, "--output_path", one)[0] == 0
+    denoised.clear()
+    for index, last in ((1, False), (0, True)):
+        code, output, _ = main(
+            capsys, *SWEEP, "--shard", f"{index}/2", "--output_path", parts, "--resume"
+        )
+        assert code == 0
+        assert ("sweep " in output) == last
+        assert len(reports(parts)) == last
+    assert len(denoised) == 6
+    assert videos(parts) == videos(one)
+    for name in videos(one):
+        assert (parts / f"{name}.mp4").read_bytes() == (one / f"{name}.mp4").read_bytes()
+        mine, expected = (read_record(folder / f"{name}.json") for folder in (parts, one))
+        assert mine.quality == expected.quality
+        assert mine.seconds.keys() == expected.seconds.keys()
+    rows, expected = report(parts)["rows"], report(one)["rows"]
+    timed = {"latency", "speedup"}
+    assert [{k: v for k, v in row.items() if k not in timed} for row in rows] == [
+        {k: v for k, v in row.items() if k not in timed} for row in expected
+    ]
+    assert all(row["speedup"] for row in rows)
+
+    # Once more, as after a requeue, and without --shard.
+    code, output, _ = main(capsys, *SWEEP, "--shard", "0/2", "--output_path", parts, "--resume")
+    assert code == 0
+    assert output.count("done before") == 4
+    assert f"sweep       {parts / 'sweep_1_0000.json'}" in output
+    assert (len(denoised), len(reports(parts))) == (6, 1)
+    code, _, _ = main(capsys, *SWEEP, "--output_path", parts, "--resume")
+    assert (code, len(denoised), len(reports(parts))) == (0, 6, 2)
+
+
+def test_compared_across_shards(capsys, tmp_path):
+    """More shards than groups: threshold 0 is in another shard than what is compared with it."""
+    sweep = (*COMMON, "--rel_l1_thresh", 0.3, 0.1, 0, "--output_path", tmp_path)
+    for index in range(4):
+        code, output, _ = main(capsys, *sweep, "--shard", f"{index}/4")
+        assert code == 0
+    assert output == "shard 3/4 has nothing to do: 3 videos in all\n"
+    rows = report(tmp_path)["rows"]
+    assert [row["rel_l1_thresh"] for row in rows] == [0.3, 0.1, 0.0]
+    assert all(
+        row["quality"]["psnr"]["mean"] > 10 and row["quality"]["decoded"] for row in rows[:2]
+    )
+
+
+def test_a_shard_looks_at_its_own_images_alone(capsys, tmp_path):
+    """A picture that another shard has may be gone, or cost a download."""
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "jobs.csv").write_text(f"image,seed\nastronaut,1\n{tmp_path}/broken.png,2\n")
+    jobs = (*COMMON, "--jobs", tmp_path / "jobs.csv", "--output_path", tmp_path / "out")
+    code, output, _ = main(capsys, *jobs, "--shard", "0/2")
+    assert code == 0
+    assert "shard 0/2 is done; the last one reports on all: 1 of 2 videos are missing" in output
+    code, _, error = main(capsys, *jobs, "--shard", "1/2")
+    assert code == 2
+    assert "broken.png" in error
+    assert not reports(tmp_path / "out")
+
+
+def test_a_video_that_another_process_is_at(capsys, tmp_path, denoised):
+    """It is left to the other one; without --resume it is asked for once more."""
+    other = tmp_path / FILE
+    arguments = (*COMMON, "--seed", 1, 2, "--output_path", tmp_path)
+    holder = subprocess.Popen(
+        [
+            *(sys.executable, "-c"),
+            "import fcntl, sys, time\n"
+            "file = open(sys.argv[1], 'ab')\n"
+            "fcntl.lockf(file, fcntl.LOCK_EX)\n"  # every name's byte
+            "print('held', flush=True)\n"
+            "time.sleep(600)",
+            str(other),
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        code, output, _ = main(capsys, *arguments, "--resume")
+        assert code == 0
+        assert output.count("another process samples it") == 2
+        assert not denoised
+        code, _, _ = main(capsys, *arguments)
+        assert (code, len(denoised)) == (0, 2)
+    finally:
+        holder.kill()
+        holder.wait()
+    with locked(tmp_path, "a") as held:
+        assert held, "a killed process holds nothing"
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def no_locks(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    with locked(tmp_path, "a") as held:
+        assert held
+
+
+def start(*arguments: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "teacache_sample_video.py", *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_side_by_side_one_started_twice_one_killed(capsys, tmp_path, tiny):
+    """Nothing is lost and nothing doubled, and one report is written."""
+    sweep = (
+        *("--ckpts_path", "tiny", "--num_infer_steps", 100, "--num_frames", 1),
+        *("--seed", 1, 2, 3, 4, "--output_path", tmp_path, "--resume"),
+    )
+    twins = [start(*sweep, "--shard", "0/2") for _ in range(2)]
+    killed = start(*sweep, "--shard", "1/2")
+    begun = 0
+    for line in killed.stdout:
+        begun += line.startswith("seed")
+        if begun == 2:
+            break
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    both = "".join(twin.communicate(timeout=300)[0] for twin in twins)
+    assert [twin.returncode for twin in twins] == [0, 0]
+    assert both.count("denoising") == 2
+    assert len(videos(tmp_path)) == 3
+    assert not reports(tmp_path)
+    code, output, _ = main(capsys, *sweep, "--shard", "1/2")
+    assert code == 0
+    assert output.count("denoising") == output.count("done before") == 1
+    assert videos(tmp_path) == [f"{seed}_0.1_0000" for seed in (1, 2, 3, 4)]
+    assert [row["video"] for row in report(tmp_path)["rows"]] == videos(tmp_path)

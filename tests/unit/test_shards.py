@@ -1,0 +1,71 @@
+"""Parts of many videos: all of them, none twice, and what is compared together."""
+
+from __future__ import annotations
+
+import pytest
+
+from teacache.base.errors import ArgumentError
+from teacache.command.arguments import parse_arguments
+from teacache.command.jobs import Job
+from teacache.command.order import Order
+from teacache.command.shards import Shard, part_of, units
+
+
+def order(*arguments: object) -> Order:
+    return Order.of(parse_arguments(["--ckpts_path", "tiny", *map(str, arguments)]))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 6, 7, 18, 20])
+@pytest.mark.parametrize("thresholds", [(0.1,), (0, 0.1, 0.2)])
+def test_every_video_is_in_one_shard(count, thresholds):
+    sweep = ("--seed", *range(6), "--rel_l1_thresh", *thresholds)
+    parts = [order(*sweep, "--shard", f"{i}/{count}") for i in range(count)]
+    everything = order(*sweep).jobs
+    sampled = [job for part in parts for job in part.jobs]
+    assert sorted(sampled, key=everything.index) == list(everything)
+    assert all(part.all_jobs == everything for part in parts)
+    sizes = [len(part.jobs) for part in parts]
+    assert max(sizes) - min(sizes) <= (len(thresholds) if count <= 6 else 1)
+
+
+def test_what_is_compared_stays_together():
+    """As long as no shard goes empty for it."""
+    jobs = order("--seed", 1, 2, 3, "--rel_l1_thresh", 0.2, 0).jobs
+    assert [[job.seed for job in unit] for unit in units(jobs, 3)] == [[1, 1], [2, 2], [3, 3]]
+    assert [len(unit) for unit in units(jobs, 4)] == [1] * 6
+    assert [job.seed for job in part_of(jobs, Shard(1, 2))] == [2, 2]
+
+
+def test_more_shards_than_videos():
+    assert [len(order("--seed", 1, 2, "--shard", f"{i}/3").jobs) for i in range(3)] == [1, 1, 0]
+
+
+def test_groups_differ_in_more_than_the_schedule():
+    one = Job("a.png", "p", "", 1, 50, 0.1)
+    assert one.group == Job("a.png", "p", "", 1, 50, None).group
+    assert one.group != Job("a.png", "p", "", 1, 49, 0.1).group
+
+
+@pytest.mark.parametrize(
+    ("value", "complaint"),
+    [
+        ("8/8", "8/8: shards are numbered from 0 to 7"),
+        ("1", "'1' is not I/N, such as 0/8 to 7/8"),
+        ("/8", "'/8' is not I/N"),  # an unset variable before it
+        ("-1/8", "'-1/8' is not I/N"),
+        ("0/0", "'0/0' is not I/N"),
+        ("1.0/8", "is not I/N"),
+        ("", "'' is not I/N"),
+    ],
+)
+def test_a_shard_that_is_none(capsys, value, complaint):
+    with pytest.raises(SystemExit) as end:
+        parse_arguments([f"--shard={value}"])
+    assert end.value.code == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_a_baseline_is_of_one_group_over_all_shards(tmp_path):
+    (tmp_path / "a.mp4").touch()
+    with pytest.raises(ArgumentError, match="is one video"):
+        order("--seed", 1, 2, "--shard", "0/2", "--baseline", tmp_path / "a.mp4")
