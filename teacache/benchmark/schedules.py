@@ -77,7 +77,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--calibrated_on",
         type=readers.positive,
-        default=4,
+        default=10,
         metavar="N",
         help="videos, others than those (default: %(default)s)",
     )
