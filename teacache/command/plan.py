@@ -10,8 +10,10 @@ from teacache.checkpoint.size import video_size
 from teacache.command.machine import choose_device, choose_dtype
 from teacache.command.order import Order
 from teacache.command.preflight import find_checkpoint, plan_jobs
+from teacache.command.ranks import ALONE, division_of
 from teacache.comparison.tables import aligned
 from teacache.core.rule import Schedule
+from teacache.parallel.division import h100_seconds
 
 
 def show(order: Order) -> None:
@@ -31,10 +33,16 @@ def show(order: Order) -> None:
     for_gpu = order.machine.dtype == "auto" and is_full_size(checkpoint)
     dtype = choose_dtype("bfloat16" if for_gpu else order.machine.dtype, device)
     form = order.format
-    video_size(checkpoint, form.width, form.height, form.num_frames)  # refuses what cannot be
+    size = video_size(checkpoint, form.width, form.height, form.num_frames)
+    division = division_of(order, checkpoint, size)
     planned = plan_jobs(order, checkpoint, device, dtype)
     rows = [(job.schedule or f"{job.rel_l1_thresh:g}", plan) for job, plan in planned.items()]
     print_now(describe(list(dict.fromkeys(rows))))
+    if division != ALONE:
+        step = h100_seconds(division, form.guidance_scale > 1)
+        published = is_full_size(checkpoint) and size == (720, 480, 49)
+        takes = f": a computed step takes {step:.2f} s on H100s, by arithmetic" if published else ""
+        print_now(f"on {division}{takes}")
 
 
 def describe(schedules: list[tuple[str, Schedule]]) -> str:

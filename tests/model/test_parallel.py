@@ -7,10 +7,11 @@ import functools
 import pytest
 import torch
 from ranks import STEPS, TEXT, THRESHOLDS, VIDEO, WIDE, free_port, sample, work
+from support import ROOT
 
 from teacache.base.errors import ArgumentError
 from teacache.core.team import ALONE, Team
-from teacache.parallel.division import Division, bytes_sent, divide
+from teacache.parallel.division import Division, bytes_sent, divide, h100_seconds
 
 F32, BF16 = torch.float32, torch.bfloat16
 CASES = {
@@ -80,6 +81,17 @@ def test_the_published_size_divides_among_2_4_and_8():
     assert str(divide(2, True, **real)) == "2 GPUs: guidance x2"
     # 17,776 x 3072 numbers of 2 bytes, 4 in each of 42 layers; a half of its half is sent.
     assert bytes_sent(Division(2, 2), 2, 42, 17776, 3072) == pytest.approx(4.59e9, rel=1e-3)
+
+
+def test_the_arithmetic_is_that_of_the_readme():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for halves, parts in ((1, 1), (2, 1), (2, 2), (2, 4)):
+        division = Division(halves, parts)
+        sent, seconds = bytes_sent(division, 2, 42, 17776, 3072), h100_seconds(division, True)
+        cells = (
+            f"| {halves} x {parts} | {f'{sent / 1e9:.1f} GB' if sent else 0} | {seconds:.2f} s |"
+        )
+        assert cells in readme
 
 
 def test_the_embedded_checkpoint_divides_where_every_part_has_video_tokens():
