@@ -17,6 +17,7 @@ from teacache.base.quiet import silence_libraries
 from teacache.command import flags, readers
 from teacache.command.arguments import OneLineParser
 from teacache.comparison.tables import markdown_table
+from teacache.parallel.launch import is_one_of_several, launch, rank, run_as_rank, world_size
 from teacache.results.output_folder import claimed_stem, prepare_folder
 from teacache.results.record import versions, write_json
 
@@ -40,7 +41,15 @@ UNITS = {"s": 1.0, "ms": 1e-3, "GiB": 2.0**30}
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark. Returns its exit code, as the sampler's command does."""
     args = _parse(argv)
+    if is_one_of_several():
+        args.num_gpus = world_size()
+    elif args.num_gpus > 1:
+        from teacache.benchmark import __main__ as importable  # as this is not under `-m`
+
+        return launch(args.num_gpus, importable.main, argv)
     silence_libraries()
+    if is_one_of_several():
+        return run_as_rank(lambda: _benchmark(args), helping=rank() > 0)
     return run_command(lambda: _benchmark(args))
 
 
@@ -86,6 +95,13 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--compile", action="store_true", help="measure compiled layers too")
     add("--quantize", choices=("fp8",), help="measure float8 layers too")
+    add(
+        "--num_gpus",
+        type=readers.positive,
+        default=1,
+        metavar="N",
+        help="sample each video on N GPUs, but the plain pipeline's on one (default: %(default)s)",
+    )
     add("--rounds", type=readers.positive, default=3, metavar="N", help="(default: %(default)s)")
     flags.add_device(parser)
     flags.add_output_path(parser, "benchmark_{index:04d}.md and .json")
@@ -104,12 +120,16 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _benchmark(args: argparse.Namespace) -> None:
+    """Measure every variant; ranks do so in step, and the first one alone reports."""
     prepare_folder(args.output_path)
     prepare_environment()
-    from teacache.command.machine import choose_device, choose_dtype
+    from teacache.command.machine import check_number, choose_device, choose_dtype
+    from teacache.command.ranks import own_device
     from teacache.sampling.acceleration import prepare_acceleration
 
     device = choose_device(args.device, full_size=args.random_weights in ("full", "half"))
+    check_number(args.num_gpus, device)
+    device = own_device(device)
     dtype = choose_dtype(args.dtype, device)
     prepare_acceleration(args.compile, args.quantize, "none", device, dtype)
     from teacache.benchmark import measure
@@ -122,6 +142,7 @@ def _benchmark(args: argparse.Namespace) -> None:
         )
     else:
         bench = measure.of_checkpoint(args.ckpts_path, args.num_infer_steps, device, dtype)
+    bench.share(args.num_gpus)
     # With a schedule that is given, the threshold has no say: one is enough.
     thresholds = args.rel_l1_thresh[:1] if args.random_weights else args.rel_l1_thresh
     variants = measure.variants(thresholds, backend, args.compile, args.quantize)
@@ -130,8 +151,12 @@ def _benchmark(args: argparse.Namespace) -> None:
     measured: dict[Variant, list[Measured]] = {variant: [] for variant in variants}
     for n in range(args.rounds):
         for variant in variants:
-            print(f"round {n + 1} of {args.rounds}: {variant.name}", file=sys.stderr, flush=True)
+            if rank() == 0:
+                said = f"round {n + 1} of {args.rounds}: {variant.name}"
+                print(said, file=sys.stderr, flush=True)
             measured[variant].append(bench.sample(variant))
+    if rank() > 0:
+        return
 
     rows = [_row(variant, measured[variant], compiling[variant]) for variant in variants]
     for row in rows:
@@ -226,6 +251,7 @@ def _about(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
         "rounds": args.rounds,
         "versions": ", ".join(f"{package} {version}" for package, version in versions().items()),
         **bench.before_the_loop,
+        **({"ranks": f"{bench.division}; the plain pipeline on one"} if args.num_gpus > 1 else {}),
     }
 
 

@@ -26,6 +26,7 @@ from teacache.core.handle import TeaCacheHandle
 from teacache.inputs import photograph as pictures
 from teacache.inputs.conditioning import Conditioning
 from teacache.inputs.text import Text
+from teacache.parallel.division import Division, divide
 from teacache.results.video import write_video
 from teacache.sampling import acceleration, attention, sampler
 from teacache.sampling.decoder import undo_lean_decoder, use_lean_decoder
@@ -132,8 +133,30 @@ class Bench:
         self.fixed_steps = fixed_steps
         self.device, self.dtype = device, dtype
         self.before_the_loop: dict[str, str] = {}
+        self.division = Division(1, 1)
         self._plain = material.pipe.transformer
         self._float8: ConsisIDTransformer3DModel | None = None
+
+    def share(self, num_gpus: int) -> None:
+        """Sample with so many ranks, which all do what this one does, in step.
+
+        Raises:
+            ArgumentError: where a step does not divide among them.
+        """
+        if num_gpus == 1:
+            return
+        from teacache.parallel import group
+
+        config, size = self._plain.config, self.material.size
+        frames = (size.num_frames - 1) // config.temporal_compression_ratio + 1
+        self.division = divide(
+            num_gpus,
+            guided=GUIDANCE_SCALE > 1,
+            heads=config.num_attention_heads,
+            text=config.max_text_seq_length,
+            video=frames * (config.sample_height // 2) * (config.sample_width // 2),
+        )
+        group.connect(self.device)
 
     def warm_up(self, variant: Variant) -> float:
         """Sample three steps twice; seconds that the first time took longer, for compiling."""
@@ -230,6 +253,10 @@ class Bench:
             acceleration.compile_transformer(transformer)
         try:
             with apply_teacache(pipe, variant.threshold) as handle:
+                if self.division != (1, 1):
+                    from teacache.parallel import group
+
+                    handle.team = group.join(transformer, self.division, self.device)
                 yield handle
         finally:
             acceleration.undo_compile(transformer)

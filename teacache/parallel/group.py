@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from teacache.base.errors import ArgumentError
 from teacache.core.team import Team
 
 if TYPE_CHECKING:
-    from diffusers import ConsisIDTransformer3DModel
+    from diffusers import ConsisIDTransformer3DModel, ParallelConfig
 
     from teacache.parallel.division import Division
 
@@ -53,21 +54,27 @@ def join(transformer: ConsisIDTransformer3DModel, division: Division, device: to
 
     To be called by all processes, and after their attention processors are in place.
     """
-    from diffusers import ContextParallelConfig, ParallelConfig
-
-    names = ("guidance", "ring", "ulysses")
-    mesh = dist.init_device_mesh(
-        device.type, (division.halves, 1, division.parts), mesh_dim_names=names
-    )
     if division.parts > 1:
-        # What `transformer.enable_parallelism` does, which divides by the number of GPUs and so
-        # fails where there are none.
-        ulysses = ContextParallelConfig(ulysses_degree=division.parts, mesh=mesh)
-        config = ParallelConfig(context_parallel_config=ulysses)
-        config.setup(dist.get_rank(), dist.get_world_size(), device, mesh=mesh)
+        config = _exchange(division, device)
         for processor in transformer.attn_processors.values():
             processor._parallel_config = config
     return Team(division.halves, division.parts, dist.get_rank())
+
+
+@functools.cache
+def _exchange(division: Division, device: torch.device) -> ParallelConfig:
+    """What diffusers' dispatcher exchanges by; made once, since it makes process groups."""
+    from diffusers import ContextParallelConfig, ParallelConfig
+
+    names = ("guidance", "ring", "ulysses")
+    shape = (division.halves, 1, division.parts)
+    mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
+    # What `transformer.enable_parallelism` does, which divides by the number of GPUs and so fails
+    # where there are none.
+    ulysses = ContextParallelConfig(ulysses_degree=division.parts, mesh=mesh)
+    config = ParallelConfig(context_parallel_config=ulysses)
+    config.setup(dist.get_rank(), dist.get_world_size(), device, mesh=mesh)
+    return config
 
 
 def check_backend(name: str, backend: str) -> None:

@@ -61,6 +61,33 @@ def test_a_checkpoint_with_its_own_schedule(capsys, tmp_path):
     assert "- text: " in out
 
 
+def test_several_ranks_report_once(tmp_path):
+    small = (
+        "--ckpts_path tiny --num_infer_steps 8 --rel_l1_thresh 0.3 --rounds 1 --num_gpus 2".split()
+    )
+    ended = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "teacache.benchmark",
+            *small,
+            "--device=cpu",
+            "--output_path",
+            tmp_path,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("round 1 of 1") == 2
+    report = json.loads((tmp_path / "benchmark_0000.json").read_text())
+    expected = "2 GPUs: guidance x2; the plain pipeline on one"
+    assert report["about"]["ranks"] == expected
+    assert [row["steps"][0] for row in report["rows"]] == [8, 6]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_wrong_input_is_one_line(capsys, tmp_path):
     cases = {
         ("--ckpts_path", tmp_path / "none"): "there is no such folder",
