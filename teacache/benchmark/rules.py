@@ -30,7 +30,7 @@ def rules_by_name(distances: Distances, runs: list[tuple[Run, torch.Tensor]]) ->
     magnitudes = np.mean([run.magnitudes for run, _ in runs], axis=0)
     rules: dict[str, Rule] = {PUBLISHED: partial(at_threshold, distances, 1)}
     for last in (2, 3, 4):
-        rules[f"published, --retain_last {last}"] = partial(at_threshold, distances, last)
+        rules[f"{PUBLISHED}, --retain_last {last}"] = partial(at_threshold, distances, last)
     for last in (1, 2, 3):
         rules[f"even, last {last}"] = partial(even_steps, steps, retain_last=last)
     rules["MagCache"] = partial(mag_cache, magnitudes, retention=0.2, most=3)

@@ -180,7 +180,8 @@ class Worker:
 
         with self.stages.stage("loading"):
             pipe = load(self.order, self.ready)
-        handle, ranks = apply_teacache(pipe), Ranks(self.ready)
+        handle = apply_teacache(pipe, extrapolate=self.order.extrapolate)
+        ranks = Ranks(self.ready)
         if self.order.machine.compile:
             with self.stages.stage("compiling"):
                 identity, text = self._identities[job.image], self._texts[job]

@@ -227,6 +227,13 @@ def add_schedules(group: argparse._ActionsContainer) -> None:
         "first, and fitted_range; or a calibration or record that has them "
         f"(default: {COGVIDEOX_5B.source})",
     )
+    add(
+        "--extrapolate",
+        action="store_true",
+        help="let a reused step take the residual that the last two computed ones lead to, instead "
+        "of the last one as it was: much nearer with a scheduler that draws no noise "
+        "(CogVideoXDDIMScheduler), no better with the published one",
+    )
     for name, default, what in (
         ("--retain_first", 1, "compute the first N steps, whatever the threshold"),
         ("--retain_last", 1, "compute the last N steps, whose errors no later step corrects"),

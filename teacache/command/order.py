@@ -55,6 +55,7 @@ class Order:
     machine: Machine
     coefficients: Coefficients
     limits: Limits
+    extrapolate: bool
     calibration: Path | None
     target_speedup: float | None
     ckpts_path: str
@@ -86,6 +87,7 @@ class Order:
             machine=Machine(**_named(Machine, args)),
             coefficients=args.coefficients,
             limits=Limits(**_named(Limits, args)),
+            extrapolate=args.extrapolate,
             calibration=args.calibration,
             target_speedup=args.target_speedup,
             ckpts_path=args.ckpts_path,

@@ -52,6 +52,7 @@ def settings_of(job: Job, order: Order, ready: Ready) -> Settings:
         schedule=job.schedule,
         selected_steps=list(ready.schedules[job].computed_steps) if selection else None,
         calibration=str(selection.calibration) if selection and selection.calibration else None,
+        extrapolate=order.extrapolate,
         num_gpus=machine.num_gpus,
         division=str(ready.division) if machine.num_gpus > 1 else None,
     )

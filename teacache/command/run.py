@@ -102,7 +102,7 @@ def sampled(
     identities, texts = condition(jobs, order, ready, stages)
     with stages.stage("loading"):
         pipe = load(order, ready)
-    with apply_teacache(pipe) as handle:
+    with apply_teacache(pipe, extrapolate=order.extrapolate) as handle:
         handle.team = ranks.join(pipe.transformer)
         if order.machine.compile:
             with stages.stage("compiling"):

@@ -82,6 +82,7 @@ class Settings:
     schedule: str | None = None
     selected_steps: list[int] | None = None
     calibration: str | None = field(default=None, compare=False)
+    extrapolate: bool = False
     num_gpus: int = 1
     division: str | None = None  # of a denoising step among them
 

@@ -226,3 +226,19 @@ def test_the_embedded_checkpoint_has_its_own_calibration(capsys, tiny):
     assert code == 0
     plan = planned(output)
     assert [len(plan[f"calibrated {n}"]) for n in (12, 22)] == [12, 22]
+
+
+def test_extrapolated_residuals_make_another_video_and_go_on_record(capsys, tmp_path):
+    arguments = (*SMALL, "--schedule", "even", "--computed_steps", 5, "--output_path", tmp_path)
+    for flags in ((), ("--extrapolate",)):
+        code, _, said = main(capsys, *arguments, *flags)
+        assert code == 0, said
+    plain, ahead = (records(tmp_path)[f"42_even5_000{index}"] for index in (0, 1))
+    assert (plain["extrapolate"], ahead["extrapolate"]) == (False, True)
+    assert plain["computed_steps"] == ahead["computed_steps"]
+    frames = [read_video(tmp_path / f"42_even5_000{index}.mp4").frames for index in (0, 1)]
+    assert (frames[0] != frames[1]).any()
+    # The same settings are one of them, and not the other.
+    code, output, _ = main(capsys, *arguments, "--extrapolate", "--resume")
+    assert code == 0
+    assert f"done before {tmp_path / '42_even5_0001.mp4'}" in output

@@ -88,6 +88,8 @@ def test_sea_cache_without_extrapolation_is_a_schedule(short, video):
     extrapolated = adaptive.sea_cache(pipe, schedules._loop(pipe, case), 3.0, order=1)
     assert extrapolated.computed_steps == (0, 3, 6, 7)
     assert not torch.equal(sampled.latents, extrapolated.latents)
+    ours = schedules._latents(pipe, case, extrapolated.computed_steps, extrapolate=True)
+    assert torch.equal(ours, extrapolated.latents), "here and there, computed by itself"
 
 
 def test_db_cache_drops_identity_layers_and_leaves_the_model_as_it_was(short, video):
