@@ -86,7 +86,8 @@ class Worker:
         check_space(self.order.output_path, size.width * size.height, size.num_frames, videos)
         with self.stages.stage("diffusers"):
             from teacache.command.run import comparison_of
-        self._comparison = comparison_of(self.order, self.ready, videos=None)
+        if videos > 1 or self.order.baseline:
+            self._comparison = comparison_of(self.order, self.ready, videos=None)
         return None, warnings
 
     def condition(self, places: list[int]) -> tuple[None, list[str]]:

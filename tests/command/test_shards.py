@@ -147,6 +147,12 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
         assert held
 
 
+def test_a_folder_that_takes_no_file(tmp_path):
+    """Whoever writes a video there says so."""
+    with locked(tmp_path / "missing", "a") as held:
+        assert held
+
+
 def start(*arguments: object) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "teacache_sample_video.py", *map(str, arguments)],
