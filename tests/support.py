@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 
 from teacache.checkpoint.size import VideoSize
 from teacache.embedded.portraits import ASTRONAUT
+from teacache.results.lock import FILE
 
 CPU = torch.device("cpu")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -42,6 +45,27 @@ def main(capsys, *arguments: object) -> tuple[int, str, str]:
         except SystemExit as end:
             code = end.code
     return code, *capsys.readouterr()
+
+
+@contextlib.contextmanager
+def locked_by_another_process(folder: Path) -> Iterator[None]:
+    """Every lock of an output folder is held elsewhere; at the end its holder is killed."""
+    program = (
+        "import fcntl, sys, time\n"
+        "file = open(sys.argv[1], 'ab')\n"
+        "fcntl.lockf(file, fcntl.LOCK_EX)\n"
+        "print('held', flush=True)\n"
+        "time.sleep(600)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", program, folder / FILE], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        yield
+    finally:
+        holder.kill()
+        holder.wait()
 
 
 def say(weights, head, numbers, levels=(0, 1, 2)):

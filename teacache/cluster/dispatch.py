@@ -72,7 +72,9 @@ class Dispatch:
         self._queue = collections.deque(
             [places[job] for job in unit] for unit in units(order.jobs, self._workers)
         )
-        self._actor = ray.remote(Worker).options(num_gpus=gpus, max_concurrency=2)
+        # Two threads: one that does the work, always the same, and one that is told to stop it.
+        remote = ray.remote(concurrency_groups={"stop": 1})  # type: ignore[call-overload]
+        self._actor = remote(Worker).options(num_gpus=gpus)
         known = [] if order.resume else order.output_path.glob("*.json")
         self._ignored = frozenset(path.name for path in known)
         self._calls: dict[Any, Running] = {}  # by the reference of what they will answer
@@ -233,7 +235,7 @@ class Dispatch:
     def _stop(self, interrupted: KeyboardInterrupt) -> None:
         """Have the workers end within a step, and note what that leaves."""
         for worker in self._calls.values():
-            worker.actor.stop.remote()
+            worker.actor.stop.options(concurrency_group="stop").remote()
         calls = list(self._calls)
         stopped: list[Any] = []
         if calls:

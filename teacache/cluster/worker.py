@@ -86,7 +86,8 @@ class Worker:
         check_space(self.order.output_path, size.width * size.height, size.num_frames, videos)
         with self.stages.stage("diffusers"):
             from teacache.command.run import comparison_of
-        self._comparison = comparison_of(self.order, self.ready, videos=None)
+        if videos > 1 or self.order.baseline:
+            self._comparison = comparison_of(self.order, self.ready, videos=None)
         return None, warnings
 
     def condition(self, places: list[int]) -> tuple[None, list[str]]:
@@ -96,14 +97,17 @@ class Worker:
         """
         self.ready = dataclasses.replace(self.ready, images={}, digests={}, schedules={})
         self._identities, self._texts = {}, {}
-        for place in places:
-            with contextlib.suppress(TeaCacheError):
-                self._plan(self.order.jobs[place])
+        to_do = []
         with (
             _collected_warnings() as warnings,
             explained_out_of_memory(self.order.machine, self.console),
         ):
-            self._condition(self.ready.jobs, skip_failures=True)
+            for place in places:
+                with contextlib.suppress(TeaCacheError):
+                    job = self._plan(self.order.jobs[place])
+                    if not self._find(job):
+                        to_do.append(job)
+            self._condition(to_do, skip_failures=True)
         return None, warnings
 
     def sample(self, place: int) -> tuple[Answer, list[str]]:
@@ -112,18 +116,14 @@ class Worker:
         Raises:
             TeaCacheError: in one line, for what is wrong with the job.
         """
-        from teacache.command.finished import find_finished
-        from teacache.command.recording import settings_of
-
         with (
             _collected_warnings() as warnings,
             _said_in_one_line(),
             explained_out_of_memory(self.order.machine, self.console),
         ):
             job = self._plan(self.order.jobs[place])
-            settings, folder = settings_of(job, self.order, self.ready), self.order.output_path
-            with self._lock(settings.name) as ours:
-                finished = find_finished(settings, folder, self.ignored)
+            with self._lock(job) as ours:
+                finished = self._find(job)
                 if finished and self._comparison:
                     path, record = finished
                     self._comparison.add_earlier(place, path, record)
@@ -188,10 +188,21 @@ class Worker:
                 compile_ahead(pipe, identity, text, self.order, self.ready, ranks)
         return Loaded(pipe, handle, self.order, self.stages, self.console, ranks)
 
-    def _lock(self, name: str) -> contextlib.AbstractContextManager[bool]:
-        if self.order.resume:
-            return locked(self.order.output_path, name)
-        return contextlib.nullcontext(True)
+    def _find(self, job: Job) -> tuple[Path, Record] | None:
+        """A planned job's video, where it is there."""
+        from teacache.command.finished import find_finished
+        from teacache.command.recording import settings_of
+
+        settings = settings_of(job, self.order, self.ready)
+        return find_finished(settings, self.order.output_path, self.ignored)
+
+    def _lock(self, job: Job) -> contextlib.AbstractContextManager[bool]:
+        """With `--resume`, keep other processes from a planned job."""
+        from teacache.command.recording import settings_of
+
+        if not self.order.resume:
+            return contextlib.nullcontext(True)
+        return locked(self.order.output_path, settings_of(job, self.order, self.ready).name)
 
 
 @contextlib.contextmanager

@@ -48,9 +48,10 @@ class Sampled(NamedTuple):
 
 def run(order: Order, ready: Ready, stages: Stages, console: Console) -> None:
     """Sample every video of an order; several of them, or one with a baseline, are compared."""
-    comparison, to_do = comparison_of(order, ready, len(order.all_jobs)), ready.jobs
     every = of_all_shards(order, ready)
-    jobs = every.jobs
+    jobs, comparison, to_do = every.jobs, None, ready.jobs
+    if len(jobs) > 1 or order.baseline:
+        comparison = comparison_of(order, ready, len(jobs))
     places = {job: place for place, job in enumerate(jobs)}
     if order.resume:
         to_do = without_finished(places, order, ready, console, comparison)
@@ -75,14 +76,12 @@ def run(order: Order, ready: Ready, stages: Stages, console: Console) -> None:
             write_report(comparison, order, len(jobs), console)
 
 
-def comparison_of(order: Order, ready: Ready, videos: int | None) -> Comparison | None:
-    """What the videos are compared by, where they are several or there is a baseline.
+def comparison_of(order: Order, ready: Ready, videos: int | None) -> Comparison:
+    """What several videos are compared by, or one with a baseline.
 
     Args:
-        videos: how many this process will add, see `Comparison`.
+        videos: how many are expected, see `Comparison`.
     """
-    if len(order.all_jobs) == 1 and not order.baseline:
-        return None
     return Comparison(
         videos=videos,
         baseline=read_baseline(order.baseline, ready.size) if order.baseline else None,

@@ -25,8 +25,8 @@ class Shard:
 def units(jobs: Sequence[Job], workers: int) -> list[list[Job]]:
     """What is not divided between workers, in the order of the jobs.
 
-    That are the videos that differ in their schedule alone, which are compared with each other and
-    share their start; where there are fewer such groups than workers, every video by itself.
+    These are the groups of videos that differ in their schedule alone, which are compared with each
+    other and share their start; or, where there are fewer groups than workers, single videos.
     """
     groups: dict[tuple[object, ...], list[Job]] = {}
     for job in jobs:
@@ -35,7 +35,7 @@ def units(jobs: Sequence[Job], workers: int) -> list[list[Job]]:
 
 
 def part_of(jobs: Sequence[Job], shard: Shard) -> list[Job]:
-    """The jobs of a shard: each is in one, and none has a unit more than another has and one.
+    """The jobs of a shard. Every job is in one, and the shards differ by one unit at most.
 
     It depends on the arguments alone, so that shards on different machines agree.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 import skimage.data
 from PIL import Image
-from support import ROOT, main
+from support import ROOT, locked_by_another_process, main
 
 from teacache.base import interruption
 from teacache.base.errors import DeviceError, ImageError, SamplingError
@@ -174,6 +175,14 @@ def test_a_worker(worker, tmp_path, monkeypatch):
         worker.sample(1)
     again, _ = worker.sample(0)  # as after the answer of a worker is lost
     assert (again.path, again.earlier) == (first.path, True)
+
+    order, worker.order = worker.order, dataclasses.replace(worker.order, resume=True)
+    with (
+        locked_by_another_process(tmp_path / "out"),
+        pytest.raises(SamplingError, match="another process samples it"),
+    ):
+        worker.sample(2)
+    worker.order = order
 
     decode = sampler.decode
     monkeypatch.setattr(sampler, "decode", lambda *a: worker.stop() or decode(*a))

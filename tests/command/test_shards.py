@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import ROOT, main
+from support import ROOT, locked_by_another_process, main
 
-from teacache.results.lock import FILE, locked
+from teacache.results.lock import locked
 from teacache.results.record import read_record
 from teacache.sampling import sampler
 
@@ -108,32 +108,14 @@ def test_a_shard_looks_at_its_own_images_alone(capsys, tmp_path):
 
 def test_a_video_that_another_process_is_at(capsys, tmp_path, denoised):
     """It is left to the other one; without --resume it is asked for once more."""
-    other = tmp_path / FILE
     arguments = (*COMMON, "--seed", 1, 2, "--output_path", tmp_path)
-    holder = subprocess.Popen(
-        [
-            *(sys.executable, "-c"),
-            "import fcntl, sys, time\n"
-            "file = open(sys.argv[1], 'ab')\n"
-            "fcntl.lockf(file, fcntl.LOCK_EX)\n"  # every name's byte
-            "print('held', flush=True)\n"
-            "time.sleep(600)",
-            str(other),
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert holder.stdout.readline() == "held\n"
+    with locked_by_another_process(tmp_path):
         code, output, _ = main(capsys, *arguments, "--resume")
         assert code == 0
         assert output.count("another process samples it") == 2
         assert not denoised
         code, _, _ = main(capsys, *arguments)
         assert (code, len(denoised)) == (0, 2)
-    finally:
-        holder.kill()
-        holder.wait()
     with locked(tmp_path, "a") as held:
         assert held, "a killed process holds nothing"
 
@@ -144,6 +126,12 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "lockf", no_locks)
     with locked(tmp_path, "a") as held:
+        assert held
+
+
+def test_a_folder_that_takes_no_file(tmp_path):
+    """Whoever writes a video there says so."""
+    with locked(tmp_path / "missing", "a") as held:
         assert held
 
 

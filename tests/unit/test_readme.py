@@ -8,6 +8,7 @@ import tomllib
 import pytest
 from support import ROOT
 
+from teacache.cluster.__main__ import RAY
 from teacache.command.arguments import build_parser, parse_arguments
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -54,3 +55,11 @@ def test_the_script_names_the_packages_of_requirements():
     required = (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
     assert metadata["dependencies"] == required
     assert metadata["requires-python"] == ">=3.11"
+
+
+def test_optional_packages_are_those_that_are_tested():
+    tested = (ROOT / "tests" / "requirements.txt").read_text(encoding="utf-8").split()
+    named = set(re.findall(r"pip install ([a-z]+==[\d.]+)", README))
+    assert {package.partition("==")[0] for package in named} == {"ray", "torchao"}
+    assert named <= set(tested)
+    assert RAY in named
