@@ -231,8 +231,8 @@ def add_schedules(group: argparse._ActionsContainer) -> None:
         "--extrapolate",
         action="store_true",
         help="let a reused step take the residual that the last two computed ones lead to, instead "
-        "of the last one as it was: much nearer with a scheduler that draws no noise "
-        "(CogVideoXDDIMScheduler), no better with the published one",
+        "of the last one as it was: nearer to every step computed, at the same speed; not as "
+        "published",
     )
     for name, default, what in (
         ("--retain_first", 1, "compute the first N steps, whatever the threshold"),

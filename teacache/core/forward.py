@@ -47,8 +47,8 @@ def apply_teacache(
         schedule: in place of a threshold, the steps to compute; see `TeaCacheHandle.follow`.
         coefficients: the polynomial that rescales the distance.
         limits: what is computed whatever the threshold.
-        extrapolate: let a reused step take the residual that the last two computed ones lead to.
-            For schedulers that draw no noise, as CogVideoXDDIMScheduler; the published one does.
+        extrapolate: let a reused step take the residual that the last two computed ones lead to,
+            instead of the last one as it was, as published.
         scheduler: for a transformer that stands alone, whose timesteps a video has. One who writes
             his own loop calls its `set_timesteps` before each video.
 
