@@ -29,6 +29,7 @@ from teacache.inputs.text import Text
 from teacache.parallel.division import Division, divide
 from teacache.results.video import write_video
 from teacache.sampling import acceleration, attention, sampler
+from teacache.sampling.blocks import undo_lean_blocks, use_lean_blocks
 from teacache.sampling.decoder import undo_lean_decoder, use_lean_decoder
 
 if TYPE_CHECKING:
@@ -248,6 +249,7 @@ class Bench:
             yield None
             return
         attention.use_attention(transformer, variant.attention)
+        use_lean_blocks(transformer)
         use_lean_decoder(pipe.vae)
         if variant.compile:
             acceleration.compile_transformer(transformer)
@@ -261,6 +263,7 @@ class Bench:
         finally:
             acceleration.undo_compile(transformer)
             transformer.set_attn_processor(processors)
+            undo_lean_blocks(transformer)
             undo_lean_decoder(pipe.vae)
 
     def _only_on_device(self, quantize: str | None) -> ConsisIDTransformer3DModel:

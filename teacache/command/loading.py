@@ -8,6 +8,7 @@ from teacache.checkpoint.pipeline import load_pipeline
 from teacache.command.order import Order
 from teacache.command.preflight import Ready
 from teacache.sampling import acceleration, attention
+from teacache.sampling.blocks import use_lean_blocks
 from teacache.sampling.decoder import use_lean_decoder
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def load(
         parts=parts,
     )
     attention.use_attention(pipe.transformer, ready.backend)
+    use_lean_blocks(pipe.transformer)
     if machine.quantize:
         acceleration.quantize_fp8(pipe.transformer)
     if machine.compile:

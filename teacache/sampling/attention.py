@@ -20,6 +20,9 @@ BACKENDS = {
 }
 # These compute with fewer bits than the sampling dtype has; the others differ in rounding alone.
 INEXACT = "sage"
+# So many numbers of query or key are turned by the rotary embedding at once: 64 MiB in float32,
+# of which some are there at a time. At full size that makes 7 pieces, each of them ample for a GPU.
+TURNED_AT_ONCE = 2**24
 
 
 class ConsisIDAttnProcessor:
@@ -54,8 +57,8 @@ class ConsisIDAttnProcessor:
             attn, torch.cat([encoder_hidden_states, hidden_states], dim=1)
         )
         if image_rotary_emb is not None:
-            for tokens in (query, key):
-                turn(tokens[:, text_tokens:], image_rotary_emb)
+            turn(query[:, text_tokens:], image_rotary_emb)
+            turn(key[:, text_tokens:], image_rotary_emb)
         attended = dispatch_attention_fn(
             query,
             key,
@@ -63,7 +66,7 @@ class ConsisIDAttnProcessor:
             backend=self._attention_backend,
             parallel_config=self._parallel_config,
         )
-        del query, key, value, tokens  # 0.6 GiB at full size, before as much is allocated again
+        del query, key, value  # 0.6 GiB at full size, before as much is allocated again
         out = attn.to_out[1](attn.to_out[0](attended.flatten(2, 3)))
         text, video = out.split([text_tokens, out.shape[1] - text_tokens], dim=1)
         return video, text
@@ -73,24 +76,26 @@ def _projected(
     attn: Attention, tokens: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Query, key and value, [batch, tokens, heads, head dim]: what the dispatcher takes, without a
-    transposition. What they were before their norms is gone at the end.
+    transposition. Each is normed before the next is projected: none is there twice.
 
     Args:
         tokens: [batch, tokens, inner dim].
     """
+    heads = (attn.heads, -1)
     if attn.fused_projections:
-        query, key, value = attn.to_qkv(tokens).chunk(3, dim=-1)
-    else:
-        query, key, value = attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)
-    query, key, value = (each.unflatten(2, (attn.heads, -1)) for each in (query, key, value))
-    return attn.norm_q(query), attn.norm_k(key), value
+        query, key, value = (p.unflatten(2, heads) for p in attn.to_qkv(tokens).chunk(3, dim=-1))
+        return attn.norm_q(query), attn.norm_k(key), value
+    query = attn.norm_q(attn.to_q(tokens).unflatten(2, heads))
+    key = attn.norm_k(attn.to_k(tokens).unflatten(2, heads))
+    return query, key, attn.to_v(tokens).unflatten(2, heads)
 
 
 def turn(tokens: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> None:
     """Apply the rotary embedding in place: diffusers' `apply_rotary_emb`, bit for bit.
 
     It moves 60 % of the bytes. The sign of the turned half goes to the sines, which are few, and
-    the products are made in float32 from where the tokens lie, not from copies of them.
+    the products are made in float32 from where the tokens lie, not from copies of them. They are
+    made piece by piece, since those of all tokens would be the most that a block has in memory.
 
     Args:
         tokens: [batch, tokens, heads, head dim].
@@ -99,8 +104,13 @@ def turn(tokens: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> Non
     cosines, sines = (each[:, None] for each in rotary)
     sines = sines.clone()
     sines[..., 0::2].neg_()
-    turned = tokens.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * sines
-    tokens.copy_((tokens * cosines).add_(turned))
+    # A compiler makes no such products, and would write out every piece.
+    whole = torch.compiler.is_compiling()
+    size = tokens.shape[1] if whole else max(1, TURNED_AT_ONCE // tokens[:, 0].numel())
+    pieces = (tokens.split(size, dim=1), cosines.split(size), sines.split(size))
+    for piece, cosine, sine in zip(*pieces, strict=True):
+        turned = piece.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * sine
+        piece.copy_((piece * cosine).add_(turned))
 
 
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -18,6 +18,7 @@ from teacache.core.forward import apply_teacache
 from teacache.embedded.build import VAE
 from teacache.sampling import acceleration
 from teacache.sampling.attention import use_attention
+from teacache.sampling.blocks import use_lean_blocks
 from teacache.sampling.decoder import use_lean_decoder
 
 HEADER = Path(sysconfig.get_paths()["include"]) / "Python.h"
@@ -47,6 +48,7 @@ def test_one_compilation_serves_layers_steps_thresholds_and_videos(
     eager = make_pipe()
     for each in (pipe, eager):
         use_attention(each.transformer, "native")
+        use_lean_blocks(each.transformer)
     acceleration.compile_transformer(pipe.transformer)
     with apply_teacache(pipe, 0.0) as ours, apply_teacache(eager, 0.0) as theirs:
         sample(pipe, steps=2)

@@ -10,6 +10,7 @@ from support import CPU
 
 from teacache.base.errors import ArgumentError
 from teacache.core.forward import apply_teacache
+from teacache.sampling import attention
 from teacache.sampling.attention import (
     ConsisIDAttnProcessor,
     choose_backend,
@@ -34,16 +35,19 @@ def test_native_equals_the_processor_it_replaces(make_pipe, sample, threshold, d
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_rotary_embedding_is_diffusers_bit_for_bit(dtype):
+def test_the_rotary_embedding_is_diffusers_bit_for_bit(monkeypatch, dtype):
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(2, 7 + 300, 6, 64, generator=generator).to(dtype)
     angles = torch.rand(300, 64, generator=generator) * 7
     rotary = angles.cos(), angles.sin()
     expected = apply_rotary_emb(tokens[:, 7:], rotary, sequence_dim=1)
     text = tokens[:, :7].clone()
-    turn(tokens[:, 7:], rotary)
-    assert torch.equal(tokens[:, 7:], expected)
-    assert torch.equal(tokens[:, :7], text)
+    for at_once in (1, 2 * 6 * 64 * 70, 2**24):  # a token, 70 of them, all of them
+        monkeypatch.setattr(attention, "TURNED_AT_ONCE", at_once)
+        turned = tokens.clone()
+        turn(turned[:, 7:], rotary)
+        assert torch.equal(turned[:, 7:], expected)
+        assert torch.equal(turned[:, :7], text)
     assert torch.equal(rotary[1], angles.sin()), "another layer reads them again"
 
 
