@@ -45,6 +45,16 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB on Linux
 
 
+def peak_reserved_bytes(device: torch.device) -> int | None:
+    """The most GPU memory that torch has held so far, what it had free within included."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+
+
+def total_memory_bytes(device: torch.device) -> int:
+    """What a GPU has."""
+    return torch.cuda.mem_get_info(device)[1]
+
+
 def free_memory_bytes(device: torch.device) -> int:
     """What a GPU has left for torch to allocate."""
     free, _ = torch.cuda.mem_get_info(device)

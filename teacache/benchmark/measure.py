@@ -31,6 +31,7 @@ from teacache.results.video import write_video
 from teacache.sampling import acceleration, attention, sampler
 from teacache.sampling.blocks import undo_lean_blocks, use_lean_blocks
 from teacache.sampling.decoder import undo_lean_decoder, use_lean_decoder
+from teacache.sampling.room import Room
 
 if TYPE_CHECKING:
     from diffusers import ConsisIDTransformer3DModel
@@ -190,7 +191,7 @@ class Bench:
                 reused = [steps[n] for n in done.reused_steps]
             room: contextlib.AbstractContextManager = contextlib.nullcontext()
             if handle:  # the plain pipeline keeps its transformer
-                room = sampler.room_to_decode(pipe, self.material.size, "none", last=False)
+                room = Room(pipe, self.material.size, "none").to_decode(last=False)
             with room, _timed(seconds, "decoding", self.device):
                 frames = sampler.decode(pipe, latents)
             with _timed(seconds, "writing", self.device):

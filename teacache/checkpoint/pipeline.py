@@ -27,7 +27,8 @@ def load_pipeline(
     Weights go from the file to where they belong, in the dtype that they have there.
 
     Args:
-        offload: `none` keeps every model on the device; `model` brings each one there for its
+        offload: `none` keeps every model on the device; `blocks` all but the transformer, whose
+            blocks `teacache.sampling.streaming` brings there; `model` brings each model for its
             turn; `sequential` brings layer by layer.
         vae_tiling: encode the face and decode the video in overlapping tiles, with less memory
             and not bit for bit.
@@ -41,10 +42,11 @@ def load_pipeline(
         "transformer": ConsisIDTransformer3DModel,
         "vae": AutoencoderKLCogVideoX,
     }
-    place = device if offload == "none" else torch.device("cpu")
+    on_host = {"none": (), "blocks": ("transformer",)}.get(offload, PARTS)
     models = dict.fromkeys(PARTS)
     with no_progress_bars():
         for name in parts:
+            place = torch.device("cpu") if name in on_host else device
             models[name] = load_model(classes[name], checkpoint / name, place, dtype)
         if "text_encoder" not in parts:
             models["tokenizer"] = None

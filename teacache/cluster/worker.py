@@ -100,7 +100,7 @@ class Worker:
         to_do = []
         with (
             _collected_warnings() as warnings,
-            explained_out_of_memory(self.order.machine, self.console),
+            explained_out_of_memory(self.ready.machine, self.console),
         ):
             for place in places:
                 with contextlib.suppress(TeaCacheError):
@@ -119,7 +119,7 @@ class Worker:
         with (
             _collected_warnings() as warnings,
             _said_in_one_line(),
-            explained_out_of_memory(self.order.machine, self.console),
+            explained_out_of_memory(self.ready.machine, self.console),
         ):
             job = self._plan(self.order.jobs[place])
             with self._lock(job) as ours:
@@ -149,12 +149,10 @@ class Worker:
 
     def _condition(self, jobs: list[Job], skip_failures: bool) -> None:
         from teacache.command.run import condition
-        from teacache.sampling.sampler import room_to_decode
 
         room: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if self._loaded:  # the text encoder and the face models take less than decoding
-            pipe, offload = self._loaded.pipe, self.order.machine.offload
-            room = room_to_decode(pipe, self.ready.size, offload, last=False)
+            room = self._loaded.room.to_decode(last=False)
         with room:
             identities, texts = condition(jobs, self.order, self.ready, self.stages, skip_failures)
         self._identities.update(identities)
@@ -177,16 +175,18 @@ class Worker:
         from teacache.command.ranks import Ranks
         from teacache.command.run import Loaded, compile_ahead
         from teacache.core.forward import apply_teacache
+        from teacache.sampling.room import Room
 
         with self.stages.stage("loading"):
             pipe = load(self.order, self.ready)
         handle = apply_teacache(pipe, extrapolate=self.order.extrapolate)
         ranks = Ranks(self.ready)
+        room = Room(pipe, self.ready.size, self.ready.machine.offload)
         if self.order.machine.compile:
             with self.stages.stage("compiling"):
                 identity, text = self._identities[job.image], self._texts[job]
-                compile_ahead(pipe, identity, text, self.order, self.ready, ranks)
-        return Loaded(pipe, handle, self.order, self.stages, self.console, ranks)
+                compile_ahead(pipe, identity, text, self.order, self.ready, ranks, room)
+        return Loaded(pipe, handle, self.order, self.stages, self.console, ranks, room)
 
     def _find(self, job: Job) -> tuple[Path, Record] | None:
         """A planned job's video, where it is there."""

@@ -20,14 +20,13 @@ def decode_latents(
 ) -> None:
     """Decode them, and write video and record as the run would have."""
     settings, sampling_seconds = ready.record.settings, ready.record.seconds
-    with explained_out_of_memory(order.machine, console):
+    with explained_out_of_memory(ready.machine, console):
         with stages.stage("loading"):
             pipe = load_pipeline(
                 ready.checkpoint,
                 ready.device,
                 ready.latents.dtype,
-                offload=order.machine.offload,
-                vae_tiling=order.machine.vae_tiling,
+                vae_tiling=bool(ready.machine.vae_tiling),
                 parts=("vae",),
             )
             use_lean_decoder(pipe.vae)

@@ -150,7 +150,15 @@ def add_machine(group: argparse._ActionsContainer) -> None:
     add(
         "--vae_tiling",
         action="store_true",
-        help="run the VAE in tiles: less memory, not bit for bit",
+        default=None,
+        help="run the VAE in tiles: less memory, not bit for bit (default: where a GPU has too "
+        "little for the whole)",
+    )
+    add(
+        "--no_vae_tiling",
+        action="store_false",
+        dest="vae_tiling",
+        help="never run it in tiles",
     )
     add(
         "--quiet",
@@ -163,10 +171,11 @@ def add_offload(group: argparse._ActionsContainer) -> None:
     """`--offload`."""
     group.add_argument(
         "--offload",
-        choices=("none", "model", "sequential"),
-        default="none",
-        help="keep weights in host memory and bring them to the GPU model by model, or layer by "
-        "layer: less GPU memory, more time (default: %(default)s)",
+        choices=("auto", "none", "blocks", "model", "sequential"),
+        default="auto",
+        help="keep weights in host memory and bring them to the GPU: the transformer's blocks one "
+        "ahead of the computation, whole models, or layer by layer, slowly; auto keeps them on "
+        "the GPU where they fit, else the first of these that does (default: %(default)s)",
     )
 
 

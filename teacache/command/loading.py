@@ -10,6 +10,7 @@ from teacache.command.preflight import Ready
 from teacache.sampling import acceleration, attention
 from teacache.sampling.blocks import use_lean_blocks
 from teacache.sampling.decoder import use_lean_decoder
+from teacache.sampling.streaming import stream_blocks
 
 if TYPE_CHECKING:
     from diffusers import ConsisIDPipeline
@@ -19,13 +20,13 @@ def load(
     order: Order, ready: Ready, parts: tuple[str, ...] = ("transformer", "vae")
 ) -> ConsisIDPipeline:
     """Transformer and scheduler, and the VAE where it is among the parts."""
-    machine = order.machine
+    machine = ready.machine
     pipe = load_pipeline(
         ready.checkpoint,
         ready.device,
         ready.dtype,
         offload=machine.offload,
-        vae_tiling=machine.vae_tiling,
+        vae_tiling=bool(machine.vae_tiling),
         parts=parts,
     )
     attention.use_attention(pipe.transformer, ready.backend)
@@ -34,6 +35,8 @@ def load(
         acceleration.quantize_fp8(pipe.transformer)
     if machine.compile:
         acceleration.compile_transformer(pipe.transformer)
+    if machine.offload == "blocks":
+        stream_blocks(pipe.transformer, ready.device)
     if "vae" in parts:
         use_lean_decoder(pipe.vae)
         if machine.compile and len(order.jobs) >= acceleration.COMPILED_DECODER_PAYS_FROM:

@@ -30,7 +30,7 @@ def choose_device(name: str, full_size: bool = False, offload: str = "none") -> 
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceError(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA GPUs")
-    if device.type == "cpu" and offload != "none":
+    if device.type == "cpu" and offload not in ("auto", "none"):
         raise DeviceError(
             f"--offload {offload}: weights are offloaded from a GPU, and this is a CPU"
         )

@@ -65,6 +65,8 @@ def sample(order: Order, console: Console) -> None:
         return
     stages = Stages(console)
     ready = preflight(order, stages)
+    if ready.memory:
+        console.say(ready.memory)
     with stages.stage("diffusers"):
         from teacache.command.run import run
     run(order, ready, stages, console)

@@ -13,10 +13,13 @@ from teacache.command.order import Machine
 
 # The stages of a run in which a flag takes less memory: in others it is not worth a word.
 WITH_VAE = ("compiling", "encoding", "decoding")
+WITH_TRANSFORMER = ("loading", "compiling", "encoding", "denoising")
 OFFLOADED = {
-    # The text encoder is alone on the GPU: bringing it there model by model changes nothing.
-    "model": ("loading", "compiling", "encoding", "denoising", "decoding"),
-    "sequential": ("text", "loading", "compiling", "encoding", "denoising", "decoding"),
+    "blocks": WITH_TRANSFORMER,
+    # The VAE is not beside the transformer then, nor the transformer beside the VAE.
+    "model": ("compiling", "encoding", "denoising"),
+    # The text encoder is alone on the GPU: nothing else brings less of it there.
+    "sequential": ("text", *WITH_TRANSFORMER),
 }
 
 
@@ -50,10 +53,14 @@ def out_of_memory(error: BaseException, stage: str, machine: Machine) -> str:
     if stage in WITH_VAE and not machine.vae_tiling:
         flags.append("--vae_tiling")
     if is_the_gpus(error):
-        steps = ("none", "model", "sequential")
-        untried = steps[steps.index(machine.offload) + 1 :]
-        if machine.compile or machine.quantize:
-            untried = tuple(step for step in untried if step != "sequential")  # refused with these
+        steps: tuple[str, ...] = ("none", "blocks", "sequential")
+        if machine.num_gpus > 1:
+            steps = ("none",)
+        elif machine.quantize:
+            steps = ("none", "model")
+        elif machine.compile:
+            steps = ("none", "blocks")
+        untried = steps[steps.index(machine.offload) + 1 :] if machine.offload in steps else ()
         flags += [f"--offload {step}" for step in untried if stage in OFFLOADED[step]]
     advice = f"Try, in this order: {', '.join(flags)}" if flags else "No further flag takes less"
     return f"out of memory while {stage}{amount}. {advice}"

@@ -27,7 +27,10 @@ class Format:
 
 @dataclass(frozen=True)
 class Machine:
-    """What to compute on and how, by the names of the arguments."""
+    """What to compute on and how, by the names of the arguments.
+
+    `teacache.command.card` settles what is open: `auto` and None.
+    """
 
     device: str
     num_gpus: int
@@ -36,7 +39,7 @@ class Machine:
     compile: bool
     quantize: str | None
     offload: str
-    vae_tiling: bool
+    vae_tiling: bool | None
 
 
 @dataclass(frozen=True)

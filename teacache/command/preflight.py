@@ -22,7 +22,7 @@ from teacache.checkpoint.download import download_checkpoint
 from teacache.checkpoint.folder import check_checkpoint, is_full_size, local_checkpoint
 from teacache.checkpoint.size import VideoSize, check_memory, video_size
 from teacache.command.jobs import Job, Selection
-from teacache.command.order import LatentsOrder, Order
+from teacache.command.order import LatentsOrder, Machine, Order
 from teacache.command.ranks import division_of
 from teacache.core.rule import Schedule, listed_schedule, schedule, smallest_threshold
 from teacache.inputs.photograph import load_image, pixels_sha256
@@ -45,6 +45,7 @@ class Ready:
         checkpoint: its folder, whole.
         images: each job's photograph, by its source.
         digests: sha256 of the pixels of each image, by its source.
+        machine: the order's, with nothing left open; memory: a line about it, for a GPU.
         backend: of the attention, see `teacache.sampling.attention.choose_backend`.
         division: of each denoising step, among GPUs.
         schedules: of each job, which then has its threshold.
@@ -56,6 +57,8 @@ class Ready:
     size: VideoSize
     device: torch.device
     dtype: torch.dtype
+    machine: Machine
+    memory: str
     backend: str
     division: Division
     schedules: dict[Job, Schedule]
@@ -82,6 +85,7 @@ def preflight(order: Order, stages: Stages) -> Ready:
             check_checkpoint(checkpoint)
     full_size = checkpoint is None or is_full_size(checkpoint)
     with stages.stage("torch"):
+        from teacache.command.card import fit_to_card
         from teacache.command.machine import check_number, choose_device, choose_dtype
         from teacache.sampling.acceleration import prepare_acceleration
 
@@ -109,7 +113,20 @@ def preflight(order: Order, stages: Stages) -> Ready:
 
             check_backend(machine.attention, backend)
     digests = {source: pixels_sha256(image) for source, image in images.items()}
-    return Ready(checkpoint, images, digests, size, device, dtype, backend, division, schedules)
+    machine, memory = fit_to_card(machine, checkpoint, size, form.guidance_scale > 1, device, dtype)
+    return Ready(
+        checkpoint=checkpoint,
+        images=images,
+        digests=digests,
+        size=size,
+        device=device,
+        dtype=dtype,
+        machine=machine,
+        memory=memory,
+        backend=backend,
+        division=division,
+        schedules=schedules,
+    )
 
 
 class ReadyLatents(NamedTuple):
@@ -123,6 +140,7 @@ class ReadyLatents(NamedTuple):
     record: Record
     checkpoint: Path
     device: torch.device
+    machine: Machine
 
 
 def preflight_latents(order: LatentsOrder, stages: Stages) -> ReadyLatents:
@@ -131,6 +149,7 @@ def preflight_latents(order: LatentsOrder, stages: Stages) -> ReadyLatents:
     prepare_environment()
     check_encoder()
     with stages.stage("latents"):
+        from teacache.command.card import fit_to_card
         from teacache.command.machine import choose_device
         from teacache.results.slot import read_latents
 
@@ -140,7 +159,6 @@ def preflight_latents(order: LatentsOrder, stages: Stages) -> ReadyLatents:
         ckpts_path=order.ckpts_path or sampled.settings.ckpts_path,
         fps=order.fps or sampled.settings.fps,
         output_path=str(order.output_path),
-        vae_tiling=order.machine.vae_tiling,
     )
     check_space(order.output_path, settings.width * settings.height, settings.num_frames, videos=1)
     with stages.stage("checkpoint"):
@@ -150,7 +168,11 @@ def preflight_latents(order: LatentsOrder, stages: Stages) -> ReadyLatents:
                 f"--latents needs a checkpoint: {settings.ckpts_path} is not here"
             )
         check_checkpoint(checkpoint)
-    device = choose_device(order.machine.device, is_full_size(checkpoint), order.machine.offload)
+    machine = dataclasses.replace(order.machine, offload="none")  # the VAE is alone there
+    device = choose_device(machine.device, is_full_size(checkpoint))
+    size = VideoSize(settings.width, settings.height, settings.num_frames)
+    machine, _ = fit_to_card(machine, checkpoint, size, False, device, latents.dtype)
+    settings = dataclasses.replace(settings, vae_tiling=bool(machine.vae_tiling))
     path = checkpoint / "vae" / "config.json"
     channels = whole_number(path, read_json(path, "no VAE"), "latent_channels", 16)
     if latents.shape[2] != channels:
@@ -159,7 +181,7 @@ def preflight_latents(order: LatentsOrder, stages: Stages) -> ReadyLatents:
             f"{checkpoint} decodes {channels}"
         )
     record = dataclasses.replace(sampled, settings=settings)
-    return ReadyLatents(latents, record, checkpoint, device)
+    return ReadyLatents(latents, record, checkpoint, device, machine)
 
 
 def find_checkpoint(name: str) -> Path | None:

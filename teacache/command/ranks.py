@@ -50,7 +50,7 @@ def division_of(order: Order, checkpoint: Path, size: VideoSize) -> Division:
     machine = order.machine
     if machine.num_gpus == 1:
         return ALONE
-    if machine.offload != "none":
+    if machine.offload not in ("auto", "none"):
         raise ArgumentError(
             f"--num_gpus {machine.num_gpus} does not go with --offload {machine.offload}: each GPU "
             "has the whole transformer"
@@ -130,7 +130,7 @@ def help_denoising(device_name: str, num_gpus: int) -> None:
         order, ready = told
         ready = dataclasses.replace(ready, device=device)
         try:
-            with explained_out_of_memory(order.machine, console):
+            with explained_out_of_memory(ready.machine, console):
                 _denoise_all(order, ready, Stages(console))
         except DeviceError as error:
             raise DeviceError(f"rank {rank()} of {num_gpus}: {error}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from teacache.base.console import Stages
-from teacache.base.device import device_name, dtype_name, peak_memory_bytes
+from teacache.base.device import device_name, dtype_name, peak_memory_bytes, peak_reserved_bytes
 from teacache.base.errors import without_credentials
 from teacache.command.jobs import Job
 from teacache.command.order import Order
@@ -14,7 +14,7 @@ from teacache.sampling import attention
 
 def settings_of(job: Job, order: Order, ready: Ready) -> Settings:
     """What goes on record before sampling."""
-    machine, form = order.machine, order.format
+    machine, form = ready.machine, order.format
     approximations = []
     if not attention.is_exact(ready.backend):
         approximations.append(f"attention {attention.short_name(ready.backend)}")
@@ -39,7 +39,7 @@ def settings_of(job: Job, order: Order, ready: Ready) -> Settings:
         device=str(ready.device),
         dtype=dtype_name(ready.dtype),
         offload=machine.offload,
-        vae_tiling=machine.vae_tiling,
+        vae_tiling=bool(machine.vae_tiling),
         attention=attention.short_name(ready.backend),
         compile=machine.compile,
         quantize=machine.quantize,
@@ -79,6 +79,7 @@ def record_of(
         reused_step_seconds=median_seconds(step_seconds, done.reused_steps),
         seconds=stages.with_total(),
         peak_memory_bytes=peak_memory_bytes(ready.device),
+        peak_reserved_bytes=peak_reserved_bytes(ready.device),
         device_name=device_name(ready.device),
         versions=versions(),
     )

@@ -28,6 +28,7 @@ from teacache.inputs.text import TEXT_TOKENS, Text
 from teacache.results.record import Record, summary
 from teacache.results.slot import claimed_slot
 from teacache.sampling import acceleration, sampler
+from teacache.sampling.room import Room
 
 if TYPE_CHECKING:
     from diffusers import ConsisIDPipeline
@@ -57,7 +58,7 @@ def run(order: Order, ready: Ready, stages: Stages, console: Console) -> None:
         to_do = without_finished(places, order, ready, console, comparison)
     to_do = in_order(to_do, ready.digests)
     try:
-        with explained_out_of_memory(order.machine, console):
+        with explained_out_of_memory(ready.machine, console):
             for video in sampled(to_do, order, ready, stages, console):
                 record = video.record
                 if comparison:
@@ -101,12 +102,14 @@ def sampled(
     identities, texts = condition(jobs, order, ready, stages)
     with stages.stage("loading"):
         pipe = load(order, ready)
+    room = Room(pipe, ready.size, ready.machine.offload)
     with apply_teacache(pipe, extrapolate=order.extrapolate) as handle:
         handle.team = ranks.join(pipe.transformer)
         if order.machine.compile:
             with stages.stage("compiling"):
-                compile_ahead(pipe, identities[jobs[0].image], texts[jobs[0]], order, ready, ranks)
-        loaded = Loaded(pipe, handle, order, stages, console, ranks)
+                identity, text = identities[jobs[0].image], texts[jobs[0]]
+                compile_ahead(pipe, identity, text, order, ready, ranks, room)
+        loaded = Loaded(pipe, handle, order, stages, console, ranks, room)
         for job in jobs:
             with left_to_do(job, order, ready, console) as to_do:
                 if to_do:
@@ -123,6 +126,7 @@ class Loaded:
     Args:
         stages: that the videos share.
         ranks: that denoise with this one.
+        room: that videos are decoded in.
     """
 
     def __init__(
@@ -133,9 +137,10 @@ class Loaded:
         stages: Stages,
         console: Console,
         ranks: Ranks,
+        room: Room,
     ):
         self.pipe, self.handle, self.order = pipe, handle, order
-        self.stages, self.console, self.ranks = stages, console, ranks
+        self.stages, self.console, self.ranks, self.room = stages, console, ranks, room
         self._start: sampler.Start | None = None
         self._drawn_for: tuple[str, int] | None = None
 
@@ -143,7 +148,7 @@ class Loaded:
         """Sample one job's video, and write it with its record.
 
         Args:
-            last: whether no other follows, see `teacache.sampling.sampler.room_to_decode`.
+            last: whether no other follows, see `teacache.sampling.room.Room`.
         """
         pipe, order, own = self.pipe, self.order, Stages(self.console, shared=self.stages)
         with own.stage("encoding"):
@@ -164,8 +169,7 @@ class Loaded:
         record = record_of(job, order, ready, step_seconds, own)
         with claimed_slot(order.output_path, record.settings.prefix) as slot:
             slot.keep(latents, record)
-            room = sampler.room_to_decode(pipe, ready.size, order.machine.offload, last)
-            with own.stage("decoding"), room:
+            with own.stage("decoding"), self.room.to_decode(last):
                 frames = sampler.decode(pipe, latents)
             with own.stage("writing"):
                 slot.write(frames, order.format.fps)
@@ -191,7 +195,7 @@ def condition(
     """
     cache = EmbeddingCache(cache_folder() / "embeddings") if order.reuse_conditioning else None
     conditioning = Conditioning(
-        ready.checkpoint, ready.device, ready.dtype, order.machine.offload, cache
+        ready.checkpoint, ready.device, ready.dtype, ready.machine.offload, cache
     )
     with stages.stage("identity"):
         sources = dict.fromkeys(job.image for job in jobs)
@@ -229,6 +233,7 @@ def compile_ahead(
     order: Order,
     ready: Ready,
     ranks: Ranks,
+    room: Room,
 ) -> None:
     """Call what is to be compiled once, so that no video's seconds hold the compilation."""
     start = sampler.prepare(pipe, identity, ready.size, seed=0)
@@ -238,5 +243,5 @@ def compile_ahead(
         pipe, start, text, ready.size, num_infer_steps=1, guidance_scale=guidance_scale
     )
     if acceleration.is_compiled(pipe.vae):
-        with sampler.room_to_decode(pipe, ready.size, order.machine.offload, last=False):
+        with room.to_decode(last=False):
             sampler.decode(pipe, latents)

@@ -66,7 +66,7 @@ class Settings:
     fps: int
     device: str
     dtype: str
-    offload: str
+    offload: str = field(compare=False)  # every way of it computes the same
     vae_tiling: bool
     attention: str
     compile: bool
@@ -132,6 +132,7 @@ class Record:
     device_name: str
     versions: dict[str, str]
     quality: Quality | None = None
+    peak_reserved_bytes: int | None = None
 
     @property
     def latency(self) -> float:

@@ -47,6 +47,11 @@ def prepare_acceleration(
             f"{option} does not go with --offload sequential, which exchanges the weights under "
             "it: --offload model does"
         )
+    if offload == "blocks" and quantize:
+        raise DeviceError(
+            f"--quantize {quantize} does not go with --offload blocks, which moves plain weights: "
+            "--offload model does"
+        )
     if compiling:
         check_compiler(device)
         # Where a reboot does not clear it, as it may Inductor's own choice.

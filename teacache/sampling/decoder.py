@@ -59,6 +59,7 @@ def _lean_forward(module: torch.nn.Module):  # type: ignore[no-untyped-def]
         return _spatial_norm
     if isinstance(module, CogVideoXResnetBlock3D):
         plain = isinstance(module.nonlinearity, torch.nn.SiLU) and not module.use_conv_shortcut
+        plain = plain and module.conv1.pad_mode != "replicate"
         return _residual_block if plain and not module.training else None
     return None
 
@@ -110,14 +111,21 @@ def _residual_block(
     """
     before: dict[str, torch.Tensor] = {} if conv_cache is None else conv_cache
     kept: Cache = {}
-    hidden, _ = module.norm1(inputs, zq)
-    hidden, kept["conv1"] = module.conv1(
-        F.silu(hidden, inplace=True), conv_cache=before.pop("conv1", None)
-    )
-    hidden, _ = module.norm2(hidden, zq)
-    hidden, kept["conv2"] = module.conv2(
-        F.silu(hidden, inplace=True), conv_cache=before.pop("conv2", None)
-    )
+    hidden = module.norm1(inputs, zq)[0]
+    hidden, kept["conv1"] = _activate_and_pad(module.conv1, hidden, before.pop("conv1", None))
+    hidden = module.norm2(module.conv1.conv(hidden), zq)[0]
+    hidden, kept["conv2"] = _activate_and_pad(module.conv2, hidden, before.pop("conv2", None))
+    hidden = module.conv2.conv(hidden)
     if module.in_channels != module.out_channels:
         inputs = module.conv_shortcut(inputs)
     return hidden.add_(inputs), kept
+
+
+def _activate_and_pad(
+    conv: CogVideoXCausalConv3d, hidden: torch.Tensor, before: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a causal convolution works on, activated, with the frames before in front of it; and
+    what it needs of it the next time. By itself it would keep the features without them, too.
+    """
+    padded = conv.fake_context_parallel_forward(F.silu(hidden, inplace=True), before)
+    return padded, padded[:, :, 1 - conv.time_kernel_size :].clone()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,7 +10,6 @@ from diffusers import CogVideoXDPMScheduler
 from diffusers.pipelines.consisid.pipeline_consisid import draw_kps
 
 from teacache.base import device as devices
-from teacache.base import interruption
 from teacache.base.errors import SamplingError
 
 if TYPE_CHECKING:
@@ -21,10 +19,6 @@ if TYPE_CHECKING:
     from teacache.checkpoint.size import VideoSize
     from teacache.inputs.identity import Identity
     from teacache.inputs.text import Text
-
-# What decoding takes beyond the weights: on an H100, at 720x480, torch reserved 13.0 GiB for it, 39
-# KiB a pixel; and some more, to be safe.
-DECODING_BYTES_PER_PIXEL = 44 * 1024
 
 
 class Denoised(NamedTuple):
@@ -260,37 +254,6 @@ def _predict(
         return predicted
     without, with_prompt = predicted.chunk(2)
     return without + guidance_scale * (with_prompt - without)
-
-
-@contextlib.contextmanager
-def room_to_decode(
-    pipe: ConsisIDPipeline, size: VideoSize, offload: str, last: bool
-) -> Iterator[None]:
-    """Free the transformer's memory for the VAE, where both do not fit.
-
-    Args:
-        offload: with any, the transformer has left already.
-        last: whether no other video follows: then its weights are dropped; else they wait in host
-            memory for the end of the block.
-    """
-    transformer = pipe.transformer
-    device = transformer.device
-    if offload != "none" or (not last and _fits_beside_decoding(size, device)):
-        yield
-        return
-    transformer.to("meta" if last else "cpu")
-    devices.free_cached_memory(device)
-    try:
-        yield
-    finally:
-        if not last and not interruption.stop_requested():  # 10 GB, for nothing
-            transformer.to(device)
-
-
-def _fits_beside_decoding(size: VideoSize, device: torch.device) -> bool:
-    """Whether a GPU has the memory to decode beside the transformer; on a CPU nothing is gained."""
-    needed = DECODING_BYTES_PER_PIXEL * size.width * size.height
-    return device.type == "cpu" or devices.free_memory_bytes(device) > needed
 
 
 @torch.no_grad()

@@ -317,13 +317,13 @@ def no_memory(*args, **kwargs):
     [
         ((faces, "load_face_models"), "identity", "No further flag takes less"),
         ((conditioning, "embed_text"), "text", "--offload sequential"),
-        ((run, "load"), "loading", "--offload model, --offload sequential"),
+        ((run, "load"), "loading", "--offload blocks, --offload sequential"),
         (
             (sampler, "prepare"),
             "encoding",
-            "--vae_tiling, --offload model, --offload sequential",
+            "--vae_tiling, --offload blocks, --offload sequential",
         ),
-        ((sampler, "denoise"), "denoising", "--offload model, --offload sequential"),
+        ((sampler, "denoise"), "denoising", "--offload blocks, --offload sequential"),
     ],
 )
 def test_out_of_memory(capsys, tmp_path, monkeypatch, where, stage, advice):
@@ -339,14 +339,13 @@ def test_out_of_memory(capsys, tmp_path, monkeypatch, where, stage, advice):
 @pytest.mark.parametrize(
     ("error", "flags"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory"), "--vae_tiling, --offload model"),
-        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "--vae_tiling, --offload model"),
-        (RuntimeError("CUDA error: out of memory"), "--vae_tiling, --offload model"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "--vae_tiling"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "--vae_tiling"),
+        (RuntimeError("CUDA error: out of memory"), "--vae_tiling"),
         (OSError(12, "Cannot allocate memory"), "--vae_tiling"),
     ],
 )
 def test_what_takes_less_memory(error, flags):
-    # Sequential offload does not go with compiled layers.
     machine = Order.of(parse_arguments(["--compile"])).machine
     assert device.is_out_of_memory(error)
     told = out_of_memory(error, "decoding", machine)
@@ -390,8 +389,8 @@ def test_out_of_memory_while_decoding_keeps_the_latents(capsys, tmp_path, monkey
     assert code == 2
     kept = tmp_path / "42_0.0_0000.latents.safetensors"
     assert error == (
-        "error: out of memory while decoding (asked for 2.50 GiB). Try, in this order: "
-        f"--offload model, --offload sequential. The latents are kept, try again with "
+        "error: out of memory while decoding (asked for 2.50 GiB). No further "
+        f"flag takes less. The latents are kept, try again with "
         f"--latents {kept}\n"
     )
     assert [path for path in tmp_path.iterdir() if path.is_file()] == [kept]

@@ -77,7 +77,7 @@ PLAUSIBLE = {
     "--fps": st.integers(1, 1000),
     "--device": st.sampled_from(["auto", "cpu", "cuda", "cuda:1"]),
     "--dtype": st.sampled_from(["auto", "bfloat16", "float16", "float32"]),
-    "--offload": st.sampled_from(["none", "model", "sequential"]),
+    "--offload": st.sampled_from(["auto", "none", "blocks", "model", "sequential"]),
     "--attention": st.sampled_from(["native", "cudnn", "flash", "sage", "flex", "xla"]),
     "--quantize": st.just("fp8"),
     "--target_speedup": st.floats(1, 30),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import copy
 
 import pytest
 import torch
@@ -17,6 +17,8 @@ from teacache.core.forward import apply_teacache
 from teacache.embedded.build import TRANSFORMER
 from teacache.inputs.text import Text, embed_text
 from teacache.sampling import sampler
+from teacache.sampling.room import Aside, Room
+from teacache.sampling.streaming import stream_blocks
 
 
 def embedded(pipe, guidance_scale=6.0, negative=""):
@@ -152,30 +154,43 @@ def places(pipe) -> set[str]:
 
 def test_a_cpu_has_no_room_to_make_but_after_the_last_video(pipe, sample):
     before = sample(pipe, steps=2)
-    with sampler.room_to_decode(pipe, SIZE, "none", last=False):
+    with Room(pipe, SIZE, "none").to_decode(last=False):
         assert places(pipe) == {"cpu"}
     assert torch.equal(sample(pipe, steps=2), before)
-    with sampler.room_to_decode(pipe, SIZE, "model", last=True):
+    with Room(pipe, SIZE, "model").to_decode(last=True):
         assert places(pipe) == {"cpu"}, "offloading has its own way"
-    with sampler.room_to_decode(pipe, SIZE, "none", last=True):
+    with Room(pipe, SIZE, "none").to_decode(last=True):
+        assert places(pipe) == {"meta"}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_transformer_steps_aside_where_both_do_not_fit(pipe, sample, monkeypatch, streamed):
+    """As on a GPU with too little memory; here it moves within the host's."""
+    pipe.transformer = copy.deepcopy(pipe.transformer)  # at addresses that a CPU sums up alike
+    if streamed:
+        stream_blocks(pipe.transformer, CPU)
+    before = sample(pipe, steps=2)
+    room = Room(pipe, SIZE, "blocks" if streamed else "none")
+    monkeypatch.setattr(Room, "_both_fit", lambda self, device: False)
+    moves = []
+    for name in ("leave", "come"):
+        move = getattr(Aside, name)
+        monkeypatch.setattr(Aside, name, lambda self, m=move: (moves.append(m.__name__), m(self)))
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), room.to_decode(last=False):
+            raise ZeroDivisionError
+        assert torch.equal(sample(pipe, steps=2), before)
+    assert moves == ["leave", "come"] * 2
+    with room.to_decode(last=True):
         assert places(pipe) == {"meta"}
 
 
 @pytest.mark.parametrize(("more", "stays"), [(1, True), (0, False)])
-def test_the_transformer_stays_beside_decoding_where_both_fit(
-    pipe, sample, monkeypatch, more, stays
-):
-    """As on a GPU with so much memory left; here the transformer only seems to be on one."""
-    before = sample(pipe, steps=2)
-    free = sampler.DECODING_BYTES_PER_PIXEL * SIZE.width * SIZE.height + more
-    monkeypatch.setattr(devices, "free_memory_bytes", lambda device: free)
-    moves = []
-    transformer = SimpleNamespace(
-        device=torch.device("cuda"), to=lambda place: moves.append(torch.device(place).type)
-    )
-    monkeypatch.setattr(devices, "free_cached_memory", lambda device: moves.append("freed"))
-    seeming = SimpleNamespace(transformer=transformer)
-    with pytest.raises(ZeroDivisionError), sampler.room_to_decode(seeming, SIZE, "none", False):
-        raise ZeroDivisionError
-    assert moves == ([] if stays else ["cpu", "freed", "cuda"])
-    assert torch.equal(sample(pipe, steps=2), before)
+@pytest.mark.parametrize("tiled", [True, False])
+def test_what_has_to_be_free_for_both(pipe, monkeypatch, more, stays, tiled):
+    if tiled:
+        pipe.vae.enable_tiling()
+    full = VideoSize(720, 480, 49)
+    needed = 4 * 2**30 if tiled else 44 * 1024 * 720 * 480
+    monkeypatch.setattr(devices, "free_memory_bytes", lambda device: needed + more)
+    assert Room(pipe, full, "none")._both_fit(torch.device("cuda")) is stays
