@@ -105,6 +105,12 @@ def check_model(component: Path, weights: Collection[str]) -> None:
         number = whole_number(path, config, name, default)
         expected[f"{name} is {number}"] = (number, pattern)
     if component.name == "transformer":
+        for key in ("patch_size_t", "ofs_embed_dim"):
+            if config.get(key) is not None:
+                raise CheckpointError(
+                    f"{path}: {key} is {config[key]!r}, as of a model on CogVideoX1.5, and "
+                    "diffusers loads ConsisID on CogVideoX-5B alone"
+                )
         interval, number = _cross_attention(path, config)
         expected[f"cross_attn_interval is {interval}"] = (number, CROSS_ATTENTION)
     for what, (number, pattern) in expected.items():

@@ -178,6 +178,15 @@ def is_full_size(folder: Path) -> bool:
     return sum(path.stat().st_size for path in files) > FULL_SIZE_BYTES
 
 
+def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The names and shapes in a safetensors file, without the weights."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="np") as file:
+        names = list(file.keys())
+        return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+
+
 def weight_files(component: Path) -> list[Path]:
     """The safetensors files of one model: its shards where there is an index, else the one file."""
     for index in component.glob("*.safetensors.index.json"):

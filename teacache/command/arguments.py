@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import secrets
 from typing import NoReturn
 
 from teacache.base.errors import one_line, without_credentials
 from teacache.command import flags, readers
+from teacache.command.repeating import arguments_of
 
 DEFAULT_IMAGE = (
     "https://github.com/PKU-YuanGroup/ConsisID/blob/main/asserts/example_images/2.png?raw=true"
@@ -37,6 +39,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def parse_with(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """The same with the parser of another command that samples videos, see `add_sampling`."""
     args = parser.parse_args(argv)
+    if getattr(args, "from_record", None):
+        parser.set_defaults(**arguments_of(args.from_record, args))
+        args = parser.parse_args(argv)
+    args.drawn = "random" in args.seed
+    if args.drawn and getattr(args, "shard", None):
+        parser.error("argument --seed: random would be another seed in each --shard")
+    args.seed = [secrets.randbelow(2**32) if seed == "random" else seed for seed in args.seed]
     if args.target_speedup and args.rel_l1_thresh:
         parser.error("argument --target_speedup: not allowed with argument --rel_l1_thresh")
     alone = ("plan", "jobs", "resume", "shard", "baseline", "rel_l1_thresh", "schedule")

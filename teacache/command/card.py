@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from teacache.base.device import free_memory_bytes, total_memory_bytes
 from teacache.checkpoint.configuration import read_json, whole_number
-from teacache.checkpoint.folder import weight_files
+from teacache.checkpoint.folder import weight_files, weight_shapes
 
 if TYPE_CHECKING:
     import torch
@@ -126,12 +126,9 @@ def needs(checkpoint: Path, size: VideoSize, guided: bool, dtype: torch.dtype) -
 
 def numbers(component: Path, prefix: str = "") -> int:
     """How many numbers a model's weights are, of those whose names begin so."""
-    from safetensors import safe_open
-
-    count = 0
-    for path in weight_files(component):
-        with safe_open(path, framework="np") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no dictionary
-                if name.startswith(prefix):
-                    count += math.prod(file.get_slice(name).get_shape())
-    return count
+    return sum(
+        math.prod(shape)
+        for path in weight_files(component)
+        for name, shape in weight_shapes(path).items()
+        if name.startswith(prefix)
+    )

@@ -55,11 +55,12 @@ def add_inputs(group: argparse._ActionsContainer) -> None:
     )
     add(
         "--seed",
-        type=readers.seed,
+        type=readers.seed_or_random,
         nargs="+",
         default=[42],
         metavar="N",
-        help="seed of everything random; several make a sweep (default: 42)",
+        help="seed of everything random, or random: one is drawn, said and recorded; several make "
+        "a sweep (default: 42)",
     )
     add(
         "--num_infer_steps",
@@ -87,6 +88,15 @@ def add_video(group: argparse._ActionsContainer) -> None:
         metavar="X",
         help="classifier-free guidance; 1 samples without it, in half the time "
         "(default: %(default)s)",
+    )
+    add(
+        "--lora",
+        type=readers.lora,
+        action="append",
+        default=[],
+        metavar="LORA[:SCALE]",
+        help="a LoRA of the transformer as diffusers saves it, by file, folder or Hugging Face "
+        "repository, and how much of it (default: 1); may be given several times; needs peft",
     )
     for name, what in (
         ("--num_frames", "frames"),
@@ -314,6 +324,17 @@ def add_command(group: argparse._ActionsContainer) -> None:
         metavar="I/N",
         help="sample part I of N, counted from 0, of the videos that --jobs or a sweep asks for; "
         "the shard that ends last reports on all",
+    )
+    add(
+        "--from_record",
+        type=readers.record,
+        metavar="FILE",
+        help="repeat the run of a record, a video's .json; other arguments overrule it",
+    )
+    add(
+        "--gif",
+        action="store_true",
+        help="make an animated GIF beside each video",
     )
     add(
         "--plan",

@@ -10,6 +10,7 @@ from teacache.command.preflight import Ready
 from teacache.sampling import acceleration, attention
 from teacache.sampling.blocks import use_lean_blocks
 from teacache.sampling.decoder import use_lean_decoder
+from teacache.sampling.lora import fuse_loras
 from teacache.sampling.streaming import stream_blocks
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def load(
         vae_tiling=bool(machine.vae_tiling),
         parts=parts,
     )
+    fuse_loras(pipe, order.loras)
     attention.use_attention(pipe.transformer, ready.backend)
     use_lean_blocks(pipe.transformer)
     if machine.quantize:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import torch
 
 from teacache.base.errors import DeviceError
@@ -23,18 +25,31 @@ def choose_device(name: str, full_size: bool = False, offload: str = "none") -> 
     if name == "auto":
         if not torch.cuda.is_available() and full_size:
             raise DeviceError(
-                "this checkpoint needs a CUDA GPU, and torch finds none here. To see it work "
-                "without: --ckpts_path tiny. To use the CPU all the same, slowly: --device cpu"
+                f"this checkpoint needs a CUDA GPU, and torch finds none here{_why_none()}. To see "
+                "it work without: --ckpts_path tiny. To use the CPU all the same, slowly: "
+                "--device cpu"
             )
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DeviceError(f"--device {name}: torch finds {torch.cuda.device_count()} CUDA GPUs")
+        count = torch.cuda.device_count()
+        raise DeviceError(
+            f"--device {name}: torch finds {count} CUDA GPUs{'' if count else _why_none()}"
+        )
     if device.type == "cpu" and offload not in ("auto", "none"):
         raise DeviceError(
             f"--offload {offload}: weights are offloaded from a GPU, and this is a CPU"
         )
     return device
+
+
+def _why_none() -> str:
+    """In brackets what torch says of it: there is no driver, or one too old for its CUDA."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f" ({textwrap.shorten(str(error), 250, placeholder=' ...').rstrip('.')})"
+    return ""
 
 
 def check_number(num_gpus: int, device: torch.device) -> None:

@@ -39,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         elif args.plan:
             show_plan(Order.of(args))
         else:
+            if args.drawn:
+                console.say(f"seed        {' '.join(map(str, args.seed))}, drawn")
             sample(Order.of(args), console)
 
     if is_one_of_several():

@@ -12,6 +12,7 @@ from teacache.base.errors import ArgumentError
 from teacache.command.jobs import FIELDS, Job, Selection, read_jobs
 from teacache.command.shards import Shard, part_of
 from teacache.core.rule import Coefficients, Limits
+from teacache.results.record import Record
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,9 @@ class Order:
     baseline: Path | None
     resume: bool
     reuse_conditioning: bool
+    loras: tuple[tuple[str, float], ...]
+    gif: bool
+    repeated: Record | None
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Order:
@@ -98,6 +102,9 @@ class Order:
             baseline=args.baseline,
             resume=args.resume,
             reuse_conditioning=args.reuse_conditioning,
+            loras=tuple(args.lora),
+            gif=getattr(args, "gif", False),
+            repeated=getattr(args, "from_record", None),
         )
 
 

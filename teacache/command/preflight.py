@@ -19,12 +19,19 @@ from teacache.base.environment import prepare_environment
 from teacache.base.errors import ArgumentError, CheckpointError
 from teacache.checkpoint.configuration import read_json, whole_number
 from teacache.checkpoint.download import download_checkpoint
-from teacache.checkpoint.folder import check_checkpoint, is_full_size, local_checkpoint
+from teacache.checkpoint.folder import (
+    check_checkpoint,
+    is_full_size,
+    local_checkpoint,
+    weight_files,
+)
 from teacache.checkpoint.size import VideoSize, check_memory, video_size
 from teacache.command.jobs import Job, Selection
 from teacache.command.order import LatentsOrder, Machine, Order
 from teacache.command.ranks import division_of
+from teacache.command.repeating import check_repeated
 from teacache.core.rule import Schedule, listed_schedule, schedule, smallest_threshold
+from teacache.inputs.embedding_cache import fingerprint
 from teacache.inputs.photograph import load_image, pixels_sha256
 from teacache.parallel.division import Division
 from teacache.results.output_folder import check_space, prepare_folder
@@ -45,6 +52,7 @@ class Ready:
         checkpoint: its folder, whole.
         images: each job's photograph, by its source.
         digests: sha256 of the pixels of each image, by its source.
+        checkpoint_sha256: a digest of its transformer's files.
         machine: the order's, with nothing left open; memory: a line about it, for a GPU.
         backend: of the attention, see `teacache.sampling.attention.choose_backend`.
         division: of each denoising step, among GPUs.
@@ -52,6 +60,7 @@ class Ready:
     """
 
     checkpoint: Path
+    checkpoint_sha256: str
     images: dict[str, Image.Image]
     digests: dict[str, str]
     size: VideoSize
@@ -101,6 +110,10 @@ def preflight(order: Order, stages: Stages) -> Ready:
             checkpoint = download_checkpoint(order.ckpts_path)
     size = video_size(checkpoint, form.width, form.height, form.num_frames)
     check_memory(size)
+    for source, _ in order.loras:
+        from teacache.sampling.lora import check_lora, lora_file
+
+        check_lora(source, lora_file(source), checkpoint)
     division = division_of(order, checkpoint, size)
     check_space(order.output_path, size.width * size.height, size.num_frames, len(order.jobs))
     with stages.stage("schedule"):
@@ -114,8 +127,11 @@ def preflight(order: Order, stages: Stages) -> Ready:
             check_backend(machine.attention, backend)
     digests = {source: pixels_sha256(image) for source, image in images.items()}
     machine, memory = fit_to_card(machine, checkpoint, size, form.guidance_scale > 1, device, dtype)
-    return Ready(
+    if order.loras and machine.offload == "sequential":
+        raise ArgumentError("--lora does not go with --offload sequential: --offload blocks does")
+    ready = Ready(
         checkpoint=checkpoint,
+        checkpoint_sha256=fingerprint(weight_files(checkpoint / "transformer"), times=False),
         images=images,
         digests=digests,
         size=size,
@@ -127,6 +143,9 @@ def preflight(order: Order, stages: Stages) -> Ready:
         division=division,
         schedules=schedules,
     )
+    if order.repeated:
+        check_repeated(order.repeated, ready, order.ckpts_path)
+    return ready
 
 
 class ReadyLatents(NamedTuple):

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from teacache.base.errors import ArgumentError
 from teacache.command.shards import Shard
 from teacache.core.rule import UNBOUNDED, Coefficients
+from teacache.results.record import Record
 
 DEGREE = 4  # of the rescaling polynomial
 Number = TypeVar("Number", int, float)
@@ -139,6 +140,29 @@ def fps(text: str) -> int:
 def seed(text: str) -> int:
     """A seed that torch takes: a whole number from 0 to 2^63 - 1."""
     return _number(text, int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 - 1")
+
+
+def seed_or_random(text: str) -> int | str:
+    """A seed, or `random`."""
+    return text if text == "random" else seed(text)
+
+
+def lora(text: str) -> tuple[str, float]:
+    """`LORA` or `LORA:SCALE`: a file, folder or repository, and a finite number."""
+    source, colon, scale = name(text).rpartition(":")
+    with contextlib.suppress(ValueError):
+        if colon and source and math.isfinite(float(scale)):
+            return source, float(scale)
+    return text, 1.0
+
+
+def record(value: str) -> Record:
+    """A video's record."""
+    data = _json_file(value)
+    try:
+        return Record.from_json(data)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{value} is no record of a video: {error}") from error
 
 
 def _number(

@@ -31,15 +31,19 @@ ABANDONED_SECONDS = 3600  # a file that is still being written is younger
 SAMPLED_BYTES = 2**20
 
 
-def fingerprint(files: list[Path]) -> str:
+def fingerprint(files: list[Path], times: bool = True) -> str:
     """A digest that changes with the files: names, sizes, times of change, first megabytes.
 
     All of 20 GB would take as long to read as to load.
+
+    Args:
+        times: of change; without them a copy of the files has the same digest.
     """
     digest = hashlib.sha256()
     for path in sorted(files):
         status = path.stat()
-        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns} ".encode())
+        changed = status.st_mtime_ns if times else ""
+        digest.update(f"{path.name} {status.st_size} {changed} ".encode())
         with path.open("rb") as file:
             digest.update(file.read(SAMPLED_BYTES))
     return digest.hexdigest()

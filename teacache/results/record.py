@@ -85,6 +85,19 @@ class Settings:
     extrapolate: bool = False
     num_gpus: int = 1
     division: str | None = None  # of a denoising step among them
+    lora: list[str] = field(default_factory=list)
+    checkpoint_sha256: str | None = field(default=None, compare=False)
+
+    def as_comment(self) -> dict[str, Any]:
+        """What the video itself says of them: what makes it, without folders of this machine."""
+        every = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
+        for name in ("num_gpus", "division", "compile", "device"):  # these make no other video
+            del every[name]
+        every["coefficients"] = self.coefficients.get("source")
+        for name in ("image", "ckpts_path"):
+            if "://" not in every[name] and Path(every[name]).is_absolute():
+                every[name] = Path(every[name]).name
+        return {"made_by": "teacache_sample_video.py", **every}
 
     @property
     def prefix(self) -> str:
@@ -157,7 +170,8 @@ class Record:
         if not isinstance(data, dict):
             raise ValueError("its record is no object")
         every = (f for kind in (Settings, cls) for f in fields(kind))
-        lacks = {f.name for f in every if f.default is MISSING} - set(data) - {"settings"}
+        needed = {f.name for f in every if f.default is f.default_factory is MISSING}
+        lacks = needed - set(data) - {"settings"}
         if lacks:
             raise ValueError(f"its record lacks {min(lacks)}")
         settings = Settings(**{f.name: data[f.name] for f in fields(Settings) if f.name in data})

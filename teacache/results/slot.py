@@ -19,7 +19,7 @@ from teacache.base.errors import ArgumentError, OutputError, TeaCacheError, reas
 from teacache.base.files import with_ending, written_whole
 from teacache.results.output_folder import LATENTS_ENDING, claimed_stem
 from teacache.results.record import Record
-from teacache.results.video import write_video
+from teacache.results.video import add_comment, write_gif, write_video
 
 if TYPE_CHECKING:
     import torch
@@ -64,12 +64,19 @@ class Slot:
         if self._latents:
             self.fate_of_latents = f"The latents are kept, try again with --latents {self._latents}"
 
-    def write(self, frames: list[Image.Image], fps: int) -> None:
-        """Encode the frames, for `finish` to give the video its name."""
+    def write(self, frames: list[Image.Image], fps: int, gif: bool = False) -> None:
+        """Encode the frames, for `finish` to give the video its name; with a GIF beside it."""
         write_video(frames, self._mp4, fps)
+        if gif:
+            with written_whole(self._stem, ".gif") as (path,):
+                write_gif(self._mp4, path)
 
     def finish(self, record: Record) -> None:
-        """Write the record. At the end of the block both files get their names, or neither."""
+        """Write the record, and its settings into the video itself.
+
+        At the end of the block both files get their names, or neither.
+        """
+        add_comment(self._mp4, json.dumps(record.settings.as_comment(), ensure_ascii=False))
         record.write(self._json)
 
     def remove_latents(self) -> None:

@@ -51,6 +51,64 @@ def write_video(frames: list[Image.Image], path: Path, fps: int) -> None:
             raise OSError(f"the encoder wrote {written} of {len(frames)} frames: {complaint}")
 
 
+def add_comment(path: Path, text: str) -> None:
+    """Let a video say something about itself, which ffprobe shows; the frames stay as they are.
+
+    Raises:
+        OSError: where it cannot be written.
+    """
+    import imageio_ffmpeg
+
+    beside = path.with_name(f"{path.stem}.commented.mp4")
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-y"]
+    command += ["-i", _unmistakable(path), "-c", "copy", "-metadata", f"comment={text}"]
+    try:
+        _run([*command, _unmistakable(beside)])
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read_comment(path: Path) -> str:
+    """What a video says about itself; empty where it says nothing, or is no video."""
+    import imageio_ffmpeg
+
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error"]
+    try:
+        told = _run([*command, "-i", _unmistakable(path), "-f", "ffmetadata", "-"])
+    except OSError:
+        return ""
+    found = re.search(r"^comment=((?:[^\\\n]|\\.)*)$", told, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"\\(.)", r"\1", found[1], flags=re.DOTALL) if found else ""
+
+
+def write_gif(video: Path, gif: Path) -> None:
+    """Make an animated GIF of a video, with a palette of its own, at its frame rate.
+
+    Raises:
+        OSError: where it cannot be written.
+    """
+    import imageio_ffmpeg
+
+    palette = "split[a][b];[a]palettegen=stats_mode=diff[p];[b][p]paletteuse=diff_mode=rectangle"
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-y"]
+    command += ["-i", _unmistakable(video), "-vf", palette, "-loop", "0", "-f", "gif"]
+    _run([*command, _unmistakable(gif)])
+
+
+def _run(command: list[str]) -> str:
+    """What ffmpeg writes to standard output.
+
+    Raises:
+        OSError: with its last line, where it fails.
+    """
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        raise OSError(lines[-1] if lines else f"ffmpeg ends with code {done.returncode}")
+    return done.stdout.decode("utf-8", errors="replace")
+
+
 def count_frames(path: Path) -> int:
     """How many frames a video holds; 0 where it cannot be read as one."""
     from imageio_ffmpeg import count_frames_and_secs

@@ -406,6 +406,7 @@ def configured(**changed):
         ("transformer/config.json", configured(sample_width=None), "sample_width is None, no"),
         ("transformer/config.json", configured(num_layers="two"), "num_layers is 'two', no"),
         ("transformer/config.json", configured(num_attention_heads=1), "does not describe"),
+        ("transformer/config.json", configured(patch_size_t=2), "of a model on CogVideoX1.5"),
         ("scheduler/scheduler_config.json", configured(num_train_timesteps=1.5), "is 1.5, no"),
         ("model_index.json", configured(scheduler=["diffusers", "Foo"]), "as scheduler, not"),
     ],
