@@ -120,3 +120,40 @@ def _ranks(parent: int) -> list[int]:
     """The processes that the launcher has started, without the one that tracks resources."""
     children = psutil.Process(parent).children()
     return [child.pid for child in children if "spawn_main" in " ".join(child.cmdline())]
+
+
+NO_MEMORY = """
+import os
+
+import torch
+
+attend = torch.nn.functional.scaled_dot_product_attention
+
+
+def no_memory(*args, **kwargs):
+    if os.environ.get("RANK") == "1":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB")
+    return attend(*args, **kwargs)
+
+
+torch.nn.functional.scaled_dot_product_attention = no_memory
+"""
+
+
+def test_a_rank_that_runs_out_of_memory_ends_all(tmp_path):
+    """In the middle of a step, in which the other rank waits for it."""
+    (tmp_path / "sitecustomize.py").write_text(NO_MEMORY)
+    out = tmp_path / "out"
+    begun = time.monotonic()
+    run = subprocess.run(
+        command("--num_gpus", 2, "--output_path", out),
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert run.returncode == 2
+    assert run.stderr == (
+        "error: rank 1 of 2: out of memory while denoising (asked for 2.50 GiB). "
+        "No further flag takes less\n"
+    )
+    assert time.monotonic() - begun < 60, "of which beginning takes most"
+    assert list(out.iterdir()) == []
