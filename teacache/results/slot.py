@@ -43,6 +43,7 @@ class Slot:
         self.fate_of_latents = fate_of_latents
         self._stem, self._mp4, self._json = stem, mp4, json_file
         self._latents: Path | None = None
+        self._record: Record | None = None
 
     def keep(self, latents: torch.Tensor, record: Record) -> None:
         """Write the latents where they outlive this process, with the record so far.
@@ -78,11 +79,18 @@ class Slot:
         """
         add_comment(self._mp4, json.dumps(record.settings.as_comment(), ensure_ascii=False))
         record.write(self._json)
+        self._record = record
 
     def remove_latents(self) -> None:
-        """They are a video now."""
-        if self._latents:
-            self._latents.unlink(missing_ok=True)
+        """They are a video now, and so are those of the same video that an earlier try has left."""
+        if self._latents is None or self._record is None:
+            return
+        self._latents.unlink(missing_ok=True)
+        settings = self._record.settings
+        for path in self._stem.parent.glob(f"{settings.prefix}_*{LATENTS_ENDING}"):
+            with contextlib.suppress(ArgumentError):  # of an earlier version, or cut short
+                if read_latents(path)[1].settings == settings:
+                    path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

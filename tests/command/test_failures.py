@@ -441,6 +441,12 @@ def test_killed_while_decoding(tmp_path, tiny):
     assert later.read_bytes() == whole.read_bytes()
     assert not list(whole.parent.glob("*.latents*")), "a video that is done needs none"
 
+    other = ("--seed", "7", "--output_path", str(tmp_path))
+    again = ("--resume", "--output_path", str(tmp_path))
+    for more, there in ((other, True), (again, False)):
+        subprocess.run([*command, *arguments, *more], cwd=ROOT, capture_output=True, check=True)
+        assert kept.exists() == there, "the same video, sampled again, needs none either"
+
 
 def test_latents_of_something_else(capsys, tmp_path):
     other = tmp_path / "other.safetensors"
