@@ -1,0 +1,131 @@
+"""The command on pretended CUDA: `python -m fake_cuda.run ARGUMENTS`, the log on standard error."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+from types import SimpleNamespace
+
+import torch
+from fake_cuda.tensors import GPU, Generator, OnGpu, PretendedCuda, log, note, on_host
+
+GIB = 2**30
+
+
+class Event:
+    """A point in a queue that is always reached."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def record(self, stream=None):
+        pass
+
+    def wait(self, stream=None):
+        pass
+
+    def synchronize(self):
+        note("wait")
+
+    def elapsed_time(self, other):
+        return 1.0
+
+
+def attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
+    """Attention, by its formula, with the dispatch of no device's kernel."""
+    assert len({each.device for each in (query, key, value)}) == 1
+    with torch._C._DisableTorchDispatch():
+        q, k, v = (on_host(each).float() for each in (query, key, value))
+        scores = (q @ k.transpose(-1, -2)) * (scale or 1 / math.sqrt(q.shape[-1]))
+        if attn_mask is not None:
+            mask = on_host(attn_mask)
+            boolean = mask.dtype == torch.bool
+            scores = scores.masked_fill(~mask, -math.inf) if boolean else scores + mask.float()
+        out = (torch.softmax(scores, -1) @ v).to(query.dtype)
+    return OnGpu(out) if isinstance(query, OnGpu) else out
+
+
+def pretend(free: float) -> None:
+    """Make torch say that there is a GPU.
+
+    Args:
+        free: GiB of its memory.
+    """
+    torch.set_num_threads(1)
+    cuda = torch.cuda
+    answers = {
+        **dict.fromkeys(("is_available",), True),
+        **dict.fromkeys(("device_count",), 1),
+        **dict.fromkeys(("current_device", "memory_allocated", "memory_reserved"), 0),
+        **dict.fromkeys(("max_memory_allocated", "max_memory_reserved"), 0),
+        "is_initialized": False,
+        "get_device_capability": (9, 0),
+        "get_device_name": "Pretended H100",
+        "get_device_properties": SimpleNamespace(
+            name="Pretended H100",
+            major=9,
+            minor=0,
+            multi_processor_count=132,
+            total_memory=80 * GIB,
+        ),
+        "mem_get_info": (int(free * GIB), int(free * GIB)),
+        **dict.fromkeys(("_lazy_init", "empty_cache", "current_stream", "reset_peak_memory_stats")),
+    }
+    for name, answer in answers.items():
+        setattr(cuda, name, lambda *args, answer=answer, **kwargs: answer)
+    cuda.synchronize = lambda device=None: note("wait")
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.Event = Event
+    torch.Generator = Generator
+    torch.nn.functional.scaled_dot_product_attention = attend
+    torch._C._nn.scaled_dot_product_attention = attend
+    # A module that moves gets new parameters: torch exchanges the old ones' memory below Python.
+    torch.backends.cudnn.enabled = False  # whose batch norms a CPU does not have
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    _name_the_gpu()
+
+
+def _name_the_gpu() -> None:
+    """Let `cuda` be `cuda:0` without a question to the driver."""
+    moved, made = torch.Tensor.to, {name: getattr(torch, name) for name in ("tensor", "as_tensor")}
+
+    def named(device):
+        there = isinstance(device, (str, torch.device)) and torch.device(device).type == "cuda"
+        return GPU if there else device
+
+    def to(self, *args, **kwargs):
+        kwargs |= {"device": named(kwargs["device"])} if "device" in kwargs else {}
+        return moved(self, *map(named, args), **kwargs)
+
+    torch.Tensor.to = OnGpu.to = to
+    for name, make in made.items():
+
+        def on_device(data, *args, make=make, device=None, **kwargs):
+            tensor = make(data, *args, **kwargs)
+            return tensor if device is None else tensor.to(device)
+
+        setattr(torch, name, on_device)
+    draw = torch.randn
+
+    def randn(*size, generator=None, device=None, **kwargs):
+        if generator is None:
+            return draw(*size, device=device, **kwargs)
+        assert generator.device.type == torch.device(device or "cpu").type
+        drawn = draw(*size, generator=generator.host, **kwargs)
+        return drawn if generator.device.type == "cpu" else OnGpu(drawn)  # no copy: made there
+
+    torch.randn = randn
+
+
+if __name__ == "__main__":
+    free, *arguments = sys.argv[1:]
+    pretend(float(free))
+    torch.set_grad_enabled(False)
+    from teacache.command.main import main
+
+    with PretendedCuda():
+        code = main(arguments)
+    print(json.dumps(log), file=sys.stderr)
+    sys.exit(code)

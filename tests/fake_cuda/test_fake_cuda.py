@@ -1,0 +1,93 @@
+"""The whole command where torch says that there is a GPU: devices, waits, copies, memory line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from fake_cuda import tensors
+from support import ROOT
+
+# Of each video, whatever its steps: what is read from the GPU or brought there.
+OF_A_VIDEO = {f"sampler.py:{name}" for name in ("__init__", "_check_finite", "pixels", "decode")}
+
+
+@pytest.fixture
+def sample(tiny, tmp_path):
+    """Runs the command on pretended CUDA: (standard output, the log)."""
+
+    def run(*arguments, free=79.0, quick=True):
+        common = ("--ckpts_path", tiny, "--image", "astronaut", "--prompt", "a man")
+        common += ("--device", "cuda", "--output_path", tmp_path / "out")
+        if quick:
+            common += ("--rel_l1_thresh", 0.4, "--num_infer_steps", 6)
+        done = subprocess.run(
+            [sys.executable, "-m", "fake_cuda.run", *map(str, (free, *common, *arguments))],
+            cwd=ROOT,
+            # Weights that are read in threads of their own would be read without the mode.
+            env={
+                **os.environ,
+                "PYTHONPATH": f"{ROOT}:{ROOT}/tests",
+                "HF_DEACTIVATE_ASYNC_LOAD": "1",
+            },
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout, json.loads(done.stderr.splitlines()[-1])
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "videos"),
+    [
+        (("--rel_l1_thresh", 0, 0.4), 2),
+        (("--vae_tiling", "--guidance_scale", 1, "--extrapolate"), 1),
+        (("--offload", "model"), 1),
+        (("--seed", 1, 2, "--schedule", "even", "--computed_steps", 3), 2),
+    ],
+)
+def test_no_device_is_taken_for_another(sample, tmp_path, arguments, videos):
+    sample("--num_infer_steps", 5, *arguments, quick="--rel_l1_thresh" not in arguments)
+    assert len(list((tmp_path / "out").glob("[0-9]*.mp4"))) >= videos
+
+
+def test_no_step_waits_or_copies(sample):
+    """Twice the steps, and nothing more is read from the GPU or brought there."""
+    logs = [
+        {where: n for where, n in sample("--num_infer_steps", steps)[1].items() if "core/" in where
+         or "sampling/" in where}
+        for steps in (6, 12)
+    ]  # fmt: skip
+    assert logs[0] == logs[1]
+    places = {where.partition("sampling/")[2] for where in logs[0] if "sampling/" in where}
+    assert places <= OF_A_VIDEO
+
+
+def test_the_memory_line(sample, tmp_path):
+    output, _ = sample()
+    line = "memory          79.0 GiB, 79.0 free: transformer resident, decoder untiled"
+    assert line in output.splitlines()
+    record = json.loads((tmp_path / "out" / "42_0.4_0000.json").read_text())
+    assert (record["offload"], record["vae_tiling"]) == ("none", False)
+
+
+def test_the_pretence_has_cudas_rules():
+    tensors.log.clear()
+    there = tensors.OnGpu(torch.arange(3.0))
+    with pytest.raises(RuntimeError, match="same device"):
+        there + torch.ones(3)
+    assert (there + torch.tensor(1.0)).device == tensors.GPU, "numbers may be the host's"
+    with pytest.raises(TypeError, match="can't convert"):
+        there.numpy()
+    assert not tensors.log
+    there.sum().item()
+    torch.equal(there, there)
+    assert sum(n for what, n in tensors.log.items() if what.startswith("wait")) == 2
+    with tensors.PretendedCuda():
+        there.to("cpu")
+    assert sum(n for what, n in tensors.log.items() if what.startswith("copy")) == 1
