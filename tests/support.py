@@ -35,6 +35,15 @@ def handlers_given_back() -> Iterator[dict]:
             signal.signal(number, handler)
 
 
+def encoded(path: Path) -> str:
+    """A digest of a video's encoded frames, whatever the file says besides."""
+    import imageio_ffmpeg
+
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-map", "0:v"]
+    command += ["-c", "copy", "-f", "md5", "-"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
 def main(capsys, *arguments: object) -> tuple[int, str, str]:
     """The command within this process: (exit code, standard output, standard error)."""
     from teacache.command.main import main as command

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from support import ROOT, handlers_given_back, main
+from support import ROOT, encoded, handlers_given_back, main
 
 from teacache.calibrate.__main__ import main as calibrate
 from teacache.checkpoint.calibration import checkpoint_digest
@@ -79,7 +79,7 @@ def test_plan_sampler_and_record_agree(capsys, tmp_path, calibration):
     code, _, _ = main(capsys, *SMALL, "--schedule", again, "--output_path", tmp_path / "again")
     assert code == 0
     listed = tmp_path / "again" / "42_listed5_0000.mp4"
-    assert listed.read_bytes() == again.with_suffix(".mp4").read_bytes()
+    assert encoded(listed) == encoded(again.with_suffix(".mp4"))
 
 
 def test_a_sweep_over_schedules_of_either_kind(capsys, tmp_path, calibration):
