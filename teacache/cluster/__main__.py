@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from teacache.cluster.dispatch import Dispatch
 
 RAY = "ray==2.60.0"
+# A video on several GPUs would take as many here.
+GPUS_PER_VIDEO = 1
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(
         prog="python3 -m teacache.cluster",
-        description="Sample many videos on all the GPUs of a Ray cluster: of the "
+        description="Sample many videos on all the GPUs of a Ray cluster, each on one: of the "
         "cluster that `ray start` has made, or else of this machine. The output folder must be the "
         "same for all machines.",
         allow_abbrev=False,
@@ -56,22 +58,13 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="videos at a time (default: one for each GPU; without GPUs one for each machine)",
     )
-    several.add_argument(
-        "--gpus_per_video",
-        type=readers.positive,
-        default=1,
-        metavar="N",
-        help="compute each video on N GPUs of one machine, as --num_gpus of the sampler does; with "
-        "--device cpu on N processes (default: %(default)s)",
-    )
     parser.set_defaults(plan=False, latents=None, shard=None)
     args = parse_with(parser, argv)
     if args.num_gpus > 1:
         parser.error(
-            "argument --num_gpus: of how many GPUs each video is, --gpus_per_video says here; all "
-            "that the cluster has are used"
+            "argument --num_gpus: each video is sampled on one GPU here; on several, by the GPUs "
+            "of one machine, teacache_sample_video.py does it"
         )
-    args.num_gpus = args.gpus_per_video
     if args.device.startswith("cuda:"):
         parser.error(f"argument --device: which GPU is cuda:N is for Ray to choose: {args.device}")
     return args
@@ -89,9 +82,7 @@ def sample(order: Order, workers: int | None, console: Console) -> None:
     with _connected() as (machines, gpus):
         from teacache.cluster.dispatch import Dispatch
 
-        gpus_per_video = 0 if order.machine.device == "cpu" or not gpus else order.machine.num_gpus
-        if gpus_per_video > gpus:
-            raise DeviceError(f"--gpus_per_video {gpus_per_video}: the cluster has {gpus} GPUs")
+        gpus_per_video = 0 if order.machine.device == "cpu" or not gpus else GPUS_PER_VIDEO
         at_a_time = workers or (gpus // gpus_per_video if gpus_per_video else machines)
         console.say(f"{len(order.jobs)} videos, {at_a_time} at a time")
         dispatch = Dispatch(order, at_a_time, gpus_per_video, console)

@@ -24,7 +24,6 @@ from teacache.base.errors import DeviceError, TeaCacheError, one_line, reason, w
 from teacache.cluster.worker import Answer, Worker
 from teacache.command.order import Order
 from teacache.command.shards import units
-from teacache.parallel.helpers import LostHelperError
 
 logger = logging.getLogger("teacache.cluster")
 
@@ -182,8 +181,7 @@ class Dispatch:
         again = self._failures[place] < FAILURES
         then = "It is tried once more" if again else "It is given up"
         logger.warning("%s failed: %s. %s", self._name(place), said(error), then)
-        foreseen = isinstance(error.cause, TeaCacheError)
-        if foreseen and not isinstance(error.cause, LostHelperError):
+        if isinstance(error.cause, TeaCacheError):
             self._next(worker)
         else:  # a fault, after which a GPU may be of no more use to the process
             ray.kill(worker.actor)

@@ -22,7 +22,6 @@ from teacache.command.memory import explained_out_of_memory
 from teacache.command.order import Order
 from teacache.command.preflight import plan_jobs, preflight
 from teacache.inputs.photograph import load_image, pixels_sha256
-from teacache.parallel.helpers import Helpers
 from teacache.results.lock import locked
 from teacache.results.output_folder import check_space
 from teacache.results.record import Record
@@ -63,7 +62,6 @@ class Worker:
         self.console = Console(quiet=True)
         self.stages = Stages(self.console)
         self._loaded: Loaded | None = None
-        self._helpers: Helpers | None = None
         self._comparison: Comparison | None = None
         self._identities: dict[str, Identity] = {}
         self._texts: dict[Job, Text] = {}
@@ -164,26 +162,12 @@ class Worker:
         if job not in self._texts or job.image not in self._identities:
             self._condition([job], skip_failures=False)
         identity, text = self._identities[job.image], self._texts[job]
-        with self._all_ranks():
-            self._loaded = self._loaded or self._load(job)
-            video = self._loaded.sample(job, self.ready, identity, text, last=False)
+        self._loaded = self._loaded or self._load(job)
+        video = self._loaded.sample(job, self.ready, identity, text, last=False)
         record = video.record
         if self._comparison:
             record = self._comparison.add(place, video.path, record, video.frames, video.identity)
         return video.path, record
-
-    @contextlib.contextmanager
-    def _all_ranks(self) -> Iterator[None]:
-        """Say of what fails in the block because another rank has ended, which and why."""
-        try:
-            yield
-        except RuntimeError as error:
-            lost = self._helpers.lost() if self._helpers else None
-            if lost is None:
-                raise
-            for note in getattr(error, "__notes__", ()):
-                lost.add_note(note)
-            raise lost from error
 
     def _load(self, job: Job) -> Loaded:
         """The pipeline, compiled ahead where that is asked for. It stays until the process ends."""
@@ -193,14 +177,10 @@ class Worker:
         from teacache.core.forward import apply_teacache
         from teacache.sampling.room import Room
 
-        if self.order.machine.num_gpus > 1:
-            self._helpers = Helpers(self.order.machine.num_gpus, self.ready.device.type)
-        ranks = Ranks(self.ready)
-        ranks.begin(self.order, self.ready)
         with self.stages.stage("loading"):
             pipe = load(self.order, self.ready)
         handle = apply_teacache(pipe, extrapolate=self.order.extrapolate)
-        handle.team = ranks.join(pipe.transformer)
+        ranks = Ranks(self.ready)
         room = Room(pipe, self.ready.size, self.ready.machine.offload)
         if self.order.machine.compile:
             with self.stages.stage("compiling"):

@@ -121,10 +121,8 @@ def help_denoising(device_name: str, num_gpus: int) -> None:
     from teacache.command.machine import choose_device
     from teacache.command.memory import explained_out_of_memory
     from teacache.parallel import group
-    from teacache.parallel.helpers import end_with_parent
     from teacache.parallel.launch import rank
 
-    end_with_parent()
     console = Console(quiet=True)
     device = own_device(choose_device(device_name))
     group.connect(device)

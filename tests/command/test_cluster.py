@@ -127,39 +127,6 @@ def test_one_killed_and_a_job_that_fails(capsys, tmp_path, tiny, faceless):
     ]
 
 
-def test_two_ranks_a_video_one_worker_killed_and_one_helper(tmp_path, tiny):
-    """A worker's helpers end with it; a helper's end is told by rank and signal, and mended."""
-    out = tmp_path / "out"
-    arguments = (*COMMON, "--num_infer_steps", 30, "--seed", 1, 2, 3, 4, 5, "--output_path", out)
-    process = start(tmp_path, *arguments, "--workers", 2, "--gpus_per_video", 2)
-
-    def ids(part):
-        return [p for p, name in processes(tmp_path).items() if part in name]
-
-    output = read_until(process, r"1 of 5  ")
-    os.kill(ids(".sample")[0], signal.SIGKILL)
-    output += read_until(process, r"2 of 5  ")
-    while not (there := ids("-m\0teacache\0")):
-        time.sleep(0.05)
-    os.kill(max(there), signal.SIGKILL)
-    rest, error = process.communicate(timeout=200)
-    output += rest
-    ended = time.monotonic()
-    assert process.returncode == 0, error
-    warnings = error.splitlines()
-    assert sum("has lost its worker" in line for line in warnings) == 1, error
-    assert sum("rank 1 of 2 was ended by SIGKILL" in line for line in warnings) == 1, error
-    assert [int(n) for n in re.findall(r"(?m)^(\d) of 5  ", output)] == [1, 2, 3, 4, 5]
-    records = [read_record(path).settings for path in out.glob("[0-9]*.json")]
-    assert sorted(settings.seed for settings in records) == [1, 2, 3, 4, 5]
-    assert {settings.division for settings in records} == {"2 GPUs: guidance x2"}
-    while ids("-m\0teacache\0"):
-        assert time.monotonic() - ended < 15, "no orphan"
-        time.sleep(0.2)
-    left = [path.name for path in out.iterdir() if path.suffix == ".safetensors"]
-    assert not left, "no latents of a video that is there"
-
-
 def test_ctrl_c_then_the_rest_by_one_process(capsys, tmp_path, tiny):
     arguments = (*COMMON, "--num_infer_steps", 100, "--seed", 1, 2, 3, "--output_path", tmp_path)
     process = start(tmp_path, *arguments, "--workers", 1)
