@@ -18,7 +18,7 @@ from teacache.base.device import is_out_of_memory
 from teacache.base.errors import ArgumentError, OutputError, TeaCacheError, reason
 from teacache.base.files import with_ending, written_whole
 from teacache.results.output_folder import LATENTS_ENDING, claimed_stem
-from teacache.results.record import Record
+from teacache.results.record import Record, Settings
 from teacache.results.video import write_video
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class Slot:
         self.fate_of_latents = fate_of_latents
         self._stem, self._mp4, self._json = stem, mp4, json_file
         self._latents: Path | None = None
+        self._sampled: Settings | None = None
 
     def keep(self, latents: torch.Tensor, record: Record) -> None:
         """Write the latents where they outlive this process, with the record so far.
@@ -52,6 +53,7 @@ class Slot:
         from safetensors.torch import save
 
         named = {"latents": latents.contiguous().cpu()}
+        self._sampled = record.settings
         content = save(named, metadata={"record": json.dumps(record.as_json())})
         self.fate_of_latents = "Nothing is kept"
         with contextlib.suppress(OSError):
@@ -73,9 +75,16 @@ class Slot:
         record.write(self._json)
 
     def remove_latents(self) -> None:
-        """They are a video now."""
+        """They are a video now, and so are those that an earlier attempt at it has left."""
         if self._latents:
             self._latents.unlink(missing_ok=True)
+        if self._sampled:
+            prefix, _ = self._stem.name.rsplit("_", 1)
+            for path in self._stem.parent.glob(f"{prefix}_*{LATENTS_ENDING}"):
+                with contextlib.suppress(ArgumentError):  # of another command
+                    _, record = read_latents(path)
+                    if record.settings == self._sampled:
+                        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
