@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from teacache.cluster.dispatch import Dispatch
 
 RAY = "ray==2.60.0"
-# A video on several GPUs would take as many here.
-GPUS_PER_VIDEO = 1
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,25 +44,28 @@ def main(argv: list[str] | None = None) -> int:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(
         prog="python3 -m teacache.cluster",
-        description="Sample many videos on all the GPUs of a Ray cluster, each on one: of the "
-        "cluster that `ray start` has made, or else of this machine. The output folder must be the "
-        "same for all machines.",
+        description="Sample many videos on all the GPUs of a Ray cluster, each on one or on "
+        "--gpus_per_video: of the cluster that `ray start` has made, or else of this machine. The "
+        "output folder must be the same for all machines.",
         allow_abbrev=False,
     )
     several = add_sampling(parser, "several videos")
     several.add_argument(
+        "--gpus_per_video",
+        dest="num_gpus",
+        type=readers.positive,
+        metavar="N",
+        help="sample each video on N GPUs of one machine, as --num_gpus does (default: 1)",
+    )
+    several.add_argument(
         "--workers",
         type=readers.positive,
         metavar="N",
-        help="videos at a time (default: one for each GPU; without GPUs one for each machine)",
+        help="videos at a time (default: as many as the GPUs are enough for; without GPUs one for "
+        "each machine)",
     )
     parser.set_defaults(plan=False, latents=None, shard=None)
     args = parse_with(parser, argv)
-    if args.num_gpus > 1:
-        parser.error(
-            "argument --num_gpus: each video is sampled on one GPU here; on several, by the GPUs "
-            "of one machine, teacache_sample_video.py does it"
-        )
     if args.device.startswith("cuda:"):
         parser.error(f"argument --device: which GPU is cuda:N is for Ray to choose: {args.device}")
     return args
@@ -79,11 +80,13 @@ def sample(order: Order, workers: int | None, console: Console) -> None:
     if importlib.util.find_spec("ray") is None:
         raise DeviceError(f"teacache.cluster needs the package ray: pip install {RAY}")
     prepare_folder(order.output_path)
-    with _connected() as (machines, gpus):
+    with _connected() as gpus:
         from teacache.cluster.dispatch import Dispatch
 
-        gpus_per_video = 0 if order.machine.device == "cpu" or not gpus else GPUS_PER_VIDEO
-        at_a_time = workers or (gpus // gpus_per_video if gpus_per_video else machines)
+        on_cpus = order.machine.device == "cpu" or not any(gpus)
+        gpus_per_video = 0 if on_cpus else order.machine.num_gpus
+        most = len(gpus) if on_cpus else _videos_at_a_time(gpus, gpus_per_video)
+        at_a_time = workers or most
         console.say(f"{len(order.jobs)} videos, {at_a_time} at a time")
         dispatch = Dispatch(order, at_a_time, gpus_per_video, console)
         try:
@@ -94,13 +97,13 @@ def sample(order: Order, workers: int | None, console: Console) -> None:
 
 
 @contextlib.contextmanager
-def _connected() -> Iterator[tuple[int, int]]:
+def _connected() -> Iterator[list[int]]:
     """Connect to the Ray cluster that there is, or begin one on this machine for the block.
 
     As `ray.init()` decides: the one that RAY_ADDRESS names, or that `ray start` has begun here.
 
     Yields:
-        the machines and the GPUs in it.
+        how many GPUs each machine in it has.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
@@ -118,9 +121,24 @@ def _connected() -> Iterator[tuple[int, int]]:
             raise KeyboardInterrupt from end
         signal.signal(signal.SIGTERM, handler)  # in whose place Ray has put its own
         machines = [node for node in ray.nodes() if node["Alive"]]
-        yield len(machines), int(ray.cluster_resources().get("GPU", 0))
+        yield [int(machine["Resources"].get("GPU", 0)) for machine in machines]
     finally:
         ray.shutdown()
+
+
+def _videos_at_a_time(gpus: list[int], gpus_per_video: int) -> int:
+    """How many videos the machines have GPUs for, each of which needs all of its own on one.
+
+    Raises:
+        DeviceError: where no machine has so many.
+    """
+    at_a_time = sum(number // gpus_per_video for number in gpus)
+    if not at_a_time:
+        raise DeviceError(
+            f"--gpus_per_video {gpus_per_video}: no machine of the cluster has so many; "
+            f"the most are {max(gpus)}"
+        )
+    return at_a_time
 
 
 def _check_address(address: str) -> None:

@@ -20,7 +20,14 @@ from ray.exceptions import RayError, RayTaskError
 
 from teacache.base import interruption
 from teacache.base.console import Console
-from teacache.base.errors import DeviceError, TeaCacheError, one_line, reason, without_credentials
+from teacache.base.errors import (
+    DeviceError,
+    TeaCacheError,
+    TeamError,
+    one_line,
+    reason,
+    without_credentials,
+)
 from teacache.cluster.worker import Answer, Worker
 from teacache.command.order import Order
 from teacache.command.shards import units
@@ -140,10 +147,12 @@ class Dispatch:
         try:
             answer, warnings = ray.get(call)
         except RayTaskError as error:
-            if place is None:
-                self._give_up(worker, error)
-            else:
+            if place is not None:
                 self._failed(place, worker, error)
+            elif isinstance(error.cause, TeamError):
+                self._lose(place, worker, error)
+            else:
+                self._give_up(worker, error)
             return
         except RayError as error:
             self._lose(place, worker, error)
@@ -181,13 +190,14 @@ class Dispatch:
         again = self._failures[place] < FAILURES
         then = "It is tried once more" if again else "It is given up"
         logger.warning("%s failed: %s. %s", self._name(place), said(error), then)
-        if isinstance(error.cause, TeaCacheError):
+        foreseen = isinstance(error.cause, TeaCacheError)
+        if foreseen and not isinstance(error.cause, TeamError):
             self._next(worker)
-        else:  # a fault, after which a GPU may be of no more use to the process
+        else:  # a fault, after which a GPU may be of no more use to the process, or ranks that fail
             ray.kill(worker.actor)
             self._return(worker.given)
             self._begin()
-        told = error.cause if isinstance(error.cause, TeaCacheError) else error
+        told = error.cause if foreseen else error
         self._put_back_or_give_up(place, again, told)
 
     def _lose(self, place: int | None, worker: Running, error: RayError) -> None:

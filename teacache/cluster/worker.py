@@ -9,13 +9,13 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from teacache.base import interruption
 from teacache.base.console import Console, Stages
-from teacache.base.errors import DeviceError, SamplingError, TeaCacheError
+from teacache.base.errors import DeviceError, SamplingError, TeaCacheError, TeamError
 from teacache.base.quiet import silence_libraries
 from teacache.command.jobs import Job
 from teacache.command.memory import explained_out_of_memory
@@ -27,10 +27,14 @@ from teacache.results.output_folder import check_space
 from teacache.results.record import Record
 
 if TYPE_CHECKING:
-    from teacache.command.run import Loaded
+    from teacache.command.ranks import Ranks
+    from teacache.command.run import Loaded, Sampled
     from teacache.comparison.comparison import Comparison
     from teacache.inputs.identity import Identity
     from teacache.inputs.text import Text
+    from teacache.parallel.helpers import Helpers
+
+T = TypeVar("T")
 
 logger = logging.getLogger("teacache")
 
@@ -50,7 +54,9 @@ class Worker:
     """Samples the jobs of an order, one after the other.
 
     A job is named by its place in `order.jobs`. Each method's answer comes with the warnings that
-    the user should be told.
+    the user should be told. For a video on several GPUs it starts the other ranks, and is the
+    first; where one of them or what they do together fails, it raises TeamError, and is of no more
+    use.
 
     Args:
         folder: what relative paths start from, on every machine.
@@ -62,6 +68,7 @@ class Worker:
         self.console = Console(quiet=True)
         self.stages = Stages(self.console)
         self._loaded: Loaded | None = None
+        self._helpers: Helpers | None = None
         self._comparison: Comparison | None = None
         self._identities: dict[str, Identity] = {}
         self._texts: dict[Job, Text] = {}
@@ -81,6 +88,7 @@ class Worker:
                 "folders, on a shared file system"
             ) from error
         with _collected_warnings() as warnings:
+            self._start_helpers()
             self.ready = preflight(dataclasses.replace(self.order, jobs=()), self.stages)
         size, videos = self.ready.size, len(self.order.jobs)
         check_space(self.order.output_path, size.width * size.height, size.num_frames, videos)
@@ -88,6 +96,7 @@ class Worker:
             from teacache.command.run import comparison_of
         if videos > 1 or self.order.baseline:
             self._comparison = comparison_of(self.order, self.ready, videos=None)
+        self._ranks = self._together(self._find_helpers)
         return None, warnings
 
     def condition(self, places: list[int]) -> tuple[None, list[str]]:
@@ -161,32 +170,62 @@ class Worker:
     def _sample(self, job: Job, place: int) -> tuple[Path, Record]:
         if job not in self._texts or job.image not in self._identities:
             self._condition([job], skip_failures=False)
-        identity, text = self._identities[job.image], self._texts[job]
-        self._loaded = self._loaded or self._load(job)
-        video = self._loaded.sample(job, self.ready, identity, text, last=False)
+        video = self._together(lambda: self._load_and_sample(job))
         record = video.record
         if self._comparison:
             record = self._comparison.add(place, video.path, record, video.frames, video.identity)
         return video.path, record
 
+    def _load_and_sample(self, job: Job) -> Sampled:
+        identity, text = self._identities[job.image], self._texts[job]
+        self._loaded = self._loaded or self._load(job)
+        return self._loaded.sample(job, self.ready, identity, text, last=False)
+
     def _load(self, job: Job) -> Loaded:
         """The pipeline, compiled ahead where that is asked for. It stays until the process ends."""
         from teacache.command.loading import load
-        from teacache.command.ranks import Ranks
         from teacache.command.run import Loaded, compile_ahead
         from teacache.core.forward import apply_teacache
         from teacache.sampling.room import Room
 
+        self._ranks.begin(self.order, self.ready)
         with self.stages.stage("loading"):
             pipe = load(self.order, self.ready)
         handle = apply_teacache(pipe, extrapolate=self.order.extrapolate)
-        ranks = Ranks(self.ready)
+        handle.team = self._ranks.join(pipe.transformer)
         room = Room(pipe, self.ready.size, self.ready.machine.offload)
         if self.order.machine.compile:
             with self.stages.stage("compiling"):
                 identity, text = self._identities[job.image], self._texts[job]
-                compile_ahead(pipe, identity, text, self.order, self.ready, ranks, room)
-        return Loaded(pipe, handle, self.order, self.stages, self.console, ranks, room)
+                compile_ahead(pipe, identity, text, self.order, self.ready, self._ranks, room)
+        return Loaded(pipe, handle, self.order, self.stages, self.console, self._ranks, room)
+
+    def _start_helpers(self) -> None:
+        """Start the other ranks of a video on several GPUs, which those that Ray has chosen are."""
+        machine = self.order.machine
+        if machine.num_gpus > 1:
+            from teacache.parallel.helpers import Helpers
+
+            self._helpers = Helpers(machine.num_gpus, ["--device", machine.device])
+
+    def _find_helpers(self) -> Ranks:
+        from teacache.command.ranks import Ranks
+
+        return Ranks(self.ready)
+
+    def _together(self, work: Callable[[], T]) -> T:
+        """Do what all ranks do together; alone, just do it.
+
+        Raises:
+            TeamError: where it fails, which leaves the ranks out of step.
+        """
+        if self._helpers is None:
+            return work()
+        try:
+            with explained_out_of_memory(self.ready.machine, self.console):
+                return self._helpers.watch(work)
+        except TeaCacheError as error:
+            raise TeamError(str(error)) from error
 
     def _find(self, job: Job) -> tuple[Path, Record] | None:
         """A planned job's video, where it is there."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -18,6 +19,8 @@ from teacache.base.errors import TeaCacheError
 LOST_THE_OTHERS = 3
 PATIENCE = 3.0  # seconds, in which whoever has started it sees the other's end first
 INTERRUPTED = 130
+STARTED_BY = "TEACACHE_STARTED_BY"  # the id of the process, where that is not torch's launcher
+SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 _launched = False  # whether `launch` has started this process, and says how all of them end
 
@@ -78,6 +81,8 @@ def run_as_rank(work: Callable[[], None], helping: bool) -> int:
     Args:
         helping: whether this is not the first, which alone speaks and cleans up. The others may be
             ended at any moment: by SIGTERM at once, and not by Ctrl-C, of which the first is told.
+            They end with the process that has started them: by SIGKILL, as a rank that waits for
+            another on a GPU hears nothing else.
     """
     try:
         if helping:
@@ -85,7 +90,7 @@ def run_as_rank(work: Callable[[], None], helping: bool) -> int:
         else:
             code = interruption.run_command(work, "" if _launched else "interrupted")
     except RuntimeError as error:
-        if not _has_lost_the_others(error):
+        if not has_lost_the_others(error):
             raise
         code = LOST_THE_OTHERS
         time.sleep(PATIENCE)
@@ -97,6 +102,7 @@ def run_as_rank(work: Callable[[], None], helping: bool) -> int:
 
 
 def _work_as_helper(work: Callable[[], None]) -> int:
+    _end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.getLogger("teacache").setLevel(logging.ERROR)  # the first rank warns
     try:
@@ -107,7 +113,16 @@ def _work_as_helper(work: Callable[[], None]) -> int:
     return 0
 
 
-def _has_lost_the_others(error: RuntimeError) -> bool:
+def _end_with_parent() -> None:
+    """Have the system end this process when the one that has started it is gone, as it may be."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    parent = str(os.getppid())
+    if os.environ.get(STARTED_BY, parent) != parent:
+        os._exit(LOST_THE_OTHERS)
+
+
+def has_lost_the_others(error: RuntimeError) -> bool:
     """Whether another rank has ended in the middle of something that all do together."""
     from torch.distributed import DistError
 
@@ -120,16 +135,27 @@ def _explain(codes: dict[int, int], processes: int) -> int:
     Args:
         codes: the exit codes of those that failed, by rank; of a signal negative.
     """
-    consequences = (LOST_THE_OTHERS, -signal.SIGTERM, INTERRUPTED)
-    causes = {rank: code for rank, code in codes.items() if code not in consequences} or codes
-    rank, code = min(causes.items())
+    rank, code = cause_of(codes)
     if code == INTERRUPTED:
         print("interrupted", file=sys.stderr, flush=True)
     if code > 0 and code != LOST_THE_OTHERS:
         return code
-    why = "lost the others" if code > 0 else f"was ended by {signal.Signals(-code).name}"
-    print(f"error: rank {rank} of {processes} {why}", file=sys.stderr, flush=True)
+    print(f"error: rank {rank} of {processes} {why_ended(code)}", file=sys.stderr, flush=True)
     return 2
+
+
+def cause_of(codes: dict[int, int]) -> tuple[int, int]:
+    """The rank that ended first, as far as exit codes tell, and its own."""
+    consequences = (LOST_THE_OTHERS, -signal.SIGTERM, INTERRUPTED)
+    causes = {rank: code for rank, code in codes.items() if code not in consequences} or codes
+    return min(causes.items())
+
+
+def why_ended(code: int) -> str:
+    """What became of a rank that could not say so itself."""
+    if code < 0:
+        return f"was ended by {signal.Signals(-code).name}"
+    return "lost the others" if code == LOST_THE_OTHERS else f"ended with exit code {code}"
 
 
 def _exit_with(main: Callable[[list[str] | None], int], argv: list[str] | None) -> None:

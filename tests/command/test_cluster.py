@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
 import skimage.data
 from PIL import Image
@@ -95,9 +96,7 @@ def test_one_killed_and_a_job_that_fails(capsys, tmp_path, tiny, faceless):
     arguments = (*common, "--jobs", tmp_path / "all", "--workers", 2, "--output_path", out)
     process = start(tmp_path, *arguments)
     output = read_until(process, r"1_0\.2_0000\.mp4")
-    while not (victims := [p for p, name in processes(tmp_path).items() if ".sample" in name]):
-        time.sleep(0.05)
-    os.kill(victims[0], signal.SIGKILL)
+    sampling(tmp_path).kill()
     rest, error = process.communicate(timeout=200)
     output += rest
 
@@ -125,6 +124,52 @@ def test_one_killed_and_a_job_that_fails(capsys, tmp_path, tiny, faceless):
     assert [{**row, "video": ""} for row in rows(out)] == [
         {**row, "video": ""} for row in rows(one)
     ]
+
+
+def sampling(mark: Path) -> psutil.Process:
+    """A worker that is at a video, as soon as there is one."""
+    while not (found := [pid for pid, name in processes(mark).items() if ".sample" in name]):
+        time.sleep(0.05)
+    return psutil.Process(found[0])
+
+
+def test_two_ranks_a_video_one_worker_killed_and_one_of_its_ranks(capsys, tmp_path, tiny):
+    """Nothing is lost, nothing doubled; every rank ends with its worker."""
+    common = ("--ckpts_path", "tiny", "--num_infer_steps", 24, "--guidance_scale", 1)
+    common += ("--seed", 1, 2, 3)
+    out, one = tmp_path / "out", tmp_path / "one"
+    asked = ("--gpus_per_video", 2, "--workers", 2, "--output_path", out)
+    process = start(tmp_path, *common, *asked)
+    output = read_until(process, r"1 of 3  ")
+    worker = sampling(tmp_path)
+    (helper,) = worker.children()
+    worker.kill()
+    psutil.wait_procs([helper], timeout=15)
+    assert not helper.is_running(), "a rank ends with its worker"
+    output += read_until(process, r"2 of 3  ")
+    (helper,) = sampling(tmp_path).children()
+    helper.kill()
+    rest, error = process.communicate(timeout=200)
+    output += rest
+
+    assert process.returncode == 0, error
+    assert error.count("has lost its worker") == 1
+    (failed,) = [line for line in error.splitlines() if " failed: " in line]
+    assert failed.endswith("failed: rank 1 of 2 was ended by SIGKILL. It is tried once more")
+    assert [int(n) for n in re.findall(r"(?m)^(\d) of 3  ", output)] == [1, 2, 3]
+    assert not [name for name in processes(tmp_path).values() if "teacache" in name]
+
+    assert main(capsys, *common, "--output_path", one)[0] == 0
+    names = sorted(path.name for path in one.glob("[0-9]*"))
+    assert [re.sub(r"_\d{4}", "_0000", path.name) for path in sorted(out.glob("[0-9]*"))] == names
+    for path in one.glob("[0-9]*.mp4"):
+        (same,) = out.glob(f"{path.stem.rsplit('_', 1)[0]}_*.mp4")
+        assert same.read_bytes() == path.read_bytes(), "shared tokens change no bit"
+        ours, theirs = (read_record(p.with_suffix(".json")) for p in (same, path))
+        assert ours.settings.division == "2 GPUs: tokens x2"
+        settings = dataclasses.replace(ours.settings, num_gpus=1, division=None)
+        assert settings == theirs.settings
+        assert (ours.computed_steps, ours.quality) == (theirs.computed_steps, theirs.quality)
 
 
 def test_ctrl_c_then_the_rest_by_one_process(capsys, tmp_path, tiny):
@@ -240,6 +285,13 @@ def test_nobody_at_the_address(capsys, tmp_path, monkeypatch):
         2,
         "error: no Ray cluster at RAY_ADDRESS=127.0.0.1:9: Connection refused\n",
     )
+
+
+def test_a_video_has_its_gpus_on_one_machine():
+    assert cluster._videos_at_a_time([8, 3, 0], 1) == 11
+    assert cluster._videos_at_a_time([8, 3, 0], 2) == 5
+    with pytest.raises(DeviceError, match=r"--gpus_per_video 4: .*; the most are 3"):
+        cluster._videos_at_a_time([2, 3], 4)
 
 
 @pytest.mark.parametrize(

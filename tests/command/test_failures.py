@@ -679,14 +679,25 @@ def test_nothing_made_names_this_machine(capsys, tmp_path, monkeypatch):
 
 
 def test_a_video_whose_record_cannot_be_written_has_no_name_yet(capsys, tmp_path, monkeypatch):
+    """Its latents stay until there is the video after all."""
+
     def no_space(record, path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Record, "write", no_space)
-    code, _, error = main(capsys, *TINY, "--num_frames", 1, "--output_path", tmp_path)
-    assert code == 2
-    assert f"the video cannot be written to {tmp_path}: No space left on device. The" in error
-    assert [path.name for path in tmp_path.iterdir()] == ["42_0.0_0000.latents.safetensors"]
+    arguments = (*TINY, "--num_frames", 1, "--output_path", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Record, "write", no_space)
+        code, _, error = main(capsys, *arguments)
+        assert code == 2
+        assert f"the video cannot be written to {tmp_path}: No space left on device. The" in error
+        assert [path.name for path in tmp_path.iterdir()] == ["42_0.0_0000.latents.safetensors"]
+        assert main(capsys, *arguments, "--num_infer_steps", 3)[0] == 2
+    assert main(capsys, *arguments)[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "42_0.0_0001.latents.safetensors",  # of other settings
+        "42_0.0_0002.json",
+        "42_0.0_0002.mp4",
+    ]
 
 
 def test_figures_of_quality_that_find_no_room_leave_the_record(capsys, tmp_path, monkeypatch):
