@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLCogVideoX, ConsisIDPipeline, ConsisIDTransformer3DModel
 from diffusers import CogVideoXDPMScheduler as Scheduler
+from torch._dynamo.utils import counters
 
 from teacache.checkpoint.size import VideoSize
 from teacache.core.forward import apply_teacache
@@ -19,7 +21,7 @@ from teacache.inputs.identity import Identity
 from teacache.inputs.text import Text
 from teacache.parallel import group
 from teacache.parallel.division import Division
-from teacache.sampling import sampler
+from teacache.sampling import acceleration, sampler
 from teacache.sampling.attention import use_attention
 
 # The embedded model with 12 heads and 64 + 448 tokens, which divide by 4 as the real ones do.
@@ -44,7 +46,17 @@ def make_pipe(dtype: torch.dtype) -> ConsisIDPipeline:
     )
 
 
-def sample(dtype: torch.dtype, join=lambda transformer: ALONE, guidance_scale=6.0):
+def accelerate(transformer: ConsisIDTransformer3DModel, how: str) -> None:
+    """What a case is accelerated by, if by anything."""
+    if how == "compile":
+        acceleration.compile_transformer(transformer)
+    elif how == "fp8":
+        # The real float8 layers; only torchao's question after the GPU is answered for it.
+        with mock.patch("torchao.quantization.quant_api._check_hardware_support"):
+            acceleration.quantize_fp8(transformer)
+
+
+def sample(dtype: torch.dtype, guidance_scale: float, how: str, join=lambda transformer: ALONE):
     """Latents at every threshold, [thresholds, ...], and the computed steps of each."""
     pipe = make_pipe(dtype)
     config, generator = pipe.transformer.config, torch.Generator().manual_seed(1)
@@ -59,6 +71,7 @@ def sample(dtype: torch.dtype, join=lambda transformer: ALONE, guidance_scale=6.
     texts = [random(1, TEXT, config.text_embed_dim) for _ in range(2)]
     text = Text(texts[0], texts[1] if guidance_scale > 1 else None)
     use_attention(pipe.transformer, "native")
+    accelerate(pipe.transformer, how)
     with apply_teacache(pipe) as handle:
         handle.team = join(pipe.transformer)
         found = []
@@ -71,34 +84,44 @@ def sample(dtype: torch.dtype, join=lambda transformer: ALONE, guidance_scale=6.
 
 
 def work(rank: int, world: int, port: int, cases: list, folder: str) -> None:
-    """Sample each case, (halves, parts, dtype, guidance scale), and save what came of it."""
+    """Sample each case and save what came of it.
+
+    Args:
+        cases: halves, parts, dtype, guidance scale, and what it is accelerated by.
+    """
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     group.connect(CPU)
     sent = _count_exchanges()
     results = {}
-    for halves, parts, dtype, guidance_scale in cases:
+    for halves, parts, dtype, guidance_scale, how in cases:
         sent.clear()
 
         def join(transformer, halves=halves, parts=parts) -> Team:
             return group.join(transformer, Division(halves, parts), CPU)
 
-        latents, steps = sample(dtype, join, guidance_scale)
-        results[halves, parts, dtype, guidance_scale] = latents, steps, list(sent)
+        latents, steps = sample(dtype, guidance_scale, how, join)
+        if how == "compile":
+            assert counters["stats"]["unique_graphs"] == 2, "a block and a cross-attention layer"
+        results[halves, parts, dtype, guidance_scale, how] = latents, steps, list(sent)
     torch.save(results, Path(folder) / f"{rank}.pt")
     group.disconnect()
 
 
 def _count_exchanges() -> list[int]:
-    """The bytes that each exchange of tokens for heads takes from this process, from now on."""
+    """The bytes that each exchange of tokens for heads takes from this process, from now on.
+
+    None are counted of what is compiled, which a list that grows would have compiled each time.
+    """
     from torch.distributed import _functional_collectives as collectives
 
     sent: list[int] = []
     exchange = collectives.all_to_all_single
 
     def counting(tensor, *arguments, **named):
-        sent.append(tensor.numel() * tensor.element_size())
+        if not torch.compiler.is_compiling():
+            sent.append(tensor.numel() * tensor.element_size())
         return exchange(tensor, *arguments, **named)
 
     collectives.all_to_all_single = counting

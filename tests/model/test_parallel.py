@@ -15,37 +15,50 @@ from teacache.parallel.division import Division, bytes_sent, divide, h100_second
 
 F32, BF16 = torch.float32, torch.bfloat16
 CASES = {
-    2: [(1, 2, F32, 6.0), (1, 2, BF16, 6.0), (1, 2, F32, 1.0), (2, 1, F32, 6.0)],
-    4: [(1, 4, F32, 6.0), (1, 4, BF16, 6.0), (2, 2, F32, 6.0)],
+    2: [
+        *((1, 2, F32, 6.0, ""), (1, 2, BF16, 6.0, ""), (1, 2, F32, 1.0, ""), (2, 1, F32, 6.0, "")),
+        *((1, 2, F32, 1.0, "compile"), (1, 2, BF16, 1.0, "fp8")),
+    ],
+    4: [(1, 4, F32, 6.0, ""), (1, 4, BF16, 6.0, ""), (2, 2, F32, 6.0, "")],
 }
+
+IMPORTED = ["torch.distributed", "diffusers.pipelines.consisid.pipeline_consisid"]
 
 
 @pytest.fixture(scope="module")
 def on_ranks(tmp_path_factory):
     """By case: of each rank the latents, the computed steps and the bytes of each exchange."""
+    # One process imports for all of them what takes seconds.
+    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(IMPORTED)
     found = {}
     for world, cases in CASES.items():
         folder = tmp_path_factory.mktemp(f"ranks{world}")
-        torch.multiprocessing.spawn(
-            work, (world, free_port(), cases, str(folder)), nprocs=world, join=True
+        torch.multiprocessing.start_processes(
+            work,
+            (world, free_port(), cases, str(folder)),
+            nprocs=world,
+            start_method="forkserver",
         )
         ranks = [torch.load(folder / f"{rank}.pt") for rank in range(world)]
         found |= {case: [results[case] for results in ranks] for case in cases}
     return found
 
 
-alone = functools.cache(lambda dtype, guidance_scale: sample(dtype, guidance_scale=guidance_scale))
+alone = functools.cache(sample)
 
 
 @pytest.mark.parametrize("case", [case for cases in CASES.values() for case in cases])
 def test_ranks_agree_with_each_other_and_with_one_process(on_ranks, case):
-    halves, _, dtype, guidance_scale = case
-    expected, schedules = alone(dtype, guidance_scale)
+    halves, _, dtype, guidance_scale, how = case
+    expected, schedules = alone(dtype, guidance_scale, "fp8" if how == "fp8" else "")
     assert len(schedules[0]) == STEPS > len(schedules[-1]), "some steps are reused"
     for latents, steps, _ in on_ranks[case]:
         assert steps == schedules
         assert torch.equal(latents, on_ranks[case][0][0])
-        if halves == 1:
+        if how == "compile":
+            # Inductor's kernels sum up in another order than eager ones.
+            assert (latents - expected).abs().max() < 1e-4 * expected.abs().max()
+        elif halves == 1:
             assert torch.equal(latents, expected), "tokens that are shared change no bit"
         else:
             # A linear layer of one row rounds otherwise than one of two: the modulations'. After
@@ -53,9 +66,11 @@ def test_ranks_agree_with_each_other_and_with_one_process(on_ranks, case):
             assert (latents - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("case", [case for cases in CASES.values() for case in cases])
+@pytest.mark.parametrize(
+    "case", [case for cases in CASES.values() for case in cases if case[-1] != "compile"]
+)
 def test_what_is_sent_is_what_the_formula_says(on_ranks, case):
-    halves, parts, dtype, guidance_scale = case
+    halves, parts, dtype, guidance_scale, _ = case
     division, layers = Division(halves, parts), WIDE["num_layers"]
     width = WIDE["num_attention_heads"] * WIDE["attention_head_dim"]
     batch = 2 if guidance_scale > 1 else 1
