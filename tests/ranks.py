@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from pathlib import Path
@@ -13,6 +14,7 @@ from diffusers import AutoencoderKLCogVideoX, ConsisIDPipeline, ConsisIDTransfor
 from diffusers import CogVideoXDPMScheduler as Scheduler
 from torch._dynamo.utils import counters
 
+from teacache.base.errors import DeviceError
 from teacache.checkpoint.size import VideoSize
 from teacache.core.forward import apply_teacache
 from teacache.core.team import ALONE, Team
@@ -93,6 +95,10 @@ def work(rank: int, world: int, port: int, cases: list, folder: str) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     group.connect(CPU)
+    group.check_own(f"GPU-{rank}")
+    with contextlib.suppress(DeviceError):
+        group.check_own(f"GPU-{max(rank, 1)}")
+        raise AssertionError("ranks 0 and 1 have the same GPU")
     sent = _count_exchanges()
     results = {}
     for halves, parts, dtype, guidance_scale, how in cases:

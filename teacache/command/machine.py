@@ -7,6 +7,7 @@ import textwrap
 import torch
 
 from teacache.base.errors import DeviceError
+from teacache.parallel.launch import is_of_another_launcher
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -53,11 +54,15 @@ def _why_none() -> str:
 
 
 def check_number(num_gpus: int, device: torch.device) -> None:
-    """Raise DeviceError where `--num_gpus` asks for more GPUs than torch finds."""
-    if device.type == "cuda" and num_gpus > torch.cuda.device_count():
-        raise DeviceError(
-            f"--num_gpus {num_gpus}: torch finds {torch.cuda.device_count()} CUDA GPUs here"
-        )
+    """Raise DeviceError where `--num_gpus` asks for more GPUs than torch finds.
+
+    A rank that another launcher has started may see its own GPU alone: whether each has one of its
+    own is found out when they meet, see `teacache.parallel.group.connect`.
+    """
+    count = torch.cuda.device_count()
+    if device.type != "cuda" or num_gpus <= count or (count == 1 and is_of_another_launcher()):
+        return
+    raise DeviceError(f"--num_gpus {num_gpus}: torch finds {count} CUDA GPUs here")
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> None:
         if rank() > 0:
             if Order.of(args).jobs:
-                help_denoising(args.device, args.num_gpus)
+                help_denoising(args.device)
         elif args.latents:
             decode(LatentsOrder.of(args), console)
         elif args.plan:
@@ -49,8 +49,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raise ArgumentError where no order can be made of the arguments."""
+    """Raise TeaCacheError where no order can be made, or where a process cannot work here."""
     Order.of(args)
+    prepare_environment()
 
 
 def run_and_exit() -> NoReturn:

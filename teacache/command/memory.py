@@ -10,6 +10,7 @@ from teacache.base.console import Console
 from teacache.base.device import is_out_of_memory, is_the_gpus
 from teacache.base.errors import DeviceError
 from teacache.command.order import Machine
+from teacache.parallel.launch import rank
 
 # The stages of a run in which a flag takes less memory: in others it is not worth a word.
 WITH_VAE = ("compiling", "encoding", "decoding")
@@ -54,13 +55,13 @@ def out_of_memory(error: BaseException, stage: str, machine: Machine) -> str:
         flags.append("--vae_tiling")
     if is_the_gpus(error):
         steps: tuple[str, ...] = ("none", "blocks", "sequential")
-        if machine.num_gpus > 1:
-            steps = ("none",)
-        elif machine.quantize:
+        if machine.quantize:
             steps = ("none", "model")
         elif machine.compile:
             steps = ("none", "blocks")
         untried = steps[steps.index(machine.offload) + 1 :] if machine.offload in steps else ()
-        flags += [f"--offload {step}" for step in untried if stage in OFFLOADED[step]]
+        alone = "--num_gpus 1 " if machine.num_gpus > 1 else ""  # several do not offload
+        flags += [f"{alone}--offload {step}" for step in untried if stage in OFFLOADED[step]]
     advice = f"Try, in this order: {', '.join(flags)}" if flags else "No further flag takes less"
-    return f"out of memory while {stage}{amount}. {advice}"
+    where = f"rank {rank()} of {machine.num_gpus}: " if machine.num_gpus > 1 else ""
+    return f"{where}out of memory while {stage}{amount}. {advice}"

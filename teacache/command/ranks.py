@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from teacache.base.console import Console, Stages
-from teacache.base.errors import ArgumentError, DeviceError
+from teacache.base.environment import prepare_environment
+from teacache.base.errors import ArgumentError
 from teacache.checkpoint.configuration import read_json, whole_number
 from teacache.checkpoint.size import VideoSize
 from teacache.command.order import Order
@@ -112,16 +113,16 @@ class Ranks:
             group.disconnect()
 
 
-def help_denoising(device_name: str, num_gpus: int) -> None:
+def help_denoising(device_name: str) -> None:
     """What every rank but the first does, as long as there are videos.
 
     Raises:
-        DeviceError: naming the rank, for what its machine lacks.
+        DeviceError: for what its machine lacks.
     """
+    prepare_environment()
     from teacache.command.machine import choose_device
     from teacache.command.memory import explained_out_of_memory
     from teacache.parallel import group
-    from teacache.parallel.launch import rank
 
     console = Console(quiet=True)
     device = own_device(choose_device(device_name))
@@ -129,11 +130,8 @@ def help_denoising(device_name: str, num_gpus: int) -> None:
     if (told := group.listen()) is not None:
         order, ready = told
         ready = dataclasses.replace(ready, device=device)
-        try:
-            with explained_out_of_memory(ready.machine, console):
-                _denoise_all(order, ready, Stages(console))
-        except DeviceError as error:
-            raise DeviceError(f"rank {rank()} of {num_gpus}: {error}") from error
+        with explained_out_of_memory(ready.machine, console):
+            _denoise_all(order, ready, Stages(console))
     group.disconnect()
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from teacache.base.errors import ArgumentError
+from teacache.base.errors import ArgumentError, DeviceError
 from teacache.core.team import Team
 
 if TYPE_CHECKING:
@@ -24,12 +24,28 @@ _orders: Any = None  # the process group that orders go through
 
 
 def connect(device: torch.device) -> None:
-    """Find the other processes. Where all GPUs are visible, each takes its own."""
+    """Find the other processes.
+
+    Raises:
+        DeviceError: where two of them have the same GPU.
+    """
     global _orders
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "cpu:gloo")
     _orders = dist.new_group(backend="gloo", timeout=PATIENCE)
+    if device.type == "cuda":
+        check_own(str(torch.cuda.get_device_properties(device).uuid))
+
+
+def check_own(gpu: str) -> None:
+    """Raise DeviceError, in every process, where one of them names the same GPU as another."""
+    gpus = [""] * dist.get_world_size()
+    dist.all_gather_object(gpus, gpu, group=_orders)
+    if len(set(gpus)) < len(gpus):
+        raise DeviceError(
+            f"{len(gpus)} ranks have {len(set(gpus))} GPUs between them: each needs its own"
+        )
 
 
 def disconnect() -> None:

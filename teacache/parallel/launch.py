@@ -30,6 +30,11 @@ def is_one_of_several() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def is_of_another_launcher() -> bool:
+    """Whether this process is one of several that `launch` has not started, as torchrun's are."""
+    return is_one_of_several() and not _launched
+
+
 def world_size() -> int:
     """How many processes the launcher has started."""
     return int(os.environ["WORLD_SIZE"])
@@ -81,10 +86,11 @@ def run_as_rank(work: Callable[[], None], helping: bool) -> int:
     Args:
         helping: whether this is not the first, which alone speaks and cleans up. The others may be
             ended at any moment: by SIGTERM at once, and not by Ctrl-C, of which the first is told.
-            They end with the process that has started them: by SIGKILL, as a rank that waits for
-            another on a GPU hears nothing else.
+            All end with the process that has started them: the first by SIGTERM, the others by
+            SIGKILL, as a rank that waits for another on a GPU hears nothing else.
     """
     try:
+        _end_with_parent(signal.SIGKILL if helping else signal.SIGTERM)
         if helping:
             code = _work_as_helper(work)
         else:
@@ -102,7 +108,6 @@ def run_as_rank(work: Callable[[], None], helping: bool) -> int:
 
 
 def _work_as_helper(work: Callable[[], None]) -> int:
-    _end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.getLogger("teacache").setLevel(logging.ERROR)  # the first rank warns
     try:
@@ -113,10 +118,10 @@ def _work_as_helper(work: Callable[[], None]) -> int:
     return 0
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(number: signal.Signals) -> None:
     """Have the system end this process when the one that has started it is gone, as it may be."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, number)
     parent = str(os.getppid())
     if os.environ.get(STARTED_BY, parent) != parent:
         os._exit(LOST_THE_OTHERS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -12,8 +13,11 @@ import time
 
 import psutil
 import pytest
+import torch
 from support import ROOT
 
+from teacache.base.errors import DeviceError
+from teacache.command.machine import check_number
 from teacache.command.main import main
 
 SAMPLE = (sys.executable, "teacache_sample_video.py", "--ckpts_path", "tiny", "--device", "cpu")
@@ -81,7 +85,7 @@ def test_what_does_not_divide_is_refused_before_anything_is_loaded(tmp_path, cap
     assert "--num_gpus: not allowed with argument --latents" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("how", ["killed helper", "SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize("how", ["killed helper", "killed launcher", "SIGTERM", "Ctrl-C"])
 def test_endings(tmp_path, how):
     asked = ("--num_gpus", 2, "--num_infer_steps", 500, "--rel_l1_thresh", 0)
     asked += ("--output_path", tmp_path)
@@ -98,8 +102,12 @@ def test_endings(tmp_path, how):
     time.sleep(2)
     ranks = _ranks(run.pid)
     assert len(ranks) == 2
+    chosen = {psutil.Process(pid).environ().get("PYTORCH_ALLOC_CONF") for pid in ranks}
+    assert chosen == {"expandable_segments:True"}, "before torch is imported"
     if how == "killed helper":
         os.kill(max(ranks), signal.SIGKILL)
+    elif how == "killed launcher":
+        run.kill()
     elif how == "SIGTERM":
         run.terminate()
     else:
@@ -107,13 +115,23 @@ def test_endings(tmp_path, how):
     asked_at = time.monotonic()
     _, said = run.communicate(timeout=60)
     assert time.monotonic() - asked_at < 15
-    killed = how == "killed helper"
-    assert run.returncode == (2 if killed else 130)
-    expected = "error: rank 1 of 2 was ended by SIGKILL" if killed else "interrupted"
-    assert expected in said.splitlines()
-    assert len(said.splitlines()) == 1, said
-    assert not [pid for pid in ranks if os.path.exists(f"/proc/{pid}")], "no orphan"
+    expected = {
+        "killed helper": (2, "error: rank 1 of 2 was ended by SIGKILL\n"),
+        "killed launcher": (-signal.SIGKILL, ""),
+        "SIGTERM": (130, "interrupted\n"),
+        "Ctrl-C": (130, "interrupted\n"),
+    }
+    assert (run.returncode, said) == expected[how]
+    assert not [pid for pid in ranks if _is_alive(pid)], "no orphan"
     assert list(tmp_path.iterdir()) == []
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process runs: one that has ended and that init has not asked about does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _ranks(parent: int) -> list[int]:
@@ -122,38 +140,56 @@ def _ranks(parent: int) -> list[int]:
     return [child.pid for child in children if "spawn_main" in " ".join(child.cmdline())]
 
 
-NO_MEMORY = """
-import os
-
-import torch
-
-attend = torch.nn.functional.scaled_dot_product_attention
-
-
-def no_memory(*args, **kwargs):
-    if os.environ.get("RANK") == "1":
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB")
-    return attend(*args, **kwargs)
-
-
-torch.nn.functional.scaled_dot_product_attention = no_memory
-"""
-
-
-def test_a_rank_that_runs_out_of_memory_ends_all(tmp_path):
+@pytest.mark.parametrize("short_of", [0, 1])
+def test_a_rank_that_runs_out_of_memory_ends_all(tmp_path, short_of):
     """In the middle of a step, in which the other rank waits for it."""
-    (tmp_path / "sitecustomize.py").write_text(NO_MEMORY)
     out = tmp_path / "out"
+    begin = (sys.executable, ROOT / "tests" / "failing_rank.py", *SAMPLE[2:])
     begun = time.monotonic()
     run = subprocess.run(
-        command("--num_gpus", 2, "--output_path", out),
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        command("--num_gpus", 2, "--output_path", out, start=begin),
+        cwd=ROOT, env={**os.environ, "SHORT_OF_MEMORY": str(short_of)},
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert run.returncode == 2
     assert run.stderr == (
-        "error: rank 1 of 2: out of memory while denoising (asked for 2.50 GiB). "
-        "No further flag takes less\n"
+        f"error: rank {short_of} of 2: out of memory while denoising (asked for 2.50 GiB). Try, in "
+        "this order: --num_gpus 1 --offload blocks, --num_gpus 1 --offload sequential\n"
     )
     assert time.monotonic() - begun < 60, "of which beginning takes most"
     assert list(out.iterdir()) == []
+
+
+ASK = """
+import os
+from teacache.base.errors import DeviceError
+from teacache.command.ranks import help_denoising
+try:
+    help_denoising("cuda:99")
+except DeviceError as error:
+    print(os.environ["PYTORCH_ALLOC_CONF"], error)
+"""
+
+
+def test_a_rank_that_torchrun_starts_chooses_the_allocator_too():
+    variables = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
+    said = subprocess.check_output([sys.executable, "-c", ASK], cwd=ROOT, env=variables, text=True)
+    assert said.startswith("expandable_segments:True --device cuda:99: torch finds ")
+
+
+@pytest.mark.parametrize(
+    ("variables", "count", "refused"),
+    [
+        ({}, 1, True),
+        ({"RANK": "0", "WORLD_SIZE": "4"}, 1, False),  # of which each sees its own
+        ({"RANK": "0", "WORLD_SIZE": "4"}, 2, True),
+        ({}, 4, False),
+    ],
+)
+def test_more_gpus_than_there_are(monkeypatch, variables, count, refused):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    expected = f"^--num_gpus 4: torch finds {count} CUDA GPUs here$"
+    with pytest.raises(DeviceError, match=expected) if refused else contextlib.nullcontext():
+        check_number(4, torch.device("cuda"))

@@ -96,7 +96,11 @@ def test_the_numbers_of_a_checkpoint(tiny, pipe):
         ((), "denoising", "--offload blocks, --offload sequential"),
         (("--compile",), "denoising", "--offload blocks"),
         (("--quantize", "fp8"), "denoising", "--offload model"),
-        (("--num_gpus", 2), "encoding", "--vae_tiling"),
+        (
+            ("--num_gpus", 2),
+            "encoding",
+            "--vae_tiling, --num_gpus 1 --offload blocks, --num_gpus 1 --offload sequential",
+        ),
         (("--offload", "blocks"), "denoising", "--offload sequential"),
         ((), "decoding", "--vae_tiling"),
         ((), "text", "--offload sequential"),
