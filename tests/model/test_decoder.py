@@ -45,7 +45,9 @@ def test_undoing_leaves_nothing(narrow):
     before = {name: dict(vars(module)) for name, module in narrow.named_modules()}
     use_lean_decoder(narrow)
     changed = {type(m).__name__ for m in narrow.modules() if "forward" in vars(m)}
-    assert changed == {"CogVideoXCausalConv3d", "CogVideoXResnetBlock3D", "CogVideoXSpatialNorm3D"}
+    assert {name.removeprefix("CogVideoX") for name in changed} == {
+        *("CausalConv3d", "Decoder3D", "ResnetBlock3D", "SpatialNorm3D", "UpBlock3D")
+    }
     assert not any("forward" in vars(module) for module in narrow.encoder.modules())
     undo_lean_decoder(narrow)
     assert {name: dict(vars(module)) for name, module in narrow.named_modules()} == before
@@ -62,7 +64,7 @@ def test_it_takes_less_memory(narrow):
         decode(vae, latents)
         peaks.append(_peak_bytes(lambda: decode(vae, latents)))
     undo_lean_decoder(vae)
-    # At full size a ledger has 14.7 and 8.0 GiB; here the levels' proportions are the same.
+    # At full size a ledger has 14.7 and 7.0 GiB; here the levels' proportions are the same.
     assert peaks[1] < 0.7 * peaks[0]
 
 

@@ -2,7 +2,7 @@
 
 On an H100 the plain pipeline allocated 14.7 GiB for a computed step, where this has 14.9 with the
 weights, and 15.2 for decoding, where it has 15.1; with the decoder of its time, which this had at
-8.4, ours allocated 10.8: cuDNN's convolutions took the rest for themselves.
+8.4, ours allocated 10.8: cuDNN's convolutions took the rest for themselves. It held 13.4 then.
 
 A stage whose peak goes up by 3 % fails here, and so does one that goes down by as much: then the
 table below and the README's want to be brought up to date.
@@ -27,14 +27,16 @@ from teacache.sampling.blocks import use_lean_blocks
 from teacache.sampling.decoder import use_lean_decoder
 
 FRAMES, HEIGHT, WIDTH, TEXT = 13, 60, 90, 226
-# GiB beyond the weights, diffusers' own and ours. Weights: transformer 11.9, VAE 0.4.
+# GiB beyond the weights, diffusers' own and ours: allocated, and held by torch's allocator until
+# then. Weights: transformer 11.9, VAE 0.4.
 PEAKS = {
-    "computed step": (2.65, 1.65),
-    "computed step, no guidance": (1.33, 0.83),
-    "reused step": (2.65, 0.93),
-    "decoding": (14.74, 7.83),
-    "decoding in tiles": (3.77, 2.04),
+    "computed step": ((2.65, 3.28), (1.65, 2.05)),
+    "computed step, no guidance": ((1.33, 1.65), (0.83, 1.13)),
+    "reused step": ((2.65, 3.28), (0.93, 2.05)),
+    "decoding": ((14.74, 20.45), (6.98, 8.44)),
+    "decoding in tiles": ((3.77, 5.30), (1.83, 2.38)),
 }
+Peak = tuple[float, float]
 
 
 @contextlib.contextmanager
@@ -48,7 +50,11 @@ def fake_bfloat16() -> Iterator[None]:
             torch.set_default_dtype(default)
 
 
-def denoising_peaks(ours: bool, batch: int) -> tuple[float, float]:
+def peak(ledger: Ledger) -> Peak:
+    return ledger.peak / GIB, ledger.reserved / GIB
+
+
+def denoising_peaks(ours: bool, batch: int) -> tuple[Peak, Peak]:
     """Of a computed step that follows a computed one, and of a reused one."""
     with fake_bfloat16():
         transformer = ConsisIDTransformer3DModel(**FULL).eval()
@@ -76,11 +82,11 @@ def denoising_peaks(ours: bool, batch: int) -> tuple[float, float]:
             for _ in range(3):
                 ledger.begin_stage()
                 transformer(**inputs)
-                peaks.append(ledger.peak / GIB)
+                peaks.append(peak(ledger))
     return peaks[1], peaks[2]
 
 
-def decoding_peak(ours: bool, tiled: bool) -> float:
+def decoding_peak(ours: bool, tiled: bool) -> Peak:
     with fake_bfloat16():
         vae = AutoencoderKLCogVideoX(**FULL_VAE).eval()
         if ours:
@@ -90,17 +96,17 @@ def decoding_peak(ours: bool, tiled: bool) -> float:
         latents = torch.empty(1, 16, FRAMES, HEIGHT, WIDTH)
         with Ledger(vae.state_dict().values()) as ledger:
             vae.decode(latents)
-    return ledger.peak / GIB
+    return peak(ledger)
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, tuple[float, float]]:
-    (theirs, _), (ours, reused) = (denoising_peaks(which, 2) for which in (False, True))
+def found() -> dict[str, tuple[Peak, Peak]]:
+    (theirs, again), (ours, reused) = (denoising_peaks(which, 2) for which in (False, True))
     (theirs_1, _), (ours_1, _) = (denoising_peaks(which, 1) for which in (False, True))
     return {
         "computed step": (theirs, ours),
         "computed step, no guidance": (theirs_1, ours_1),
-        "reused step": (theirs, reused),
+        "reused step": (again, reused),
         "decoding": (decoding_peak(False, False), decoding_peak(True, False)),
         "decoding in tiles": (decoding_peak(False, True), decoding_peak(True, True)),
     }
@@ -108,4 +114,5 @@ def found() -> dict[str, tuple[float, float]]:
 
 @pytest.mark.parametrize("stage", PEAKS)
 def test_peaks(found, stage):
-    assert found[stage] == pytest.approx(PEAKS[stage], rel=0.03)
+    for ours_or_theirs, expected in zip(found[stage], PEAKS[stage], strict=True):
+        assert ours_or_theirs == pytest.approx(expected, rel=0.03)

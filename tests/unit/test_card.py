@@ -67,10 +67,10 @@ def test_what_a_card_gets(full, monkeypatch, free, arguments, offload, tiled):
 
 
 def test_what_is_needed_is_what_was_measured(full):
-    """On an H100, reserved with expandable segments: 15.5 GiB to denoise, 13.4 to decode."""
+    """On an H100 15.5 GiB were held to denoise; decoding was computed since, see `test_memory`."""
     needed = card.needs(full, FULL_SIZE, True, torch.bfloat16)
     assert needed.resident / GIB == pytest.approx(15.53 + 0.5, abs=0.1)
-    assert 13.4 < needed.decoding / GIB < 15.2, "a 16 GB card decodes without tiles"
+    assert 0.4 + 8.44 + 2.4 < needed.decoding / GIB < 15.2, "a 16 GB card decodes without tiles"
     assert needed.text / GIB < 11.3, "a 12 GB card embeds text"
     assert needed.streamed / GIB < 7.6
 
