@@ -11,22 +11,24 @@ table below and the README's want to be brought up to date.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 
 import pytest
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, ConsisIDTransformer3DModel
+from diffusers import AutoencoderKLCogVideoX
 from ledger import GIB, Ledger
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from teacache.benchmark.random_weights import FULL, FULL_VAE
-from teacache.core.forward import apply_teacache
-from teacache.core.rule import COGVIDEOX_5B, listed_schedule
-from teacache.sampling.attention import use_attention
-from teacache.sampling.blocks import use_lean_blocks
+from teacache.benchmark.random_weights import FULL_VAE
+from teacache.benchmark.work import (
+    FRAMES,
+    HEIGHT,
+    WIDTH,
+    fake_bfloat16,
+    full_transformer,
+    step_inputs,
+    three_steps,
+)
 from teacache.sampling.decoder import use_lean_decoder
 
-FRAMES, HEIGHT, WIDTH, TEXT = 13, 60, 90, 226
 # GiB beyond the weights, diffusers' own and ours: allocated, and held by torch's allocator until
 # then. Weights: transformer 11.9, VAE 0.4.
 PEAKS = {
@@ -39,17 +41,6 @@ PEAKS = {
 Peak = tuple[float, float]
 
 
-@contextlib.contextmanager
-def fake_bfloat16() -> Iterator[None]:
-    default = torch.get_default_dtype()
-    with FakeTensorMode(), torch.no_grad():
-        torch.set_default_dtype(torch.bfloat16)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(default)
-
-
 def peak(ledger: Ledger) -> Peak:
     return ledger.peak / GIB, ledger.reserved / GIB
 
@@ -57,28 +48,10 @@ def peak(ledger: Ledger) -> Peak:
 def denoising_peaks(ours: bool, batch: int) -> tuple[Peak, Peak]:
     """Of a computed step that follows a computed one, and of a reused one."""
     with fake_bfloat16():
-        transformer = ConsisIDTransformer3DModel(**FULL).eval()
-        if ours:
-            use_attention(transformer, "native")
-            use_lean_blocks(transformer)
-        inputs = {
-            "hidden_states": torch.empty(batch, FRAMES, 32, HEIGHT, WIDTH),
-            "encoder_hidden_states": torch.empty(batch, TEXT, 4096),
-            "timestep": torch.zeros(batch, dtype=torch.int64),
-            "image_rotary_emb": tuple(
-                torch.empty(FRAMES * HEIGHT * WIDTH // 4, 64, dtype=torch.float32) for _ in range(2)
-            ),
-            "id_cond": torch.empty(1, 1280),
-            "id_vit_hidden": [torch.empty(1, 577, 1024) for _ in range(5)],
-            "return_dict": False,
-        }
-        scheduler, peaks = CogVideoXDPMScheduler(), []
-        with contextlib.ExitStack() as stack:
-            if ours:
-                scheduler.timesteps = torch.zeros(4, dtype=torch.int64)
-                plan = listed_schedule((0, 1, 3), [1.0, 1.0, 1.0, 1.0], COGVIDEOX_5B)
-                stack.enter_context(apply_teacache(transformer, schedule=plan, scheduler=scheduler))
-            ledger = stack.enter_context(Ledger(transformer.state_dict().values()))
+        transformer = full_transformer(ours)
+        inputs, peaks = step_inputs(batch), []
+        ledger = Ledger(transformer.state_dict().values())
+        with three_steps(transformer) if ours else contextlib.nullcontext(), ledger:
             for _ in range(3):
                 ledger.begin_stage()
                 transformer(**inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import tomllib
 
 import pytest
@@ -63,3 +64,9 @@ def test_optional_packages_are_those_that_are_tested():
     assert {package.partition("==")[0] for package in named} == {"peft", "ray", "torchao"}
     assert named <= set(tested)
     assert RAY in named
+
+
+@pytest.mark.parametrize("block", re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
+def test_a_shell_reads_what_is_to_be_typed(block):
+    run = subprocess.run(["bash", "-n"], input=block, text=True, capture_output=True)
+    assert (run.returncode, run.stderr) == (0, "")
