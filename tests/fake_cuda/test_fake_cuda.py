@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -12,34 +13,38 @@ import torch
 from fake_cuda import tensors
 from support import ROOT
 
+from teacache.results.record import read_record
+from teacache.results.slot import claimed_slot
+
 # Of each video, whatever its steps: what is read from the GPU or brought there.
 OF_A_VIDEO = {f"sampler.py:{name}" for name in ("__init__", "_check_finite", "pixels", "decode")}
 
 
+def run(*arguments, free=79.0):
+    """The command on pretended CUDA: (standard output, the log)."""
+    done = subprocess.run(
+        [sys.executable, "-m", "fake_cuda.run", *map(str, (free, "--device", "cuda", *arguments))],
+        cwd=ROOT,
+        # Weights that are read in threads of their own would be read without the mode.
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests", "HF_DEACTIVATE_ASYNC_LOAD": "1"},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout, json.loads(done.stderr.splitlines()[-1])
+
+
 @pytest.fixture
 def sample(tiny, tmp_path):
-    """Runs the command on pretended CUDA: (standard output, the log)."""
+    """Samples with the command on pretended CUDA; returns as `run` does."""
 
-    def run(*arguments, free=79.0, quick=True):
+    def sampled(*arguments, quick=True):
         common = ("--ckpts_path", tiny, "--image", "astronaut", "--prompt", "a man")
-        common += ("--device", "cuda", "--output_path", tmp_path / "out")
+        common += ("--output_path", tmp_path / "out")
         if quick:
             common += ("--rel_l1_thresh", 0.4, "--num_infer_steps", 6)
-        done = subprocess.run(
-            [sys.executable, "-m", "fake_cuda.run", *map(str, (free, *common, *arguments))],
-            cwd=ROOT,
-            # Weights that are read in threads of their own would be read without the mode.
-            env={
-                **os.environ,
-                "PYTHONPATH": f"{ROOT}:{ROOT}/tests",
-                "HF_DEACTIVATE_ASYNC_LOAD": "1",
-            },
-            capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout, json.loads(done.stderr.splitlines()[-1])
+        return run(*common, *arguments)
 
-    return run
+    return sampled
 
 
 @pytest.mark.parametrize(
@@ -74,6 +79,21 @@ def test_the_memory_line(sample, tmp_path):
     assert line in output.splitlines()
     record = json.loads((tmp_path / "out" / "42_0.4_0000.json").read_text())
     assert (record["offload"], record["vae_tiling"]) == ("none", False)
+
+
+def test_kept_latents_become_a_video(sample, tmp_path):
+    out = tmp_path / "out"
+    sample()
+    record = read_record(out / "42_0.4_0000.json")
+    latents = torch.randn(1, 7, 16, record.settings.height // 8, record.settings.width // 8)
+    with contextlib.suppress(KeyboardInterrupt), claimed_slot(out, "killed") as slot:
+        slot.keep(latents.to(torch.bfloat16), record)
+        raise KeyboardInterrupt
+    (kept,) = out.glob("killed*")
+    _, log = run("--latents", kept, "--output_path", out)
+    assert (out / "42_0.4_0001.mp4").stat().st_size > 0
+    assert {where.partition("sampling/")[2] for where in log if "sampling/" in where} <= OF_A_VIDEO
+    assert read_record(out / "42_0.4_0001.json").settings.vae_tiling is False
 
 
 def test_the_pretence_has_cudas_rules():
