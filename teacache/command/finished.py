@@ -8,6 +8,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from teacache.base.console import Console
+from teacache.base.errors import OutputError, reason
+from teacache.base.files import written_whole
 from teacache.command.jobs import Job
 from teacache.command.order import Order
 from teacache.command.preflight import Ready, plan_jobs
@@ -15,7 +17,7 @@ from teacache.command.recording import settings_of
 from teacache.comparison.comparison import Comparison
 from teacache.results.lock import locked
 from teacache.results.record import Record, Settings, read_record
-from teacache.results.video import count_frames
+from teacache.results.video import count_frames, write_gif
 
 
 def find_finished(
@@ -64,8 +66,13 @@ def without_finished(
 ) -> list[Job]:
     """The jobs that no video, whole, in the output folder has the settings of; say which have.
 
+    Where GIFs are asked for, those that a video lacks are made.
+
     Args:
         places: of every job, in the order asked for.
+
+    Raises:
+        OutputError: where a GIF cannot be written.
     """
     left = []
     for job in ready.jobs:
@@ -75,6 +82,12 @@ def without_finished(
             continue
         video, record = finished
         console.done(video, f"done before {video}")
+        if order.gif and not video.with_suffix(".gif").exists():
+            try:
+                with written_whole(video.with_suffix(""), ".gif") as (gif,):
+                    write_gif(video, gif)
+            except OSError as error:
+                raise OutputError(f"no GIF of {video} can be made: {reason(error)}") from error
         if comparison:
             comparison.add_earlier(places[job], video, record)
     return left

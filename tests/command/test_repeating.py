@@ -55,6 +55,18 @@ def test_a_record_repeats_its_run(capsys, made, tmp_path):
     assert not list(tmp_path.glob("*.gif")), "what is made beside it is no setting of the video"
 
 
+def test_a_gif_of_a_video_that_is_there_already(capsys, made, tmp_path):
+    for path in made.glob("42_0.2_0000.*"):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "42_0.2_0000.gif").unlink()
+    asked = ("--from_record", made / "42_0.2_0000.json", "--output_path", tmp_path, "--resume")
+    code, output, error = main(capsys, *asked, "--gif")
+    assert (code, error) == (0, "")
+    assert "done before" in output
+    gif = tmp_path / "42_0.2_0000.gif"
+    assert gif.read_bytes() == (made / gif.name).read_bytes()
+
+
 def test_other_arguments_overrule_the_record(capsys, made, tmp_path):
     record = made / "42_0.2_0000.json"
     code, *_ = main(
