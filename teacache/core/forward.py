@@ -229,5 +229,7 @@ def run_blocks(
         )
         if face is not None and index % transformer.cross_attn_interval == 0:
             attend = transformer.perceiver_cross_attention[index // transformer.cross_attn_interval]
-            video = video + transformer.local_face_scale * attend(face, video)
+            attended, scale = attend(face, video), transformer.local_face_scale
+            # Of ConsisID-preview it is 1, and to multiply by that is to copy.
+            video = video + (attended if scale == 1 else scale * attended)
     return video

@@ -77,6 +77,16 @@ def test_every_step_computed_equals_the_plain_pipeline(make_pipe, sample, thresh
     assert handle.schedule.computed_steps == tuple(range(8))
 
 
+def test_a_face_that_counts_for_less(make_pipe, sample):
+    pipe = make_pipe(torch.bfloat16)
+    usual = sample(pipe, steps=2)
+    pipe.transformer.local_face_scale = 0.7
+    plain = sample(pipe, steps=2)
+    assert not torch.equal(plain, usual)
+    with apply_teacache(pipe, 0.0):
+        assert torch.equal(sample(pipe, steps=2), plain)
+
+
 def test_frames_at_threshold_0_equal_the_plain_pipeline(pipe, sample):
     plain = sample(pipe, output_type="np")
     assert plain.shape == (1, SIZE.num_frames, SIZE.height, SIZE.width, 3)
