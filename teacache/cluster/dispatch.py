@@ -81,7 +81,8 @@ class Dispatch:
         )
         # Two threads: one that does the work, always the same, and one that is told to stop it.
         remote = ray.remote(concurrency_groups={"stop": 1})  # type: ignore[call-overload]
-        self._actor = remote(Worker).options(num_gpus=gpus)
+        # Where no machine has a GPU, nothing but this spreads them over the machines.
+        self._actor = remote(Worker).options(num_gpus=gpus, scheduling_strategy="SPREAD")
         known = [] if order.resume else order.output_path.glob("*.json")
         self._ignored = frozenset(path.name for path in known)
         self._calls: dict[Any, Running] = {}  # by the reference of what they will answer
