@@ -229,7 +229,10 @@ def run_blocks(
         )
         if face is not None and index % transformer.cross_attn_interval == 0:
             attend = transformer.perceiver_cross_attention[index // transformer.cross_attn_interval]
-            attended, scale = attend(face, video), transformer.local_face_scale
-            # Of ConsisID-preview it is 1, and to multiply by that is to copy.
-            video = video + (attended if scale == 1 else scale * attended)
+            video = video + _scaled(attend(face, video), transformer.local_face_scale)
     return video
+
+
+def _scaled(tensor: torch.Tensor, scale: float) -> torch.Tensor:
+    """A tensor times ConsisID-preview's 1 or another scale; to multiply by 1 is to copy."""
+    return tensor if scale == 1 else scale * tensor
