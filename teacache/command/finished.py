@@ -9,7 +9,6 @@ from pathlib import Path
 
 from teacache.base.console import Console
 from teacache.base.errors import OutputError, reason
-from teacache.base.files import written_whole
 from teacache.command.jobs import Job
 from teacache.command.order import Order
 from teacache.command.preflight import Ready, plan_jobs
@@ -84,8 +83,7 @@ def without_finished(
         console.done(video, f"done before {video}")
         if order.gif and not video.with_suffix(".gif").exists():
             try:
-                with written_whole(video.with_suffix(""), ".gif") as (gif,):
-                    write_gif(video, gif)
+                write_gif(video, video.with_suffix(""))
             except OSError as error:
                 raise OutputError(f"no GIF of {video} can be made: {reason(error)}") from error
         if comparison:

@@ -69,8 +69,7 @@ class Slot:
         """Encode the frames, for `finish` to give the video its name; with a GIF beside it."""
         write_video(frames, self._mp4, fps)
         if gif:
-            with written_whole(self._stem, ".gif") as (path,):
-                write_gif(self._mp4, path)
+            write_gif(self._mp4, self._stem)
 
     def finish(self, record: Record) -> None:
         """Write the record, and its settings into the video itself.

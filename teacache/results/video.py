@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from teacache.base.errors import OutputError
+from teacache.base.files import written_whole
 from teacache.base.quiet import silent_programs
 
 if TYPE_CHECKING:
@@ -82,8 +83,11 @@ def read_comment(path: Path) -> str:
     return re.sub(r"\\(.)", r"\1", found[1], flags=re.DOTALL) if found else ""
 
 
-def write_gif(video: Path, gif: Path) -> None:
+def write_gif(video: Path, stem: Path) -> None:
     """Make an animated GIF of a video, with a palette of its own, at its frame rate.
+
+    Args:
+        stem: the GIF's name without its ending; it is there once it is whole.
 
     Raises:
         OSError: where it cannot be written.
@@ -93,7 +97,8 @@ def write_gif(video: Path, gif: Path) -> None:
     palette = "split[a][b];[a]palettegen=stats_mode=diff[p];[b][p]paletteuse=diff_mode=rectangle"
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-y"]
     command += ["-i", _unmistakable(video), "-vf", palette, "-loop", "0", "-f", "gif"]
-    _run([*command, _unmistakable(gif)])
+    with written_whole(stem, ".gif") as (gif,):
+        _run([*command, _unmistakable(gif)])
 
 
 def _run(command: list[str]) -> str:
