@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +24,7 @@ from teacache.core.team import Share
 if TYPE_CHECKING:
     from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, ConsisIDPipeline
     from diffusers.models.embeddings import CogVideoXPatchEmbed
+    from diffusers.models.transformers.consisid_transformer_3d import PerceiverCrossAttention
 
 
 def apply_teacache(
@@ -229,10 +230,25 @@ def run_blocks(
         )
         if face is not None and index % transformer.cross_attn_interval == 0:
             attend = transformer.perceiver_cross_attention[index // transformer.cross_attn_interval]
-            video = video + _scaled(attend(face, video), transformer.local_face_scale)
+            add = add_face if attend._compiled_call_impl is None else _compiled_add_face()
+            video = add(attend, face, video, transformer.local_face_scale)
     return video
 
 
-def _scaled(tensor: torch.Tensor, scale: float) -> torch.Tensor:
-    """A tensor times ConsisID-preview's 1 or another scale; to multiply by 1 is to copy."""
-    return tensor if scale == 1 else scale * tensor
+def add_face(
+    attend: PerceiverCrossAttention, face: torch.Tensor, video: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """The video tokens and what a layer of the identity's cross-attention adds to them.
+
+    Args:
+        face, video: as for `run_blocks`.
+        scale: ConsisID-preview's is 1, by which to multiply would be to copy.
+    """
+    added = attend(face, video)
+    return video + (added if scale == 1 else scale * added)
+
+
+@functools.cache
+def _compiled_add_face() -> Callable[..., torch.Tensor]:
+    """`add_face` as one region, for layers that are to be compiled: they share it."""
+    return torch.compile(add_face, fullgraph=True, dynamic=False)

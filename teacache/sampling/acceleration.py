@@ -131,6 +131,7 @@ def check_float8(device: torch.device, dtype: torch.dtype) -> None:
 def compile_transformer(transformer: ConsisIDTransformer3DModel) -> None:
     """Compile the blocks and the identity cross-attention, each at its first call.
 
+    Of the cross-attention it is `core.forward.add_face` that makes a region, the addition in it.
     All blocks share one compilation, and so do all cross-attention layers: weights are inputs of
     the graph. What TeaCache decides lies outside of them, so that neither step nor threshold nor
     video brings a new one; another size or batch does.
