@@ -94,7 +94,7 @@ def rows(folder: Path) -> list[dict]:
 def test_one_killed_and_a_job_that_fails(capsys, tmp_path, tiny, faceless):
     """Nothing is lost, nothing doubled; videos, records and report are those of one process."""
     good = [{"seed": 1, "rel_l1_thresh": 0}, {"seed": 1, "rel_l1_thresh": 0.2}]
-    good += [{"seed": seed} for seed in (2, 3, 4, 5)]
+    good += [{"seed": seed} for seed in (2, 3)]
     for name, lines in (("good", good), ("all", [*good[:3], {"image": str(faceless)}, *good[3:]])):
         (tmp_path / name).write_text("\n".join(map(json.dumps, lines)))
     common = (*COMMON, "--num_infer_steps", 40)
@@ -108,17 +108,17 @@ def test_one_killed_and_a_job_that_fails(capsys, tmp_path, tiny, faceless):
 
     assert process.returncode == 2, error  # as one process ends that meets the picture
     warnings = error.splitlines()
-    name = f"video 4 of 7 (image {faceless}, seed 42, rel_l1_thresh 0.1) failed: "
+    name = f"video 4 of 5 (image {faceless}, seed 42, rel_l1_thresh 0.1) failed: "
     assert [line.rpartition(". ")[2] for line in warnings if name in line] == [
         *("It is tried once more", "It is given up")
     ]
     assert sum("has lost its worker" in line for line in warnings) == 1
-    assert warnings[-1].startswith("error: 1 of 7 videos could not be made, the first: ")
+    assert warnings[-1].startswith("error: 1 of 5 videos could not be made, the first: ")
     assert "no face was found" in warnings[-1]
     # The killed one may have been about to say that it is done.
-    assert len(re.findall(r"(?m)^\d of 7  |^done before ", output)) == 6
+    assert len(re.findall(r"(?m)^\d of 5  |^done before ", output)) == 4
     assert re.search(r" s, about \d+ s left\n", output)
-    assert "6 of 7 videos: see --resume" in output
+    assert "4 of 5 videos: see --resume" in output
     assert "raylet" not in output + error
 
     assert main(capsys, *common, "--jobs", tmp_path / "good", "--output_path", one)[0] == 0
@@ -156,23 +156,23 @@ def rank_of(worker: psutil.Process, mark: Path) -> psutil.Process:
 def test_two_ranks_a_video_one_worker_killed_and_one_of_its_ranks(capsys, tmp_path, tiny):
     """Nothing is lost, nothing doubled; every rank ends with its worker."""
     common = ("--ckpts_path", "tiny", "--num_infer_steps", 24, "--guidance_scale", 1)
-    common += ("--seed", 1, 2, 3)
+    common += ("--seed", 1, 2)
     out, one = tmp_path / "out", tmp_path / "one"
-    asked = ("--gpus_per_video", 2, "--workers", 2, "--output_path", out)
+    asked = ("--gpus_per_video", 2, "--workers", 1, "--output_path", out)
     process = start(tmp_path, *common, *asked)
-    worker = sampling(tmp_path)  # with its first video, and so is the other
+    worker = sampling(tmp_path)
     helper = rank_of(worker, tmp_path)
     worker.kill()
     psutil.wait_procs([helper], timeout=15)
     assert not helper.is_running(), "a rank ends with its worker"
-    rank_of(sampling(tmp_path), tmp_path).kill()  # of the other worker
+    rank_of(sampling(tmp_path), tmp_path).kill()  # of the worker that is started instead
     output, error = ended(process)
 
     assert process.returncode == 0, error
     assert error.count("has lost its worker") == 1
     (failed,) = [line for line in error.splitlines() if " failed: " in line]
     assert failed.endswith("failed: rank 1 of 2 was ended by SIGKILL. It is tried once more")
-    assert [int(n) for n in re.findall(r"(?m)^(\d) of 3  ", output)] == [1, 2, 3]
+    assert [int(n) for n in re.findall(r"(?m)^(\d) of 2  ", output)] == [1, 2]
     assert not [name for name in processes(tmp_path).values() if "teacache" in name]
 
     assert main(capsys, *common, "--output_path", one)[0] == 0

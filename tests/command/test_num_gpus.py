@@ -37,7 +37,7 @@ def ended(*arguments, start=SAMPLE):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
-    assert ended("--guidance_scale", 1, "--output_path", folder).returncode == 0
+    assert main([*SAMPLE[2:], "--guidance_scale", "1", "--output_path", str(folder)]) == 0
     return folder / "42_0.2_0000.mp4"
 
 
@@ -55,31 +55,28 @@ def test_shared_tokens_give_the_same_bytes(tmp_path, alone, start):
     assert (other["num_gpus"], other["division"]) == (1, None)
     assert record["computed_steps"] == other["computed_steps"]
     assert "on 2 GPUs: tokens x2" in run.stdout
+    if not start:  # once more, for which no rank has anything to do
+        again = ended("--guidance_scale", 1, "--output_path", tmp_path, *asked, "--resume")
+        assert again.returncode == 0, again.stderr
+        assert again.stdout.count("done before") == 1
 
 
-def test_both_ways_to_share_a_sweep_and_going_on_with_it(tmp_path):
+def test_both_ways_to_share_a_sweep(tmp_path):
     asked = ("--num_gpus", 4, "--rel_l1_thresh", 0, 0.3, "--output_path", tmp_path)
     run = ended(*asked)
     assert run.returncode == 0, run.stderr
     record = json.loads((tmp_path / "42_0.3_0000.json").read_text())
     assert record["division"] == "4 GPUs: guidance x2, tokens x2"
     assert record["quality"]["psnr"]["mean"] > 10
-    again = ended(*asked, "--resume")  # for which no rank has anything to do
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.count("done before") == 2
 
 
 def test_what_does_not_divide_is_refused_before_anything_is_loaded(tmp_path, capsys):
-    refused = {
-        ("--num_gpus", "3"): "520 tokens and 6 heads do not divide among so many; 2 and 4 would do",
-        ("--num_gpus", "8"): "do not divide among so many; 4 would do",
-    }
-    for asked, expected in refused.items():
-        run = ended(*asked, "--output_path", tmp_path)
-        assert run.returncode == 2
-        assert expected in run.stderr
-        assert run.stderr.count("\n") == 1
-        assert "identity" not in run.stdout
+    run = ended("--num_gpus", 3, "--output_path", tmp_path)
+    assert run.returncode == 2
+    expected = "520 tokens and 6 heads do not divide among so many; 2 and 4 would do"
+    assert expected in run.stderr
+    assert run.stderr.count("\n") == 1
+    assert "identity" not in run.stdout
     with pytest.raises(SystemExit):
         main(["--latents", str(ROOT / "README.md"), "--num_gpus", "2"])
     assert "--num_gpus: not allowed with argument --latents" in capsys.readouterr().err
@@ -99,7 +96,7 @@ def test_endings(tmp_path, how):
     )
     while "encoding" not in (line := run.stdout.readline()):  # then it denoises, for half a minute
         assert line, run.stderr.read()
-    time.sleep(2)
+    time.sleep(1)
     ranks = _ranks(run.pid)
     assert len(ranks) == 2
     chosen = {psutil.Process(pid).environ().get("PYTORCH_ALLOC_CONF") for pid in ranks}
