@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -128,6 +129,7 @@ def three_steps(transformer: ConsisIDTransformer3DModel) -> Iterator[None]:
         yield
 
 
+@functools.cache
 def count(ours: bool) -> tuple[Counter, Counter]:
     """The work of a computed step, and of a reused one; of the plain forward twice the same."""
     counters = []

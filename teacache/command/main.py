@@ -13,7 +13,7 @@ from teacache.base.environment import prepare_environment
 from teacache.base.quiet import allow_any_encoding, silence_libraries
 from teacache.command.arguments import parse_arguments
 from teacache.command.order import LatentsOrder, Order
-from teacache.command.preflight import preflight, preflight_latents
+from teacache.command.preflight import check_division, preflight, preflight_latents
 from teacache.command.ranks import help_denoising
 from teacache.parallel.launch import is_one_of_several, launch, rank, run_as_rank, world_size
 
@@ -21,13 +21,12 @@ from teacache.parallel.launch import is_one_of_several, launch, rank, run_as_ran
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns its exit code, see `teacache.base.interruption.run_command`."""
     args = parse_arguments(argv)
+    silence_libraries()
+    allow_any_encoding()
     if is_one_of_several():
         args.num_gpus = world_size()
     elif args.num_gpus > 1 and not args.plan:
-        # What is wrong with the order is said by one process, before there are several.
         return interruption.run_command(lambda: _check(args)) or launch(args.num_gpus, main, argv)
-    silence_libraries()
-    allow_any_encoding()
     console = Console(args.quiet)
 
     def work() -> None:
@@ -49,9 +48,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raise TeaCacheError where no order can be made, or where a process cannot work here."""
-    Order.of(args)
+    """Raise TeaCacheError for what is wrong that one process can say before there are several."""
+    order = Order.of(args)
     prepare_environment()
+    check_division(order)
 
 
 def run_and_exit() -> NoReturn:

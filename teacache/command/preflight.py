@@ -203,6 +203,19 @@ def preflight_latents(order: LatentsOrder, stages: Stages) -> ReadyLatents:
     return ReadyLatents(latents, record, checkpoint, device, machine)
 
 
+def check_division(order: Order) -> None:
+    """Raise TeaCacheError where the order's GPUs cannot share a step, as far as is known by now.
+
+    It needs neither torch nor the other ranks, only a checkpoint that is here.
+    """
+    checkpoint = find_checkpoint(order.ckpts_path)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint)
+        form = order.format
+        size = video_size(checkpoint, form.width, form.height, form.num_frames)
+        division_of(order, checkpoint, size)
+
+
 def find_checkpoint(name: str) -> Path | None:
     """The folder that `--ckpts_path` means, or None where it has to be downloaded first.
 

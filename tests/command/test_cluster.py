@@ -189,7 +189,7 @@ def test_two_ranks_a_video_one_worker_killed_and_one_of_its_ranks(capsys, tmp_pa
 
 
 def test_ctrl_c_then_the_rest_by_one_process(capsys, tmp_path, tiny):
-    arguments = (*COMMON, "--num_infer_steps", 100, "--seed", 1, 2, 3, "--output_path", tmp_path)
+    arguments = (*COMMON, "--num_infer_steps", 60, "--seed", 1, 2, 3, "--output_path", tmp_path)
     process = start(tmp_path, *arguments, "--workers", 1)
     read_until(process, r"1 of 3  ")
     os.killpg(process.pid, signal.SIGINT)

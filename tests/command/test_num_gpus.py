@@ -70,16 +70,37 @@ def test_both_ways_to_share_a_sweep(tmp_path):
     assert record["quality"]["psnr"]["mean"] > 10
 
 
-def test_what_does_not_divide_is_refused_before_anything_is_loaded(tmp_path, capsys):
-    run = ended("--num_gpus", 3, "--output_path", tmp_path)
-    assert run.returncode == 2
-    expected = "520 tokens and 6 heads do not divide among so many; 2 and 4 would do"
-    assert expected in run.stderr
-    assert run.stderr.count("\n") == 1
-    assert "identity" not in run.stdout
+@pytest.mark.parametrize(
+    ("num_gpus", "expected"),
+    [
+        (3, "520 tokens and 6 heads do not divide among so many; 2 and 4 would do"),
+        (8, "520 tokens and 6 heads do not divide among so many; 4 would do"),
+    ],
+)
+def test_what_does_not_divide_is_refused_before_any_rank_begins(
+    capsys, tmp_path, monkeypatch, num_gpus, expected
+):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delattr("torch.distributed.launcher.api.elastic_launch")
+    out = tmp_path / "out"
+    assert main([*SAMPLE[2:], "--num_gpus", str(num_gpus), "--output_path", str(out)]) == 2
+    output, error = capsys.readouterr()
+    assert (output, error) == ("", f"error: --num_gpus {num_gpus}: {expected}\n")
+    assert not out.exists()
+
+
+def test_latents_need_one_gpu(capsys):
     with pytest.raises(SystemExit):
         main(["--latents", str(ROOT / "README.md"), "--num_gpus", "2"])
     assert "--num_gpus: not allowed with argument --latents" in capsys.readouterr().err
+
+
+def test_bad_input_that_the_first_rank_finds_ends_all(tmp_path):
+    run = ended("--num_gpus", 2, "--image", "README.md", "--output_path", tmp_path)
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: --image README.md is no image")
+    assert run.stderr.count("\n") == 1
+    assert "identity" not in run.stdout
 
 
 @pytest.mark.parametrize("how", ["killed helper", "killed launcher", "SIGTERM", "Ctrl-C"])

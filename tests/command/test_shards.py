@@ -150,7 +150,7 @@ def start(*arguments: object) -> subprocess.Popen:
 def test_side_by_side_one_started_twice_one_killed(capsys, tmp_path, tiny):
     """Nothing is lost and nothing doubled, and one report is written."""
     sweep = (
-        *("--ckpts_path", "tiny", "--num_infer_steps", 100, "--num_frames", 1),
+        *("--ckpts_path", "tiny", "--num_infer_steps", 60, "--num_frames", 1),
         *("--seed", 1, 2, 3, 4, "--output_path", tmp_path, "--resume"),
     )
     twins = [start(*sweep, "--shard", "0/2") for _ in range(2)]
