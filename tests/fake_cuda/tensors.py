@@ -21,6 +21,8 @@ GPU = torch.device("cuda", 0)
 WAITING = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2", "unique_dim"}
 INDEXING = {"index", "index_put_", "index_put", "_index_put_impl_", "_unsafe_index"}
 COPYING = {"copy_", "_to_copy", "set_"}
+# In half precision many CPUs take ten times as long for these.
+MULTIPLYING = {"convolution", "mm", "addmm", "bmm", "baddbmm"}
 
 log: Counter[str] = Counter()  # what happened, and where
 
@@ -161,6 +163,12 @@ def on_host(value):
     return value.host if isinstance(value, (OnGpu, Generator)) else value
 
 
+def widened(value):
+    """The tensor that holds the numbers, in single precision; whatever else as it is."""
+    value = on_host(value)
+    return value.float() if isinstance(value, torch.Tensor) else value
+
+
 def on_gpu(value):
     """A tensor of the host's as one of the GPU's; whatever else as it is."""
     plain = isinstance(value, torch.Tensor) and not isinstance(value, OnGpu)
@@ -191,7 +199,10 @@ def carry_out(func, args, kwargs):
     if name == "is_pinned":
         return False
     with torch._C._DisableTorchDispatch():
-        out = func(*pytree.tree_map(on_host, args), **pytree.tree_map(on_host, kwargs))
+        on = widened if name in MULTIPLYING else on_host
+        out = func(*pytree.tree_map(on, args), **pytree.tree_map(on, kwargs))
+        if name in MULTIPLYING:
+            out = out.to(tensors[0].dtype)
     if func._schema.is_mutable and not isinstance(out, (tuple, list)):
         return _written(func, args, kwargs, out)
     return pytree.tree_map(on_gpu, out) if target == "cuda" else out
