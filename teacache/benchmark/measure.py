@@ -16,11 +16,10 @@ from teacache.base import device as devices
 from teacache.base.errors import CheckpointError
 from teacache.benchmark import random_weights
 from teacache.benchmark.random_weights import Material
-from teacache.checkpoint import folder as checkpoint
 from teacache.checkpoint.pipeline import load_pipeline
 from teacache.checkpoint.size import video_size
 from teacache.command.arguments import DEFAULT_PROMPT
-from teacache.command.preflight import find_checkpoint
+from teacache.command.preflight import find_whole_checkpoint
 from teacache.core.forward import apply_teacache
 from teacache.core.handle import TeaCacheHandle
 from teacache.inputs import photograph as pictures
@@ -94,10 +93,9 @@ def of_checkpoint(
     name: str, num_infer_steps: int, device: torch.device, dtype: torch.dtype
 ) -> Bench:
     """A bench on a checkpoint that is here already, with the photograph of the astronaut."""
-    folder = find_checkpoint(name)
+    folder = find_whole_checkpoint(name)
     if folder is None:
         raise CheckpointError(f"--ckpts_path {name}: there is no such folder here")
-    checkpoint.check_checkpoint(folder)
     conditioning = Conditioning(folder, device, dtype, "none", cache=None)
     seconds: dict[str, float] = {}
     with _timed(seconds, "identity", device):

@@ -89,9 +89,7 @@ def preflight(order: Order, stages: Stages) -> Ready:
     prepare_environment()
     check_encoder()
     with stages.stage("checkpoint"):
-        checkpoint = find_checkpoint(order.ckpts_path)
-        if checkpoint is not None:
-            check_checkpoint(checkpoint)
+        checkpoint = find_whole_checkpoint(order.ckpts_path)
     full_size = checkpoint is None or is_full_size(checkpoint)
     with stages.stage("torch"):
         from teacache.command.card import fit_to_card
@@ -181,12 +179,11 @@ def preflight_latents(order: LatentsOrder, stages: Stages) -> ReadyLatents:
     )
     check_space(order.output_path, settings.width * settings.height, settings.num_frames, videos=1)
     with stages.stage("checkpoint"):
-        checkpoint = find_checkpoint(settings.ckpts_path)
+        checkpoint = find_whole_checkpoint(settings.ckpts_path)
         if checkpoint is None:
             raise CheckpointError(
                 f"--latents needs a checkpoint: {settings.ckpts_path} is not here"
             )
-        check_checkpoint(checkpoint)
     machine = dataclasses.replace(order.machine, offload="none")  # the VAE is alone there
     device = choose_device(machine.device, is_full_size(checkpoint))
     size = VideoSize(settings.width, settings.height, settings.num_frames)
@@ -206,14 +203,25 @@ def preflight_latents(order: LatentsOrder, stages: Stages) -> ReadyLatents:
 def check_division(order: Order) -> None:
     """Raise TeaCacheError where the order's GPUs cannot share a step, as far as is known by now.
 
-    It needs neither torch nor the other ranks, only a checkpoint that is here.
+    Of a checkpoint that has to be downloaded the first rank says so later, in `preflight`.
     """
-    checkpoint = find_checkpoint(order.ckpts_path)
+    checkpoint = find_whole_checkpoint(order.ckpts_path)
     if checkpoint is not None:
-        check_checkpoint(checkpoint)
         form = order.format
         size = video_size(checkpoint, form.width, form.height, form.num_frames)
         division_of(order, checkpoint, size)
+
+
+def find_whole_checkpoint(name: str) -> Path | None:
+    """The same as `find_checkpoint`, where all that sampling reads is there.
+
+    Raises:
+        CheckpointError: too where something is missing, or cannot be used.
+    """
+    checkpoint = find_checkpoint(name)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint)
+    return checkpoint
 
 
 def find_checkpoint(name: str) -> Path | None:
