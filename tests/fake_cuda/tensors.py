@@ -199,9 +199,11 @@ def carry_out(func, args, kwargs):
     if name == "is_pinned":
         return False
     with torch._C._DisableTorchDispatch():
-        on = widened if name in MULTIPLYING else on_host
+        # Of different types it raises, as on a GPU.
+        widen = name in MULTIPLYING and len({tensor.dtype for tensor in tensors}) == 1
+        on = widened if widen else on_host
         out = func(*pytree.tree_map(on, args), **pytree.tree_map(on, kwargs))
-        if name in MULTIPLYING:
+        if widen:
             out = out.to(tensors[0].dtype)
     if func._schema.is_mutable and not isinstance(out, (tuple, list)):
         return _written(func, args, kwargs, out)

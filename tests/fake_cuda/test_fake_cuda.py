@@ -102,6 +102,9 @@ def test_the_pretence_has_cudas_rules():
     with pytest.raises(RuntimeError, match="same device"):
         there + torch.ones(3)
     assert (there + torch.tensor(1.0)).device == tensors.GPU, "numbers may be the host's"
+    square = tensors.OnGpu(torch.ones(3, 3))
+    with pytest.raises(RuntimeError, match="same dtype"):
+        square @ tensors.OnGpu(torch.ones(3, 3, dtype=torch.bfloat16))
     with pytest.raises(TypeError, match="can't convert"):
         there.numpy()
     assert not tensors.log
