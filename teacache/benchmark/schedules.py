@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
     from teacache.benchmark.adaptive import Sampled
     from teacache.calibrate.measure import Run
-    from teacache.embedded.portraits import Picture
+    from teacache.embedded.videos import Video
     from teacache.inputs.identity import FaceModels
     from teacache.inputs.text import Text
     from teacache.sampling.sampler import Loop, Start
 
 STEPS, GUIDANCE_SCALE = 50, 6.0
 COMPUTED = (30, 22, 16, 12)
-CALIBRATED_SEED, HELD_OUT_SEED = 7, 100
+VIDEOS = range(1, 17)  # as many as a set of videos holds
 # Rules that are measured with extrapolated residuals too.
 EXTRAPOLATED = (PUBLISHED, f"{PUBLISHED}, --retain_last 3", "even, last 3", "calibrated")
 SCHEDULERS = ("CogVideoXDPMScheduler", "CogVideoXDDIMScheduler")
@@ -75,10 +75,18 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--scheduler", choices=SCHEDULERS, default=SCHEDULERS[0], help="(default: %(default)s)")
-    add("--videos", type=readers.positive, default=16, metavar="N", help="(default: %(default)s)")
+    add(
+        "--videos",
+        type=readers.positive,
+        choices=VIDEOS,
+        default=16,
+        metavar="N",
+        help="(default: %(default)s)",
+    )
     add(
         "--calibrated_on",
         type=readers.positive,
+        choices=VIDEOS,
         default=10,
         metavar="N",
         help="videos, others than those (default: %(default)s)",
@@ -192,43 +200,36 @@ def _calibrated(
 
     from teacache.calibrate.measure import error_left, full_run
     from teacache.core.forward import apply_teacache
-    from teacache.embedded import clips, portraits
+    from teacache.embedded.videos import videos as videos_of
 
-    rng = np.random.default_rng(CALIBRATED_SEED)
-    for number in range(videos):
-        portrait = portraits.training_portrait(rng)
-        prompt = clips.prompt_of(clips.random_scene(rng), rng)
-        case = _case(pipe, models, portrait, prompt, CALIBRATED_SEED + number)
+    for number, video in enumerate(videos_of("training")[:videos]):
+        case = _case(pipe, models, video)
         loop = _loop(pipe, case)
         with apply_teacache(pipe) as handle:
             run = full_run(handle, loop, STEPS, lambda: None)
             left = [torch.zeros_like(run.final)] * STEPS
             for step in range(1, STEPS - 1):
                 left[step] = error_left(handle, loop, run, step, lambda: None)
-        print(f"calibrated on {number + 1} of {videos}: {prompt}", file=sys.stderr, flush=True)
+        print(
+            f"calibrated on {number + 1} of {videos}: {video.prompt}", file=sys.stderr, flush=True
+        )
         yield run, torch.stack(left).flatten(1)
 
 
 def _held_out(pipe: ConsisIDPipeline, models: FaceModels, videos: int) -> Iterator[Case]:
-    from teacache.embedded import clips, portraits
+    from teacache.embedded.videos import videos as videos_of
 
-    rng = np.random.default_rng(HELD_OUT_SEED)
-    pictures = [picture for _, picture in portraits.held_out_portraits()]
-    for number in range(videos):
-        prompt = clips.prompt_of(clips.random_scene(rng), rng)
-        picture = pictures[-1 - number % len(pictures)]
-        yield _case(pipe, models, picture, prompt, HELD_OUT_SEED + number)
+    for video in videos_of("held_out")[:videos]:
+        yield _case(pipe, models, video)
 
 
-def _case(
-    pipe: ConsisIDPipeline, models: FaceModels, portrait: Picture, prompt: str, seed: int
-) -> Case:
-    from teacache.embedded.material import identity_of
+def _case(pipe: ConsisIDPipeline, models: FaceModels, video: Video) -> Case:
+    from teacache.embedded.videos import SIZE, identity_of
     from teacache.inputs.text import Text, embed_text
     from teacache.sampling import sampler
 
-    start = sampler.prepare(pipe, identity_of(portrait, models), _size(), seed)
-    return Case(start, Text(*(embed_text(pipe, text).embeds for text in (prompt, ""))))
+    start = sampler.prepare(pipe, identity_of(video.portrait, models), SIZE, video.seed)
+    return Case(start, Text(*(embed_text(pipe, text).embeds for text in (video.prompt, ""))))
 
 
 def _latents(
@@ -242,29 +243,24 @@ def _latents(
 
 def _denoised(pipe: ConsisIDPipeline, case: Case) -> torch.Tensor:
     """The latents that the pipeline samples as it is."""
+    from teacache.embedded.videos import SIZE
     from teacache.sampling.sampler import denoise
 
     return denoise(
         pipe,
         case.start,
         case.text,
-        _size(),
+        SIZE,
         num_infer_steps=STEPS,
         guidance_scale=GUIDANCE_SCALE,
     ).latents
 
 
 def _loop(pipe: ConsisIDPipeline, case: Case) -> Loop:
+    from teacache.embedded.videos import SIZE
     from teacache.sampling.sampler import Loop
 
-    return Loop(pipe, case.start, case.text, _size(), STEPS, GUIDANCE_SCALE)
-
-
-def _size():  # type: ignore[no-untyped-def]
-    from teacache.checkpoint.size import VideoSize
-    from teacache.embedded import clips
-
-    return VideoSize(clips.WIDTH, clips.HEIGHT, clips.FRAMES)
+    return Loop(pipe, case.start, case.text, SIZE, STEPS, GUIDANCE_SCALE)
 
 
 if __name__ == "__main__":
