@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from teacache.checkpoint.size import VideoSize
-from teacache.embedded.portraits import ASTRONAUT
 from teacache.results.lock import FILE
 
 CPU = torch.device("cpu")
@@ -22,6 +21,17 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ROOT = Path(__file__).parent.parent
 SIZE = VideoSize(width=112, height=96, num_frames=13)
 PROMPT = "a smiling astronaut stands by the sea"
+# Eyes, tip of the nose and corners of the mouth in two photographs, in pixels, marked by hand:
+# scikit-image's astronaut and matplotlib's Grace Hopper.
+ASTRONAUT = ((204, 101), (246, 103), (225, 126), (204, 140), (243, 141))
+GRACE_HOPPER = ((221, 207), (302, 204), (262, 247), (238, 277), (297, 276))
+
+
+def grace_hopper() -> Path:
+    """A photograph of a face that nothing was trained on."""
+    import matplotlib
+
+    return Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
 
 
 @contextlib.contextmanager

@@ -1,10 +1,9 @@
 """The embedded ConsisID checkpoint: the real folder layout and the real classes on small weights.
 
 It samples 13 frames of 112x96 in seconds on a CPU, so that every line of the way from a photograph
-to a video can run where there is neither a GPU nor the 20 GB of the real weights. VAE and
-transformer were trained (`teacache.embedded.train`): a face moves in front of a colour as the
-prompt says. So was the network that finds faces. The text encoder and the other models of faces are
-random, from seeds.
+to a video can run where there is neither a GPU nor the 20 GB of the real weights. VAE, transformer
+and face detector were trained (README.md): a face moves in front of a colour as the prompt says.
+The text encoder and the other models of faces are random, from seeds.
 `python3 -m teacache.embedded DIR` builds one in DIR.
 """
 
@@ -25,7 +24,7 @@ from teacache.base.files import cache_folder
 from teacache.base.quiet import no_progress_bars, silence_libraries
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKLCogVideoX, ConsisIDTransformer3DModel
+    from diffusers import ConsisIDTransformer3DModel
     from torch import nn
 
 SEED = 20241126
@@ -134,7 +133,7 @@ def build_tiny_checkpoint(folder: Path) -> None:
 def write_checkpoint(folder: Path) -> None:
     """Write every file of the embedded checkpoint."""
     import torch
-    from diffusers import CogVideoXDPMScheduler
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler
 
     from teacache.checkpoint.calibration import checkpoint_digest
     from teacache.embedded import faces, weights
@@ -144,7 +143,7 @@ def write_checkpoint(folder: Path) -> None:
     with torch.random.fork_rng(devices=[]), no_progress_bars():
         torch.manual_seed(SEED)
         write_text_encoder(folder)
-        transformer, vae = untrained_transformer(), untrained_vae()
+        transformer, vae = untrained_transformer(), AutoencoderKLCogVideoX(**VAE)
         trained = weights.read()
         weights.unpack(trained, transformer, vae)
         transformer.save_pretrained(folder / "transformer")
@@ -169,15 +168,8 @@ def write_checkpoint(folder: Path) -> None:
     write_json(calibration, folder / CALIBRATION)
 
 
-def untrained_vae() -> AutoencoderKLCogVideoX:
-    """The autoencoder before training."""
-    from diffusers import AutoencoderKLCogVideoX
-
-    return AutoencoderKLCogVideoX(**VAE)
-
-
 def untrained_transformer() -> ConsisIDTransformer3DModel:
-    """The transformer before training; face extractor and time embedding stay as they are here."""
+    """The transformer without what was trained; face extractor and time embedding stay so."""
     from diffusers import ConsisIDTransformer3DModel
 
     transformer = ConsisIDTransformer3DModel(**TRANSFORMER)

@@ -5,16 +5,15 @@ context modules and the heads. facexlib has no form of it but the full one: ther
 lie among zeros (`retinaface_state`). insightface takes any graph with SCRFD's nine outputs:
 `scrfd_graph` writes the same network as one. So both find the same faces.
 
-The network is written once (`network`), on operations that compute with torch or write a graph.
+The names of its weights are those of facexlib's RetinaFace.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 STRIDES = (8, 16, 32)
@@ -23,9 +22,8 @@ VARIANCES = (0.1, 0.2)
 MEAN = (104.0, 117.0, 123.0)  # blue, green, red
 SCALE = 128.0
 
-STEM, PYRAMID, CONTEXT = 8, 24, (12, 6, 6)  # channels
-# Of each of ResNet-50's four layers: blocks, inner and outer channels.
-LAYERS = ((1, 8, 16), (2, 12, 24), (3, 16, 32), (3, 24, 48))
+CONTEXT = (12, 6, 6)  # channels of a context module's three outputs
+BLOCKS = (1, 2, 3, 3)  # of each of ResNet-50's four layers
 # facexlib takes a face for one from this probability on, insightface from a half.
 FACEXLIB_SURE = 0.97
 HEADS = {"ClassHead": 2, "BboxHead": 4, "LandmarkHead": 10}  # numbers for each of two anchors
@@ -33,24 +31,11 @@ HEADS = {"ClassHead": 2, "BboxHead": 4, "LandmarkHead": 10}  # numbers for each 
 Weights = dict[str, Tensor]
 
 
-class Operations(Protocol):
-    """What `network` is written in."""
-
-    def conv(self, name: str, x: Any, stride: int = 1) -> Any:
-        """The convolution of that name, in RetinaFace's state, with bias."""
-
-    def relu(self, x: Any) -> Any: ...
-    def add(self, x: Any, y: Any) -> Any: ...
-    def pool(self, x: Any) -> Any: ...
-    def double(self, x: Any) -> Any: ...
-    def concat(self, parts: list[Any]) -> Any: ...
-
-
-def network(ops: Operations, image: Any) -> list[dict[str, Any]]:
+def _network(ops: _GraphOperations, image: str) -> list[dict[str, str]]:
     """The heads' outputs at each stride, from a picture less MEAN, over SCALE, BGR."""
     x = ops.pool(ops.relu(ops.conv("body.conv1", image, stride=2)))
     levels = []
-    for layer, (blocks, _, _) in enumerate(LAYERS, 1):
+    for layer, blocks in enumerate(BLOCKS, 1):
         for block in range(blocks):
             name, stride = f"body.layer{layer}.{block}", 2 if layer > 1 and block == 0 else 1
             inner = ops.relu(ops.conv(f"{name}.conv1", x))
@@ -79,85 +64,8 @@ def network(ops: Operations, image: Any) -> list[dict[str, Any]]:
     return outputs
 
 
-class _Shape(NamedTuple):
-    inputs: int
-    outputs: int
-    kernel: int
-
-
-def _shapes() -> dict[str, _Shape]:
-    """Every convolution's name in RetinaFace and its shape here."""
-    shapes = {"body.conv1": _Shape(3, STEM, 7)}
-    before = STEM
-    for layer, (blocks, inner, outer) in enumerate(LAYERS, 1):
-        for block in range(blocks):
-            name = f"body.layer{layer}.{block}"
-            shapes[f"{name}.conv1"] = _Shape(before, inner, 1)
-            shapes[f"{name}.conv2"] = _Shape(inner, inner, 3)
-            shapes[f"{name}.conv3"] = _Shape(inner, outer, 1)
-            if block == 0:
-                shapes[f"{name}.downsample.0"] = _Shape(before, outer, 1)
-            before = outer
-    near, wide, wider = CONTEXT
-    for number, (_, _, outer) in enumerate(LAYERS[1:], 1):
-        shapes[f"fpn.output{number}.0"] = _Shape(outer, PYRAMID, 1)
-        shapes[f"ssh{number}.conv3X3.0"] = _Shape(PYRAMID, near, 3)
-        shapes[f"ssh{number}.conv5X5_1.0"] = _Shape(PYRAMID, wide, 3)
-        shapes[f"ssh{number}.conv5X5_2.0"] = _Shape(wide, wide, 3)
-        shapes[f"ssh{number}.conv7X7_2.0"] = _Shape(wide, wider, 3)
-        shapes[f"ssh{number}.conv7x7_3.0"] = _Shape(wider, wider, 3)
-        for head, numbers in HEADS.items():
-            shapes[f"{head}.{number - 1}.conv1x1"] = _Shape(sum(CONTEXT), 2 * numbers, 1)
-    for number in (1, 2):
-        shapes[f"fpn.merge{number}.0"] = _Shape(PYRAMID, PYRAMID, 3)
-    return shapes
-
-
-def untrained_weights(seed: int) -> Weights:
-    """Weights and biases of every convolution, sure of no face at first."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = {}
-    for name, shape in _shapes().items():
-        size = (shape.outputs, shape.inputs, shape.kernel, shape.kernel)
-        gain = (2 / (shape.inputs * shape.kernel**2)) ** 0.5
-        if "Head" in name or "conv3" in name:  # quiet at first: heads, and ends of a block
-            gain /= 10
-        weights[f"{name}.weight"] = torch.randn(size, generator=generator) * gain
-        weights[f"{name}.bias"] = torch.zeros(shape.outputs)
-        if name.startswith("ClassHead"):
-            weights[f"{name}.bias"] = torch.tensor([2.0, -2.0, 2.0, -2.0])
-    return weights
-
-
-class TorchOperations:
-    """The network in torch."""
-
-    def __init__(self, weights: Weights) -> None:
-        self._weights = weights
-
-    def conv(self, name: str, x: Tensor, stride: int = 1) -> Tensor:
-        """Padded so that a stride of 1 keeps the size."""
-        weight = self._weights[f"{name}.weight"]
-        return F.conv2d(x, weight, self._weights[f"{name}.bias"], stride, weight.shape[-1] // 2)
-
-    def relu(self, x: Tensor) -> Tensor:
-        return F.relu(x)
-
-    def add(self, x: Tensor, y: Tensor) -> Tensor:
-        return x + y
-
-    def pool(self, x: Tensor) -> Tensor:
-        return F.max_pool2d(x, 3, 2, 1)
-
-    def double(self, x: Tensor) -> Tensor:
-        return F.interpolate(x, scale_factor=2)
-
-    def concat(self, parts: list[Tensor]) -> Tensor:
-        return torch.cat(parts, 1)
-
-
 class _GraphOperations:
-    """The network as the nodes of an ONNX graph."""
+    """Operations that become the nodes of an ONNX graph; their values are the outputs' names."""
 
     def __init__(self, weights: Weights) -> None:
         self._weights = {name: value.float().numpy() for name, value in weights.items()}
@@ -176,7 +84,7 @@ class _GraphOperations:
         return name
 
     def conv(self, name: str, x: str, stride: int = 1) -> str:
-        """Padded so that a stride of 1 keeps the size."""
+        """The convolution of that name, with bias; padded so that a stride of 1 keeps the size."""
         keys = (f"{name}.weight", f"{name}.bias")
         inputs = [x, *(self.constant(key, self._weights[key]) for key in keys)]
         pads = [self._weights[keys[0]].shape[-1] // 2] * 4
@@ -216,7 +124,7 @@ def retinaface_state(weights: Weights, full: Weights) -> Weights:
     context = torch.tensor(
         [start + n for start, size in zip(wide, CONTEXT, strict=True) for n in range(size)]
     )
-    for name in _shapes():
+    for name in dict.fromkeys(key.rpartition(".")[0] for key in weights):
         weight, bias = weights[f"{name}.weight"].float(), weights[f"{name}.bias"].float()
         if name == "body.conv1":
             weight = weight / SCALE
@@ -256,7 +164,7 @@ def scrfd_graph(
     image = ops.node("Conv", ["input", ops.constant("swap", swap)])
     image = ops.node("Add", [image, ops.constant("mean", (127.5 - mean) / np.float32(SCALE))])
     named: dict[str, list[str]] = {"score": [], "bbox": [], "kps": []}
-    for stride, anchors, outputs in zip(STRIDES, ANCHORS, network(ops, image), strict=True):
+    for stride, anchors, outputs in zip(STRIDES, ANCHORS, _network(ops, image), strict=True):
         cells = (canvas // stride) ** 2
         of_anchor = np.tile(np.array(anchors, np.float32), cells)[:, None] / stride
         size = ops.constant(f"anchors_{stride}", of_anchor)

@@ -32,7 +32,7 @@ def write_face_encoder(folder: Path, vit_dim: int, detector: Weights) -> None:
     """Write every file that `prepare_face_models` of diffusers reads below `folder`.
 
     Args:
-        detector: weights of `detector.network`.
+        detector: weights of the trained network, see `detector`.
         vit_dim: width of the EVA-CLIP vision tower, which the transformer's `LFE_vit_dim` equals.
     """
     import torch

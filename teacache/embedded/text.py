@@ -1,4 +1,4 @@
-"""The embedded checkpoint's text encoder and tokenizer; prompts as the training reads them."""
+"""The embedded checkpoint's text encoder and tokenizer."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from torch import Tensor
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
+from transformers import T5Config, T5EncoderModel
 
 from teacache.embedded.build import SEED, TRANSFORMER, fill
-
-TOKENS = 33  # of the training: no prompt of a clip has more words
 
 # The words of prompts such as ConsisID's examples: one of their length must fit into 226 tokens.
 WORDS = """
@@ -88,27 +85,3 @@ def _write_tokenizer(folder: Path) -> list[str]:
     pieces = [reader.id_to_piece(number) for number in range(reader.get_piece_size())]
     # T5's tokenizer adds a hundred.
     return [*pieces, *(f"<extra_id_{number}>" for number in range(100))]
-
-
-class Reader:
-    """The embedded text encoder, whose embedding of a token depends on that token alone."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        self._tokenizer = T5Tokenizer.from_pretrained(checkpoint / "tokenizer")
-        encoder = T5EncoderModel.from_pretrained(checkpoint / "text_encoder").eval()
-        with torch.no_grad():
-            every = torch.arange(encoder.config.vocab_size)[None]
-            self._embeds = encoder(every)[0][0]  # [vocabulary, width]
-
-    def short(self, prompts: list[str]) -> Tensor:
-        """[batch, TOKENS, text embed dim]."""
-        tokens = self._tokenizer(
-            prompts,
-            padding="max_length",
-            max_length=TOKENS,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
-        if (tokens[:, -1] != self._tokenizer.pad_token_id).any():
-            raise ValueError(f"a prompt of {TOKENS} tokens or more: {prompts}")
-        return self._embeds[tokens]

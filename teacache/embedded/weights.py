@@ -1,6 +1,7 @@
 """The trained weights of the embedded checkpoint, as the repository holds them: in half precision.
 
-What a seed gives, the face extractor and the time embedding, is not among them.
+What a seed gives, the face extractor and the time embedding, is not among them. README.md says how
+they were trained.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKLCogVideoX, ConsisIDTransformer3DModel
 
 FILE = Path(__file__).with_name(WEIGHTS)
+# Trained by `python3 -m teacache.embedded.train DIR`, whose code is at commit 0a84901.
 SHA256 = "208c20b22bc1a1c9258b6de793eb713b735dd2a948888d91a8821af3e5c08106"
 FROM_SEEDS = ("local_facial_extractor.", "time_embedding.")
 POSITIONS = "patch_embed.pos_embedding"
 
 
 def read() -> dict[str, torch.Tensor]:
-    """The trained weights, as `pack` packed them.
+    """The trained weights; of the positions those of the video.
 
     Raises:
         CheckpointError: where the file is not the one that the package came with.
@@ -49,8 +51,8 @@ def unpack(
     transformer: ConsisIDTransformer3DModel,
     vae: AutoencoderKLCogVideoX,
 ) -> None:
-    """Give transformer and VAE what `pack` made of them."""
-    own = {name: value for name, value in transformer.state_dict().items() if _from_seed(name)}
+    """Give transformer and VAE their trained weights."""
+    own = {n: value for n, value in transformer.state_dict().items() if n.startswith(FROM_SEEDS)}
     trained = _part("transformer.", tensors)
     positions = transformer.patch_embed.pos_embedding.clone()
     positions[:, transformer.config.max_text_seq_length :] = trained[POSITIONS]
@@ -59,28 +61,5 @@ def unpack(
     vae.load_state_dict(_part("vae.", tensors))
 
 
-def pack(
-    transformer: ConsisIDTransformer3DModel,
-    vae: AutoencoderKLCogVideoX,
-    detector: dict[str, torch.Tensor],
-) -> dict[str, torch.Tensor]:
-    """Everything that was trained, in half precision; of the positions those of the video."""
-    import torch
-
-    state = dict(transformer.state_dict())
-    state[POSITIONS] = state[POSITIONS][:, transformer.config.max_text_seq_length :]
-    tensors = {f"transformer.{n}": value for n, value in state.items() if not _from_seed(n)}
-    tensors.update({f"vae.{name}": value for name, value in vae.state_dict().items()})
-    tensors.update({f"detector.{name}": value for name, value in detector.items()})
-    return {
-        **{name: value.half().contiguous() for name, value in tensors.items()},
-        "scaling_factor": torch.tensor(vae.config.scaling_factor, dtype=torch.float64),
-    }
-
-
 def _part(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
-
-
-def _from_seed(name: str) -> bool:
-    return name.startswith(FROM_SEEDS)

@@ -1,88 +1,151 @@
-"""The embedded checkpoint: what it shows, and the recipe that it was trained by."""
+"""The embedded checkpoint: what it shows, and that its parts are what they should be."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLCogVideoX, ConsisIDPipeline
+from diffusers import AutoencoderKLCogVideoX
+from PIL import Image
 from safetensors.torch import load_file
+from support import CPU, SIZE, grace_hopper
 
 from teacache.base.errors import CheckpointError
 from teacache.checkpoint.pipeline import load_pipeline
-from teacache.embedded import (
-    clips,
-    descent,
-    detector,
-    faces,
-    material,
-    measure,
-    portraits,
-    train,
-    train_detector,
-    train_transformer,
-    train_vae,
-    weights,
-)
-from teacache.embedded.build import TRANSFORMER, untrained_transformer, untrained_vae
-from teacache.embedded.text import Reader, write_text_encoder
+from teacache.embedded import detector, faces, weights
+from teacache.embedded.build import TRANSFORMER, VAE, untrained_transformer
+from teacache.embedded.text import write_text_encoder
+from teacache.embedded.videos import SIDE, identity_of, videos
 from teacache.embedded.weights import FROM_SEEDS
+from teacache.inputs.identity import find_identity, load_face_models
+from teacache.inputs.photograph import load_image
+from teacache.inputs.text import Text, embed_text
+from teacache.sampling import sampler
 
-CPU = torch.device("cpu")
 LEFT_ON_RED = "A woman moves to the left in front of a red background."
 RIGHT_ON_GREEN = "A man goes right before a green wall."
+COLOURS = {  # of the backgrounds that it was trained on
+    "red": (196, 48, 44),
+    "blue": (48, 88, 200),
+    "green": (48, 148, 70),
+    "golden": (222, 168, 50),
+    "purple": (140, 60, 170),
+    "grey": (122, 122, 122),
+}
 
 
 @pytest.fixture(scope="module")
-def videos(tiny):
-    """Two prompts with the astronaut, then the first one with a face it was not trained on."""
-    faces = [portraits.astronaut(), portraits.astronaut(), portraits.grace_hopper()]
-    prompts = [LEFT_ON_RED, RIGHT_ON_GREEN, LEFT_ON_RED]
-    return list(measure.sample(tiny, faces, prompts))
+def models(tiny):
+    return load_face_models(tiny, CPU, torch.float32)
 
 
-def test_videos_do_what_their_prompts_say(videos):
-    seen = [(measure.background_colour(video), measure.motion(video)) for video in videos]
-    assert seen == [("red", "left"), ("green", "right"), ("red", "left")]
+@pytest.fixture(scope="module")
+def hopper(models):
+    """The identity of a face that the checkpoint was not trained on."""
+    return find_identity(load_image(str(grace_hopper())), models, CPU, torch.float32)
 
 
-def test_the_face_is_the_photographs(videos):
+@pytest.fixture(scope="module")
+def sampled(tiny, identity, hopper):
+    """Two prompts with the astronaut, then the first one with the other face: frames as RGB."""
+    pipe = load_pipeline(tiny, CPU, torch.float32)
+    nothing = embed_text(pipe, "").embeds
+    each = ((identity, LEFT_ON_RED), (identity, RIGHT_ON_GREEN), (hopper, LEFT_ON_RED))
+    frames = []
+    for seed, (person, prompt) in enumerate(each):
+        start = sampler.prepare(pipe, person, SIZE, seed)
+        text = Text(embed_text(pipe, prompt).embeds, nothing)
+        latents = sampler.denoise(pipe, start, text, SIZE, num_infer_steps=50).latents
+        frames.append(np.stack([np.array(frame) for frame in sampler.decode(pipe, latents)]))
+    return frames
+
+
+def background(frames):
+    """The median colour of the frames' edges, where no face is in the way, at brightness 1."""
+    edge = np.ones(frames.shape[1:3], bool)
+    edge[5:-5, 5:-5] = False
+    return unit(np.median(frames[:, edge].reshape(-1, 3), axis=0))
+
+
+def way_to_the_right(frames):
+    """How many pixels the face goes: the centroid of what has not the background's colour."""
+    colour = frames / np.linalg.norm(frames.astype(float), axis=-1, keepdims=True).clip(1)
+    other = np.linalg.norm(colour - background(frames), axis=-1)  # [frames, height, width]
+    columns = (other * (other > 0.3)).sum(1)
+    middle = (columns * np.arange(columns.shape[1])).sum(1) / columns.sum(1)
+    return middle[-1] - middle[0]
+
+
+def unit(values):
+    return values / np.linalg.norm(values)
+
+
+def test_videos_do_what_their_prompts_say(sampled):
+    """In the clips of the training the face went 48 pixels."""
+    for frames, colour in zip(sampled, ("red", "green", "red"), strict=True):
+        distance = {
+            name: np.linalg.norm(background(frames) - unit(rgb)) for name, rgb in COLOURS.items()
+        }
+        assert min(distance, key=distance.get) == colour
+        assert distance[colour] < 0.2
+    ways = [way_to_the_right(frames) for frames in sampled]
+    assert -60 < ways[0] < -30
+    assert 30 < ways[1] < 60
+    assert -60 < ways[2] < -30
+
+
+def oval(picture):
+    """What a video shows of an aligned face, in the middle of its time: less mean, of length 1."""
+    small = np.array(Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
+    y, x = (np.mgrid[:SIDE, :SIDE] + 0.5) / SIDE
+    pixels = small[np.hypot((x - 0.5) / 0.3, (y - 0.54) / 0.4) < 1].astype(float)
+    return unit(pixels - pixels.mean(0)).flatten()
+
+
+def test_the_face_is_the_photographs(sampled, identity, hopper):
     """Nearer to its own than to any other, whether trained on or not."""
-    held_out = dict(portraits.held_out_portraits())
-    del held_out["Grace Hopper"]
-    others = list(held_out.values())
-    for video, own in zip(
-        videos,
-        (portraits.astronaut(), portraits.astronaut(), portraits.grace_hopper()),
-        strict=True,
-    ):
-        assert measure.nearest_portrait(video, [*others, own]) == len(others)
+    held_out = [oval(video.portrait) for video in videos("held_out")]
+    others = held_out[1:]  # the first one is Grace Hopper
+    for frames, person in zip(sampled, (identity, identity, hopper), strict=True):
+        own = oval(np.array(person.face))
+        shown = oval(frames[len(frames) // 2])
+        assert shown @ own > max(shown @ other for other in others)
     inside = (slice(None), slice(30, 70), slice(40, 72))
-    difference = np.abs(videos[0][inside].astype(float) - videos[2][inside]).mean()
+    difference = np.abs(sampled[0][inside].astype(float) - sampled[2][inside]).mean()
     assert difference > 10  # of 255; the two faces in their clips differ by 40
 
 
-def test_the_measures_are_right_about_clips():
-    """On what was rendered, where the answer is known; noise is no colour and no face."""
-    rng = np.random.default_rng(0)
-    pictures = [picture for _, picture in portraits.held_out_portraits()]
-    for number, picture in enumerate(pictures):
-        scene = clips.random_scene(rng)
-        frames = clips.render(picture, scene, rng)
-        seen = measure.background_colour(frames), measure.motion(frames)
-        assert seen == (scene.colour, scene.motion), scene
-        assert measure.nearest_portrait(frames, pictures) == number
-    shape = (clips.FRAMES, clips.HEIGHT, clips.WIDTH, 3)
-    noise = [rng.integers(0, 256, shape).astype(np.uint8) for _ in range(4)]
-    assert {measure.background_colour(video) for video in noise} == {"grey"}
-    assert len({measure.nearest_portrait(video, pictures) for video in noise}) > 1
+def test_the_autoencoder_gives_faces_back(tiny):
+    vae = load_pipeline(tiny, CPU, torch.float32, parts=("vae",)).vae
+    for video in videos("held_out"):
+        picture = Image.fromarray(video.portrait).resize((SIZE.width, SIZE.height))
+        frame = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None, :, None] / 127.5 - 1
+        with torch.no_grad():
+            back = vae.decode(vae.encode(frame).latent_dist.mode()).sample.clamp(-1, 1)
+        assert 10 * np.log10(4 / (back - frame).square().mean().item()) > 20, video.prompt
 
 
-def test_held_out_faces_are_none_of_the_trainings():
-    assert len(portraits.held_out_portraits()) >= 12
-    trained = {material.portrait_of(number).tobytes() for number in range(30)}
-    assert len(trained) == 30
-    assert not trained & {picture.tobytes() for _, picture in portraits.held_out_portraits()}
+def test_the_sets_of_videos():
+    sets = {name: videos(name) for name in ("held_out", "training", "fresh")}
+    for own in sets.values():
+        assert len(own) == 16
+        assert {(v.portrait.shape, v.portrait.dtype.name) for v in own} == {
+            ((SIDE, SIDE, 3), "uint8")
+        }
+    every = [video for own in sets.values() for video in own]
+    assert len({video.seed for video in every}) == len(every)
+    trained = {video.portrait.tobytes() for video in sets["training"]}
+    assert len(trained) == 16
+    assert not trained & {v.portrait.tobytes() for v in (*sets["held_out"], *sets["fresh"])}
+
+
+def test_an_aligned_portrait_has_the_identity_of_its_photograph(models, hopper):
+    """Of all held-out portraits the one that was cut out of the photograph is the nearest."""
+    likeness = [
+        torch.cosine_similarity(identity_of(video.portrait, models).id_cond, hopper.id_cond).item()
+        for video in videos("held_out")
+    ]
+    assert np.argmax(likeness) == 0
 
 
 def test_the_weights_are_small_and_checked(tmp_path, monkeypatch):
@@ -95,56 +158,35 @@ def test_the_weights_are_small_and_checked(tmp_path, monkeypatch):
             weights.read()
 
 
-def test_packed_weights_come_out_again():
-    transformer, vae = untrained()
-    vae.register_to_config(scaling_factor=0.625)
-    found = detector.untrained_weights(1)
-    packed = weights.pack(transformer, vae, found)
-    again = weights.detector_of(packed)
-    assert again.keys() == found.keys()
-    assert all(torch.allclose(again[name], found[name], rtol=2**-11, atol=2**-24) for name in found)
-    assert not any(name.startswith("transformer.local_facial") for name in packed)
-    other_transformer, other_vae = untrained()
-    for parameter in [*other_transformer.patch_embed.parameters(), *other_vae.parameters()]:
-        parameter.data.zero_()
-    weights.unpack(packed, other_transformer, other_vae)
-    assert other_vae.config.scaling_factor == 0.625
-    for model, other in ((transformer, other_transformer), (vae, other_vae)):
-        state = other.state_dict()
-        for name, value in model.state_dict().items():
-            # Half precision has 11 bits; below 2^-14 it has steps of 2^-24.
-            assert torch.allclose(state[name], value, rtol=2**-11, atol=2**-24), name
-
-
-def untrained():
-    return untrained_transformer(), untrained_vae()
-
-
-@pytest.fixture
-def small_steps(monkeypatch):
-    """The recipe on few and small pictures."""
-    for module, name, value in (
-        (train_detector, "SCENES", ((96, 3, 0.8), (128, 2, 0.2))),
-        (train_detector, "PHOTOGRAPH", 1.0),
-        (train_vae, "CUTTINGS", 2),
-        (train_vae, "SIDE", 32),
-        (train_vae, "POOL", 3),
-        (material, "CLIPS", 2),
-        (train_transformer, "BATCH", 2),
-        (train_transformer, "UNGUIDED", 1),
-        (descent, "KEEP_EVERY", 2),
-        (descent, "WARM_UP", 3),
-    ):
-        monkeypatch.setattr(module, name, value)
+def test_every_stored_weight_gets_into_its_model():
+    """And nothing else is changed but what comes from seeds, which is not stored."""
+    stored = weights.read()
+    transformer, vae = untrained_transformer(), AutoencoderKLCogVideoX(**VAE)
+    before = {name: value.clone() for name, value in transformer.state_dict().items()}
+    weights.unpack(stored, transformer, vae)
+    assert vae.config.scaling_factor == stored.pop("scaling_factor").item()
+    state = {f"detector.{name}": value for name, value in weights.detector_of(stored).items()}
+    state |= {f"vae.{name}": value for name, value in vae.state_dict().items()}
+    text = transformer.config.max_text_seq_length
+    for name, value in transformer.state_dict().items():
+        if name.startswith(FROM_SEEDS):
+            assert torch.equal(value, before[name]), name
+        elif name == weights.POSITIONS:
+            assert torch.equal(value[:, :text], before[name][:, :text])
+            state[f"transformer.{name}"] = value[:, text:]
+        else:
+            state[f"transformer.{name}"] = value
+    assert state.keys() == stored.keys()
+    assert all(torch.equal(state[name], value.float()) for name, value in stored.items())
 
 
 def test_what_is_not_stored_comes_from_seeds_alone(tmp_path):
-    """The training and the build, in other processes, see the same face through it."""
-    found = detector.untrained_weights(1)
+    """So the trained weights see through it what they saw in the training, in another process."""
+    found = weights.detector_of(weights.read())
     states = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        transformer = untrained()[0]
+        transformer = untrained_transformer()
         folder = tmp_path / str(seed)
         faces.write_face_encoder(folder / "face_encoder", TRANSFORMER["LFE_vit_dim"], found)
         write_text_encoder(folder)
@@ -158,132 +200,38 @@ def test_what_is_not_stored_comes_from_seeds_alone(tmp_path):
     assert [n for n, tensor in states[0].items() if not torch.equal(tensor, states[1][n])] == []
 
 
-def test_the_recipe_runs_and_its_losses_fall(tmp_path, small_steps, capsys):
-    lengths = ("--vae_steps", "12", "--portraits", "2", "--transformer_steps", "16")
-    lengths = ("--detector_steps", "60", *lengths)
-    assert train.main([str(tmp_path / "t"), *lengths]) == 0
-    assert "weights.safetensors sha256" in capsys.readouterr().out
-    assert (tmp_path / "t" / "losses.png").stat().st_size > 5000
-    for stage in ("detector", "vae", "transformer"):
-        losses = [one["loss"] for one in stage_losses(tmp_path / "t", stage)]
-        assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5]), stage
-    assert train.main([str(tmp_path / "t"), "--vae_steps", "5"]) == 2
-    assert "a training of other lengths" in capsys.readouterr().err
-
-
-def stage_losses(folder, stage):
-    import json
-
-    return json.loads((folder / f"{stage}.losses.json").read_text())
-
-
-def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(
-    tmp_path, small_steps, monkeypatch
-):
-    def trained(folder, stop_at=None):
-        folder.mkdir(exist_ok=True)
-        loss = train_vae.loss
-
-        def stopping(*arguments):
-            if stop_at and len(list(folder.glob("vae.state.pt"))) and calls[0] >= stop_at:
-                raise KeyboardInterrupt
-            calls[0] += 1
-            return loss(*arguments)
-
-        calls = [0]
-        monkeypatch.setattr(train_vae, "loss", stopping)
-        try:
-            with descent.cores() as pool:
-                return train_vae.train(folder, 6, pool).state_dict()
-        finally:
-            monkeypatch.setattr(train_vae, "loss", loss)
-
-    whole = trained(tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        trained(tmp_path / "stopped", stop_at=3 * train_vae.PARTS)
-    assert len(stage_losses(tmp_path / "stopped", "vae")) == 2
-    resumed = trained(tmp_path / "stopped")
-    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
-
-
-def test_quick_convolutions_compute_the_same(tiny):
-    """In double precision, value and gradient: the sums are the same in another order."""
-    vae = load_pipeline(tiny, CPU, torch.float32, parts=("vae",)).vae.double().requires_grad_(True)
-    frames = torch.randn(1, 3, 5, 32, 48, dtype=torch.float64)
-
-    def value_and_gradient():
-        back = vae.decode(vae.encode(frames).latent_dist.mode()).sample
-        names = [name for name, _ in vae.named_parameters()]
-        gradients = torch.autograd.grad(back.square().mean(), list(vae.parameters()))
-        return back, dict(zip(names, gradients, strict=True))
-
-    slow, slow_gradients = value_and_gradient()
-    with train_vae.quick_convolutions():
-        quick, quick_gradients = value_and_gradient()
-    assert torch.allclose(quick, slow, rtol=1e-9, atol=1e-9)
-    for name, gradient in slow_gradients.items():
-        assert torch.allclose(quick_gradients[name], gradient, rtol=1e-7, atol=1e-9), name
-
-
-def test_the_training_predicts_what_the_transformer_does(tiny):
-    """With one padding token for all of them, in double precision."""
-    pipe: ConsisIDPipeline = load_pipeline(tiny, CPU, torch.float32)
-    trained = train_transformer.trainable()
-    positions = pipe.transformer.patch_embed.pos_embedding
-    trained.load_state_dict({**pipe.transformer.state_dict()})
-    assert torch.equal(trained.patch_embed.pos_embedding, positions)
-    trained.double()
-    pipe.transformer.double()
-    faces = torch.randn(2, 32, pipe.transformer.config.LFE_output_dim, dtype=torch.float64)
-    pipe.transformer.local_facial_extractor.forward = lambda id_cond, hidden: faces
-    inputs = torch.randn(2, 7, 32, 12, 14, dtype=torch.float64)
-    prompts, timesteps = [LEFT_ON_RED, ""], torch.tensor([500, 20])
-    text = torch.cat([pipe.encode_prompt(prompt, None, False)[0] for prompt in prompts])
+def test_a_token_is_embedded_by_itself(tiny):
+    """Whatever stands beside it: what was trained depends on words, not on the tokenizer."""
+    pipe = load_pipeline(tiny, CPU, torch.float32)
+    tokens = pipe.tokenizer(LEFT_ON_RED, return_tensors="pt").input_ids
     with torch.no_grad():
-        expected = pipe.transformer(
-            inputs,
-            text.double(),
-            timesteps,
-            image_rotary_emb=pipe._prepare_rotary_positional_embeddings(96, 112, 7, CPU),
-            id_cond=faces,
-            id_vit_hidden=[],
-            return_dict=False,
-        )[0]
-        short = Reader(tiny).short(prompts).double()
-        predicted = train_transformer.predict(trained, inputs, short, timesteps, faces)
-    # The rotary embedding and T5 are in single precision on both sides.
-    assert (predicted - expected).abs().max() < 1e-5 * expected.abs().max()
+        together = pipe.text_encoder(tokens)[0][0]
+        alone = pipe.text_encoder(tokens.T)[0][:, 0]
+    assert torch.allclose(together, alone, atol=1e-6)
 
 
-def test_the_detector_is_one_network_in_three_forms(tmp_path):
-    """In torch, among RetinaFace's zeros, and as SCRFD's graph: the same boxes and points."""
+def test_the_detector_is_one_network_in_two_forms(tmp_path):
+    """Among RetinaFace's zeros, and as SCRFD's graph: the same boxes and points."""
     import onnxruntime
     from facexlib.detection.retinaface import RetinaFace
     from facexlib.detection.retinaface_utils import PriorBox, decode, decode_landm
 
-    torch.manual_seed(0)
-    found = detector.untrained_weights(3)
+    generator = torch.Generator().manual_seed(3)
     found = {
-        name: value + 0.1 * torch.randn_like(value)
-        if "Head" in name or name.endswith("bias")
-        else value
-        for name, value in found.items()
+        name: torch.randn(value.shape, generator=generator)
+        * ((2 / value[0].numel()) ** 0.5 if value.ndim > 1 else 0.1)
+        for name, value in weights.detector_of(weights.read()).items()
     }
+    for name in found:  # quiet as in training: heads, and ends of a block
+        if name.endswith("weight") and ("Head" in name or "conv3" in name):
+            found[name] /= 10
     full = RetinaFace(network_name="resnet50", device="cpu")
     full.load_state_dict(detector.retinaface_state(found, full.state_dict()))
-    rgb = torch.randint(0, 256, (1, 3, 640, 640)).float()
+    rgb = torch.randint(0, 256, (1, 3, 640, 640), generator=generator).float()
     bgr = rgb[:, [2, 1, 0]] - torch.tensor(detector.MEAN)[:, None, None]
     with torch.no_grad():
-        levels = detector.network(detector.TorchOperations(found), bgr / detector.SCALE)
         box, sure, landmarks = full(bgr)
-    small = {
-        head: torch.cat([level[head].permute(0, 2, 3, 1).reshape(1, -1, n) for level in levels], 1)
-        for head, n in detector.HEADS.items()
-    }
-    # In single precision, of numbers up to 10 and some dozens of products one after the other.
-    assert torch.allclose(small["BboxHead"], box, atol=1e-4)
-    assert torch.allclose(small["LandmarkHead"], landmarks, atol=1e-4)
-    assert torch.allclose(small["ClassHead"].softmax(-1), sure, atol=1e-5)
+    assert min(part.std() for part in (box, sure, landmarks)) > 0.01
 
     faces._write_scrfd(tmp_path / "scrfd.onnx", found)
     session = onnxruntime.InferenceSession(tmp_path / "scrfd.onnx")
@@ -304,24 +252,3 @@ def test_the_detector_is_one_network_in_three_forms(tmp_path):
         own_points.append(outputs[6 + level].reshape(-1, 5, 2) * stride + corners[:, None])
     assert np.allclose(np.concatenate(own_boxes), boxes, atol=1e-2)
     assert np.allclose(np.concatenate(own_points).reshape(-1, 10), points, atol=1e-2)
-
-
-def test_scenes_show_what_they_say():
-    rng = np.random.default_rng(0)
-    scenes = [train_detector.random_scene(rng, 320) for _ in range(40)]
-    assert {len(scene.points) for scene in scenes} >= {0, 1, 2}
-    for scene in scenes:
-        assert scene.picture.shape == (320, 320, 3)
-        assert scene.points.shape[1:] == (5, 2)
-        assert not scene.points.size or (scene.points.min() >= 0 and scene.points.max() < 320)
-
-
-def test_a_prompt_too_long_for_the_training_is_noticed(tiny):
-    with pytest.raises(ValueError, match="tokens or more"):
-        Reader(tiny).short(["red " * 40])
-
-
-def test_the_decoder_is_near_the_clips(tiny):
-    vae: AutoencoderKLCogVideoX = load_pipeline(tiny, CPU, torch.float32, parts=("vae",)).vae
-    pictures = [portraits.astronaut(), portraits.grace_hopper()]
-    assert measure.psnr(vae, pictures).min() > 20

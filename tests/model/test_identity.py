@@ -6,17 +6,24 @@ import shutil
 from pathlib import Path
 
 import consisid_eva_clip
-import matplotlib
 import numpy as np
 import pytest
 import skimage.data
 import torch
 from PIL import Image
-from support import CPU, changed_retinaface, everywhere, main, say
+from support import (
+    ASTRONAUT,
+    CPU,
+    GRACE_HOPPER,
+    changed_retinaface,
+    everywhere,
+    grace_hopper,
+    main,
+    say,
+)
 
 from teacache.base.errors import CheckpointError
 from teacache.comparison import quality
-from teacache.embedded.portraits import ASTRONAUT, GRACE_HOPPER
 from teacache.inputs import identity as faces
 from teacache.inputs import photograph as pictures
 
@@ -53,14 +60,12 @@ def test_key_points_follow_the_face(models):
 
 
 def portrait(name):
-    if name == "Grace Hopper":
-        return Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
     return Path(skimage.data.__file__).parent / name
 
 
 def test_a_photograph_that_the_detector_was_not_trained_on(capsys, tmp_path, tiny, models):
     """Both detectors find its face, at the marks, and the command goes on with it."""
-    path = portrait("Grace Hopper")
+    path = grace_hopper()
     identity = faces.find_identity(pictures.load_image(str(path)), models, CPU, torch.float32)
     eyes = GRACE_HOPPER[1][0] - GRACE_HOPPER[0][0]
     for points in (identity.kps, models.aligner.all_landmarks_5[0]):
