@@ -239,8 +239,8 @@ def coefficients_of(data: object) -> Coefficients:
 
     Args:
         data: a JSON object. `values` (five numbers) is required; without `fitted_range`, or
-            with null, every distance counts at which the polynomial is not negative. Where the
-            coefficients were fitted, see `PROVENANCE`, may be said too.
+            with null, every distance counts at which the polynomial is not negative. The keys
+            of `PROVENANCE` are allowed, and ignored.
 
     Raises:
         ArgumentError: naming the key that is wrong.
