@@ -59,7 +59,7 @@ def _told(data: dict[str, Any]) -> list[tuple[str, Any]]:
         ("without", data["negative_prompt"]),
         ("image", data["image"]),
         ("seed", data["seed"]),
-        ("steps", steps + (", extrapolated" if data.get("extrapolate") else "")),
+        ("steps", steps),
         ("guidance", data["guidance_scale"]),
         ("size", f"{data['num_frames']} frames of {data['width']}x{data['height']}"),
         ("checkpoint", data["ckpts_path"]),

@@ -266,8 +266,7 @@ class Dispatch:
     def _name(self, place: int) -> str:
         job = self.order.jobs[place]
         image = without_credentials(job.image)
-        planned = "" if self.order.target_speedup else f", {job.which}"
-        which = f"image {image}, seed {job.seed}{planned}"
+        which = f"image {image}, seed {job.seed}, {job.which}"
         return f"video {place + 1} of {len(self.order.jobs)} ({which})"
 
 

@@ -113,7 +113,8 @@ class Worker:
         ):
             for place in places:
                 with contextlib.suppress(TeaCacheError):
-                    job = self._plan(self.order.jobs[place])
+                    job = self.order.jobs[place]
+                    self._plan(job)
                     if not self._find(job):
                         to_do.append(job)
             self._condition(to_do, skip_failures=True)
@@ -130,7 +131,8 @@ class Worker:
             _said_in_one_line(),
             explained_out_of_memory(self.ready.machine, self.console),
         ):
-            job = self._plan(self.order.jobs[place])
+            job = self.order.jobs[place]
+            self._plan(job)
             with self._lock(job) as ours:
                 finished = self._find(job)
                 if finished and self._comparison:
@@ -145,16 +147,14 @@ class Worker:
         """End what `sample` is at within a step: from another thread than its own."""
         interruption.request_stop()
 
-    def _plan(self, job: Job) -> Job:
-        """Look at a job's image, and plan its steps; return the job as it is planned."""
+    def _plan(self, job: Job) -> None:
+        """Look at a job's image, and plan its steps."""
         ready = self.ready
         if job.image not in ready.images:
             image = load_image(job.image)
             ready.images[job.image], ready.digests[job.image] = image, pixels_sha256(image)
         order = dataclasses.replace(self.order, jobs=(job,))
-        planned = plan_jobs(order, ready.checkpoint, ready.device, ready.dtype)
-        ready.schedules.update(planned)
-        return next(iter(planned))
+        ready.schedules.update(plan_jobs(order, ready.checkpoint, ready.device, ready.dtype))
 
     def _condition(self, jobs: list[Job], skip_failures: bool) -> None:
         from teacache.command.run import condition
@@ -191,7 +191,7 @@ class Worker:
         self._ranks.begin(self.order, self.ready)
         with self.stages.stage("loading"):
             pipe = load(self.order, self.ready)
-        handle = apply_teacache(pipe, extrapolate=self.order.extrapolate)
+        handle = apply_teacache(pipe)
         handle.team = self._ranks.join(pipe.transformer)
         room = Room(pipe, self.ready.size, self.ready.machine.offload)
         if self.order.machine.compile:

@@ -46,15 +46,11 @@ def parse_with(parser: argparse.ArgumentParser, argv: list[str] | None) -> argpa
     if args.drawn and getattr(args, "shard", None):
         parser.error("argument --seed: random would be another seed in each --shard")
     args.seed = [secrets.randbelow(2**32) if seed == "random" else seed for seed in args.seed]
-    if args.target_speedup and args.rel_l1_thresh:
-        parser.error("argument --target_speedup: not allowed with argument --rel_l1_thresh")
-    alone = ("plan", "jobs", "resume", "shard", "baseline", "rel_l1_thresh", "schedule")
-    for other in (*alone, "target_speedup"):
+    for other in ("plan", "jobs", "resume", "shard", "baseline", "rel_l1_thresh", "schedule"):
         if args.latents and getattr(args, other):
             parser.error(f"argument --{other}: not allowed with argument --latents")
     if args.latents and args.num_gpus > 1:
         parser.error("argument --num_gpus: not allowed with argument --latents")
-    _check_schedules(parser, args)
     if args.rel_l1_thresh is None:
         if args.plan:
             args.rel_l1_thresh = list(flags.PLANNED_THRESHOLDS)
@@ -72,22 +68,6 @@ def choose_inputs(args: argparse.Namespace) -> None:
     tiny = args.ckpts_path == "tiny"
     args.image = args.image or ("astronaut" if tiny else DEFAULT_IMAGE)
     args.prompt = args.prompt or (TINY_PROMPT if tiny else DEFAULT_PROMPT)
-
-
-def _check_schedules(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Exit where --schedule lacks a number of computed steps, or a number has no use."""
-    counted = [kind for kind in args.schedule or () if isinstance(kind, str)]
-    if counted and not (args.computed_steps or args.target_speedup):
-        parser.error(
-            f"argument --schedule {counted[0]}: how many steps to compute is said by "
-            "--computed_steps or --target_speedup"
-        )
-    if args.computed_steps and not counted:
-        parser.error("argument --computed_steps: needs --schedule even or calibrated")
-    if args.computed_steps and args.target_speedup:
-        parser.error("argument --target_speedup: not allowed with argument --computed_steps")
-    if args.calibration and "calibrated" not in counted:
-        parser.error("argument --calibration: needs --schedule calibrated")
 
 
 class OneLineParser(argparse.ArgumentParser):

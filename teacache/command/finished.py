@@ -11,7 +11,7 @@ from teacache.base.console import Console
 from teacache.base.errors import OutputError, reason
 from teacache.command.jobs import Job
 from teacache.command.order import Order
-from teacache.command.preflight import Ready, plan_jobs
+from teacache.command.preflight import Ready
 from teacache.command.recording import settings_of
 from teacache.comparison.comparison import Comparison
 from teacache.results.lock import locked
@@ -42,20 +42,6 @@ def find_finished(
     return None
 
 
-def of_all_shards(order: Order, ready: Ready) -> Ready:
-    """The same with the jobs of all shards, of whose images those of this one alone are looked at.
-
-    The digest of the others is empty.
-    """
-    if order.shard is None:
-        return ready
-    schedules = plan_jobs(
-        dataclasses.replace(order, jobs=order.all_jobs), ready.checkpoint, ready.device, ready.dtype
-    )
-    digests = {job.image: ready.digests.get(job.image, "") for job in schedules}
-    return dataclasses.replace(ready, schedules=schedules, digests=digests)
-
-
 def without_finished(
     places: dict[Job, int],
     order: Order,
@@ -74,7 +60,7 @@ def without_finished(
         OutputError: where a GIF cannot be written.
     """
     left = []
-    for job in ready.jobs:
+    for job in order.jobs:
         finished = find_finished(settings_of(job, order, ready), order.output_path)
         if finished is None:
             left.append(job)
@@ -112,13 +98,15 @@ def left_to_do(job: Job, order: Order, ready: Ready, console: Console) -> Iterat
         yield ours and not finished
 
 
-def add_others(comparison: Comparison, places: dict[Job, int], order: Order, every: Ready) -> int:
+def add_others(comparison: Comparison, places: dict[Job, int], order: Order, ready: Ready) -> int:
     """Add what other processes have finished; return how many videos nobody has.
 
     Args:
-        places: of every job, in the order asked for.
-        every: with the jobs of all shards.
+        places: of every job of all shards, in the order asked for.
     """
+    # This shard has looked at its own images alone. The digest of the others is empty.
+    digests = {job.image: ready.digests.get(job.image, "") for job in places}
+    every = dataclasses.replace(ready, digests=digests)
     there, missing = {finished.place for finished in comparison.videos}, 0
     for job, place in places.items():
         if place in there:

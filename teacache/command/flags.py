@@ -218,24 +218,9 @@ def add_schedules(group: argparse._ActionsContainer) -> None:
         "--schedule",
         type=readers.schedule,
         nargs="+",
-        metavar="KIND",
-        help="instead of a threshold, or beside some: even (spread evenly, and the last three), "
-        "calibrated (the best by a calibration, see python3 -m teacache.calibrate), or a JSON file "
-        "that lists steps; several make a sweep",
-    )
-    add(
-        "--computed_steps",
-        type=readers.positive,
-        nargs="+",
-        metavar="N",
-        help="how many steps --schedule even and calibrated compute; several make a sweep",
-    )
-    add(
-        "--calibration",
-        type=readers.file,
         metavar="FILE",
-        help="for --schedule calibrated (default: the one in the checkpoint folder, or in the "
-        "cache folder)",
+        help="instead of a threshold, or beside some: compute the steps that a JSON file lists, or "
+        "a video's record; several make a sweep",
     )
     add(
         "--coefficients",
@@ -243,15 +228,8 @@ def add_schedules(group: argparse._ActionsContainer) -> None:
         default=COGVIDEOX_5B,
         metavar="FILE",
         help="JSON with other coefficients of the rescaling polynomial: values, highest power "
-        "first, and fitted_range; or a calibration or record that has them "
+        "first, and fitted_range, as python3 -m teacache.fit writes it; or a record that has them "
         f"(default: {COGVIDEOX_5B.source})",
-    )
-    add(
-        "--extrapolate",
-        action="store_true",
-        help="let a reused step take the residual that the last two computed ones lead to, instead "
-        "of the last one as it was: nearer to every step computed, at the same speed; not as "
-        "published",
     )
     for name, default, what in (
         ("--retain_first", 1, "compute the first N steps, whatever the threshold"),
@@ -305,13 +283,6 @@ def add_sweep(group: argparse._ActionsContainer) -> None:
         type=readers.file,
         metavar="VIDEO",
         help="an earlier video to compare with, where a sweep has none of threshold 0",
-    )
-    add(
-        "--target_speedup",
-        type=readers.speedup,
-        metavar="X",
-        help="instead of --rel_l1_thresh or --computed_steps: the smallest threshold, or the most "
-        "steps, with which the denoising loop is planned to be X times as fast",
     )
 
 

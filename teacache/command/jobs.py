@@ -16,27 +16,10 @@ from teacache.command import readers
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Steps to compute that no threshold has chosen.
-
-    Attributes:
-        kind: even, calibrated or listed.
-        computed: how many; None until a plan for `--target_speedup` has found it.
-        listed: the steps themselves, where they are listed.
-        calibration: the file that they are calibrated by; None until a plan has found it.
-    """
-
-    kind: str
-    computed: int | None = None
-    listed: tuple[int, ...] = ()
-    calibration: Path | None = None
-
-
-@dataclass(frozen=True)
 class Job:
     """One video.
 
-    It follows a threshold, None until a plan for `--target_speedup` has found it, or a selection.
+    It follows a threshold or listed steps: exactly one of `rel_l1_thresh` and `steps` is set.
     """
 
     image: str
@@ -44,13 +27,20 @@ class Job:
     negative_prompt: str
     seed: int
     num_infer_steps: int
-    rel_l1_thresh: float | None
-    selection: Selection | None = None
+    rel_l1_thresh: float | None = None
+    steps: tuple[int, ...] | None = None
+
+    @property
+    def selected_steps(self) -> list[int] | None:
+        """The steps that are computed where they are listed: these, the first and the last."""
+        if self.steps is None:
+            return None
+        return sorted({0, self.num_infer_steps - 1, *self.steps})
 
     @property
     def schedule(self) -> str | None:
-        """Which schedule it follows, where that is not a threshold's: `even 22`."""
-        return f"{self.selection.kind} {self.selection.computed}" if self.selection else None
+        """What the schedule of listed steps is called: `listed 4`, of four computed steps."""
+        return f"listed {len(self.selected_steps)}" if self.selected_steps else None
 
     @property
     def which(self) -> str:

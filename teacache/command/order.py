@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from teacache.base.errors import ArgumentError
-from teacache.command.jobs import FIELDS, Job, Selection, read_jobs
+from teacache.command.jobs import FIELDS, Job, read_jobs
 from teacache.command.shards import Shard, part_of
 from teacache.core.rule import Coefficients, Limits
 from teacache.results.record import Record
@@ -45,7 +45,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Order:
-    """Everything that a run is asked for. A job's threshold is None until a plan has found it.
+    """Everything that a run is asked for.
 
     Attributes:
         jobs: the videos of this run.
@@ -59,9 +59,6 @@ class Order:
     machine: Machine
     coefficients: Coefficients
     limits: Limits
-    extrapolate: bool
-    calibration: Path | None
-    target_speedup: float | None
     ckpts_path: str
     output_path: Path
     baseline: Path | None
@@ -94,9 +91,6 @@ class Order:
             machine=Machine(**_named(Machine, args)),
             coefficients=args.coefficients,
             limits=Limits(**_named(Limits, args)),
-            extrapolate=args.extrapolate,
-            calibration=args.calibration,
-            target_speedup=args.target_speedup,
             ckpts_path=args.ckpts_path,
             output_path=args.output_path,
             baseline=args.baseline,
@@ -155,36 +149,20 @@ def _named(kind: type, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _jobs_of(args: argparse.Namespace) -> tuple[Job, ...]:
-    """Every video asked for: each line of --jobs, each seed, each threshold, each selection.
+    """Every video asked for: each line of --jobs, each seed, each threshold, each schedule.
 
-    What a line leaves out comes from the command line, where seeds, thresholds and selections may
-    be several. A line with a threshold of its own takes no other and no selection.
+    What a line leaves out comes from the command line, where seeds, thresholds and schedules may be
+    several. A line with a threshold of its own takes no other and no schedule.
     """
     lines = read_jobs(args.jobs) if args.jobs else [{}]
-    thresholds: list[float | None] = list(args.rel_l1_thresh)
-    if args.target_speedup and not args.schedule:
-        thresholds = [None]
-    every: list[tuple[float | None, Selection | None]] = [
-        *((threshold, None) for threshold in thresholds),
-        *((None, selection) for selection in _selections_of(args)),
+    every: list[dict[str, Any]] = [
+        *({"rel_l1_thresh": threshold} for threshold in args.rel_l1_thresh),
+        *({"rel_l1_thresh": None, "steps": steps} for steps in args.schedule or ()),
     ]
     jobs = []
     for line in lines:
-        seeds = [line["seed"]] if "seed" in line else args.seed
-        each = [(line["rel_l1_thresh"], None)] if "rel_l1_thresh" in line else every
         values = {name: line.get(name, getattr(args, name)) for name in FIELDS}
-        for seed, (threshold, selection) in itertools.product(seeds, each):
-            chosen = {"seed": seed, "rel_l1_thresh": threshold, "selection": selection}
-            jobs.append(Job(**{**values, **chosen}))
+        seeds = [line["seed"]] if "seed" in line else args.seed
+        for seed, chosen in itertools.product(seeds, [{}] if "rel_l1_thresh" in line else every):
+            jobs.append(Job(**{**values, "seed": seed, **chosen}))
     return tuple(dict.fromkeys(jobs))
-
-
-def _selections_of(args: argparse.Namespace) -> list[Selection]:
-    """What --schedule and --computed_steps ask for together."""
-    found = []
-    for schedule in args.schedule or ():
-        if isinstance(schedule, str):
-            found += [Selection(schedule, computed) for computed in args.computed_steps or [None]]
-        else:
-            found.append(Selection("listed", listed=schedule))
-    return found

@@ -9,7 +9,6 @@ known from the checkpoint alone; timesteps, schedules and attention need parts o
 from __future__ import annotations
 
 import dataclasses
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -26,11 +25,11 @@ from teacache.checkpoint.folder import (
     weight_files,
 )
 from teacache.checkpoint.size import VideoSize, check_memory, video_size
-from teacache.command.jobs import Job, Selection
+from teacache.command.jobs import Job
 from teacache.command.order import LatentsOrder, Machine, Order
 from teacache.command.ranks import division_of
 from teacache.command.repeating import check_repeated
-from teacache.core.rule import Schedule, listed_schedule, schedule, smallest_threshold
+from teacache.core.rule import Schedule, listed_schedule, schedule
 from teacache.inputs.embedding_cache import fingerprint
 from teacache.inputs.photograph import load_image, pixels_sha256
 from teacache.parallel.division import Division
@@ -56,7 +55,7 @@ class Ready:
         machine: the order's, with nothing left open; memory: a line about it, for a GPU.
         backend: of the attention, see `teacache.sampling.attention.choose_backend`.
         division: of each denoising step, among GPUs.
-        schedules: of each job, which then has its threshold.
+        schedules: of each job.
     """
 
     checkpoint: Path
@@ -71,11 +70,6 @@ class Ready:
     backend: str
     division: Division
     schedules: dict[Job, Schedule]
-
-    @property
-    def jobs(self) -> list[Job]:
-        """Every video, in the order asked for."""
-        return list(self.schedules)
 
 
 def preflight(order: Order, stages: Stages) -> Ready:
@@ -243,61 +237,20 @@ def find_checkpoint(name: str) -> Path | None:
 def plan_jobs(
     order: Order, checkpoint: Path, device: torch.device, dtype: torch.dtype
 ) -> dict[Job, Schedule]:
-    """The schedule of each job, in which then nothing is open any more.
-
-    For `--target_speedup` that is the smallest threshold that is fast enough, or the most steps.
+    """The schedule of each job.
 
     Raises:
-        ArgumentError: where the scheduler has not so many steps, nothing is fast enough, or a
-            calibration is missing or of something else.
+        ArgumentError: where the scheduler has not so many steps, or a listed step is none of them.
     """
     from teacache.checkpoint.distances import distances_of
 
     distances = distances_of(checkpoint, order.format.guidance_scale, device, dtype)
-    # Read and searched once, however many videos follow it.
-    selected = functools.cache(functools.partial(_selected, order, checkpoint))
-    planned = {}
-    for job in order.jobs:
-        known, threshold = distances(job.num_infer_steps), job.rel_l1_thresh
-        if job.selection is not None:
-            steps, calibration = selected(job.selection, job.num_infer_steps)
-            plan = listed_schedule(steps, known, order.coefficients)
-            selection = dataclasses.replace(
-                job.selection, computed=len(plan.computed_steps), calibration=calibration
-            )
-            planned[dataclasses.replace(job, selection=selection)] = plan
-            continue
-        if threshold is None:
-            assert order.target_speedup is not None
-            threshold = smallest_threshold(
-                known, order.target_speedup, order.coefficients, order.limits
-            )
-        job = dataclasses.replace(job, rel_l1_thresh=threshold)
-        planned[job] = schedule(known, threshold, order.coefficients, order.limits)
-    return planned
 
+    def plan(job: Job) -> Schedule:
+        known = distances(job.num_infer_steps)
+        if job.steps is not None:
+            return listed_schedule(job.steps, known, order.coefficients)
+        assert job.rel_l1_thresh is not None
+        return schedule(known, job.rel_l1_thresh, order.coefficients, order.limits)
 
-def _selected(
-    order: Order, checkpoint: Path, selection: Selection, num_steps: int
-) -> tuple[tuple[int, ...], Path | None]:
-    """The steps of a selection, and the calibration that they were chosen by."""
-    from teacache.checkpoint.calibration import check_fits, find_calibration, read_calibration
-    from teacache.core.calibrated import RETAINED, best_steps, even_steps
-
-    if selection.listed:
-        return selection.listed, None
-    computed = selection.computed
-    if computed is None:
-        assert order.target_speedup is not None
-        computed = int(num_steps / order.target_speedup)
-        if computed < 2 <= num_steps:
-            raise ArgumentError(
-                f"--target_speedup {order.target_speedup:g} cannot be reached: the first and the "
-                f"last of {num_steps} steps are always computed"
-            )
-    if selection.kind == "even":
-        return even_steps(num_steps, computed, max(RETAINED, order.limits.retain_last)), None
-    path = order.calibration or find_calibration(checkpoint, num_steps)
-    calibration = read_calibration(path)
-    check_fits(calibration, path, checkpoint, num_steps)
-    return best_steps(calibration.costs, computed), path
+    return {job: plan(job) for job in order.jobs}

@@ -152,8 +152,7 @@ def _denoise_all(order: Order, ready: Ready, stages: Stages) -> None:
 
     with stages.stage("loading"):
         pipe = load(order, ready, parts=("transformer",))
-    teacache = apply_teacache(pipe, extrapolate=order.extrapolate)
-    with teacache as handle, stages.stage("denoising"):
+    with apply_teacache(pipe) as handle, stages.stage("denoising"):
         handle.team = _join(pipe.transformer, ready.division, ready.device)
         while (video := group.listen()) is not None:
             handle.follow(video.schedule)

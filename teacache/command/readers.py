@@ -24,6 +24,11 @@ from teacache.core.rule import UNBOUNDED, Coefficients
 from teacache.results.record import Record
 
 DEGREE = 4  # of the rescaling polynomial
+# What `teacache.fit` writes beside the coefficients, and the sampler does not read.
+PROVENANCE = (
+    *("r2", "videos", "checkpoint", "checkpoint_sha256", "scheduler"),
+    *("num_infer_steps", "versions", "date"),
+)
 Number = TypeVar("Number", int, float)
 
 
@@ -90,10 +95,6 @@ def file(value: str) -> Path:
         if not found.is_file():
             raise argparse.ArgumentTypeError(f"{value}: there is no such file")
     return found
-
-
-def speedup(text: str) -> float:
-    return _number(text, float, lambda x: math.isfinite(x) and x >= 1, "a number, 1 or more")
 
 
 def image(value: str) -> str:
@@ -194,14 +195,9 @@ def device(text: str) -> str:
     return text
 
 
-def schedule(value: str) -> str | tuple[int, ...]:
-    """`even`, `calibrated`, or the steps that a file lists."""
-    if value in ("even", "calibrated"):
-        return value
-    try:
-        data = _json_file(value)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"neither even nor calibrated, and {error}") from error
+def schedule(value: str) -> tuple[int, ...]:
+    """The steps that a file lists, or those that a record has as computed."""
+    data = _json_file(value)
     steps = data.get("computed_steps") if isinstance(data, dict) else data
     if (
         not isinstance(steps, list)
@@ -215,7 +211,7 @@ def schedule(value: str) -> str | tuple[int, ...]:
 
 
 def coefficients(value: str) -> Coefficients:
-    """What a coefficients file holds, or the `coefficients` of a calibration or a record."""
+    """What a coefficients file holds, or the `coefficients` of a record."""
     data = _json_file(value)
     try:
         found = coefficients_of(data.get("coefficients", data) if isinstance(data, dict) else data)
@@ -243,14 +239,15 @@ def coefficients_of(data: object) -> Coefficients:
 
     Args:
         data: a JSON object. `values` (five numbers) is required; without `fitted_range`, or
-            with null, every distance counts at which the polynomial is not negative.
+            with null, every distance counts at which the polynomial is not negative. The keys
+            of `PROVENANCE` are allowed, and ignored.
 
     Raises:
         ArgumentError: naming the key that is wrong.
     """
     if not isinstance(data, dict):
         raise ArgumentError('the file must hold an object such as {"values": [a, b, c, d, e]}')
-    unknown = sorted(set(data) - {"values", "fitted_range", "source"})
+    unknown = sorted(set(data) - {"values", "fitted_range", "source", *PROVENANCE})
     if unknown:
         raise ArgumentError(f"unknown key {unknown[0]!r}; known: values, fitted_range, source")
     values = _finite_numbers(data.get("values"), "values", DEGREE + 1)

@@ -20,7 +20,6 @@ def settings_of(job: Job, order: Order, ready: Ready) -> Settings:
         approximations.append(f"attention {attention.short_name(ready.backend)}")
     if machine.quantize:
         approximations.append(f"quantize {machine.quantize}")
-    selection = job.selection
     return Settings(
         image=without_credentials(job.image),
         prompt=job.prompt,
@@ -50,9 +49,7 @@ def settings_of(job: Job, order: Order, ready: Ready) -> Settings:
         retain_last=order.limits.retain_last,
         max_reuse=order.limits.max_reuse,
         schedule=job.schedule,
-        selected_steps=list(ready.schedules[job].computed_steps) if selection else None,
-        calibration=str(selection.calibration) if selection and selection.calibration else None,
-        extrapolate=order.extrapolate,
+        selected_steps=job.selected_steps,
         num_gpus=machine.num_gpus,
         division=str(ready.division) if machine.num_gpus > 1 else None,
         lora=[f"{source}:{scale:g}" for source, scale in order.loras],

@@ -12,12 +12,12 @@ from teacache.results.record import Record
 if TYPE_CHECKING:
     from teacache.command.preflight import Ready
 
-SCHEDULES = ("rel_l1_thresh", "schedule", "target_speedup")
+SCHEDULES = ("rel_l1_thresh", "schedule")
 # On record by the names of the arguments. What the machine is best at is chosen anew.
 BY_NAME = (
     *("image", "prompt", "negative_prompt", "num_infer_steps", "guidance_scale"),
     *("width", "height", "num_frames", "fps", "ckpts_path", "dtype", "vae_tiling", "attention"),
-    *("compile", "quantize", "retain_first", "retain_last", "max_reuse", "extrapolate"),
+    *("compile", "quantize", "retain_first", "retain_last", "max_reuse"),
 )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from teacache.base.console import Console, Stages
 from teacache.base.files import cache_folder
 from teacache.checkpoint.folder import is_full_size
-from teacache.command.finished import add_others, left_to_do, of_all_shards, without_finished
+from teacache.command.finished import add_others, left_to_do, without_finished
 from teacache.command.jobs import Job
 from teacache.command.loading import load
 from teacache.command.memory import explained_out_of_memory
@@ -52,8 +52,7 @@ class Sampled(NamedTuple):
 
 def run(order: Order, ready: Ready, stages: Stages, console: Console) -> None:
     """Sample every video of an order; several of them, or one with a baseline, are compared."""
-    every = of_all_shards(order, ready)
-    jobs, comparison, to_do = every.jobs, None, ready.jobs
+    jobs, comparison, to_do = order.all_jobs, None, list(order.jobs)
     if len(jobs) > 1 or order.baseline:
         comparison = comparison_of(order, ready, len(jobs))
     places = {job: place for place, job in enumerate(jobs)}
@@ -71,7 +70,7 @@ def run(order: Order, ready: Ready, stages: Stages, console: Console) -> None:
                         )
                 if console.quiet or len(jobs) == 1:
                     console.done(video.path, summary(video.path, record))
-        missing = add_others(comparison, places, order, every) if comparison else 0
+        missing = add_others(comparison, places, order, ready) if comparison else 0
         if comparison and order.shard:
             write_report_of_shards(comparison, order, missing, console)
     finally:
@@ -107,7 +106,7 @@ def sampled(
     with stages.stage("loading"):
         pipe = load(order, ready)
     room = Room(pipe, ready.size, ready.machine.offload)
-    with apply_teacache(pipe, extrapolate=order.extrapolate) as handle:
+    with apply_teacache(pipe) as handle:
         handle.team = ranks.join(pipe.transformer)
         if order.machine.compile:
             with stages.stage("compiling"):
@@ -117,7 +116,7 @@ def sampled(
         for job in jobs:
             with left_to_do(job, order, ready, console) as to_do:
                 if to_do:
-                    if len(ready.jobs) > 1:
+                    if len(order.jobs) > 1:
                         console.say(f"seed {job.seed}, {job.which}")
                     last = job is jobs[-1]
                     yield loaded.sample(job, ready, identities[job.image], texts[job], last)

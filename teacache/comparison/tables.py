@@ -14,10 +14,10 @@ PUBLISHED_SECONDS = {0.0: 110, 0.1: 70, 0.15: 53, 0.2: 41}
 class Row(TypedDict):
     """One video of a sweep, as the tables and the figure show it.
 
-    rel_l1_thresh: None where no threshold has chosen the steps; schedule: what has, `even 22`, else
-    None. group: a number that the videos share that differ in their schedule alone; differs_in: in
-    a few words, what tells that group from the others. latency: seconds of denoising and decoding;
-    speedup: that of the video without reuse over its own, None where its group has none.
+    rel_l1_thresh: None where the steps were listed; schedule: `listed 22` there, else None. group:
+    a number that the videos share that differ in their schedule alone; differs_in: in a few words,
+    what tells that group from the others. latency: seconds of denoising and decoding; speedup: that
+    of the video without reuse over its own, None where its group has none.
     """
 
     video: str
@@ -89,7 +89,7 @@ def _differences(settings: Settings, several: list[bool], alike: bool) -> str:
 
 
 def name(row: Row) -> str:
-    """Which schedule a video follows: `threshold 0.15`, `even 22`."""
+    """Which schedule a video follows: `threshold 0.15`, `listed 22`."""
     return row["schedule"] or f"threshold {row['rel_l1_thresh']:g}"
 
 

@@ -34,7 +34,6 @@ def apply_teacache(
     schedule: Schedule | Iterable[int] | None = None,
     coefficients: Coefficients = COGVIDEOX_5B,
     limits: Limits = PUBLISHED,
-    extrapolate: bool = False,
     scheduler: CogVideoXDPMScheduler | CogVideoXDDIMScheduler | None = None,
 ) -> TeaCacheHandle:
     """Patch one ConsisID transformer's forward with TeaCache.
@@ -48,8 +47,6 @@ def apply_teacache(
         schedule: in place of a threshold, the steps to compute; see `TeaCacheHandle.follow`.
         coefficients: the polynomial that rescales the distance.
         limits: what is computed whatever the threshold.
-        extrapolate: let a reused step take the residual that the last two computed ones lead to,
-            instead of the last one as it was, as published.
         scheduler: for a transformer that stands alone, whose timesteps a video has. One who writes
             his own loop calls its `set_timesteps` before each video.
 
@@ -78,9 +75,7 @@ def apply_teacache(
         owner = pipe_or_transformer.scheduler if scheduler is None else scheduler
         return owner.timesteps
 
-    handle = TeaCacheHandle(
-        transformer, rel_l1_thresh, coefficients, limits, timesteps, _dispatch, extrapolate
-    )
+    handle = TeaCacheHandle(transformer, rel_l1_thresh, coefficients, limits, timesteps, _dispatch)
     handle.follow(schedule)
     put_in_place(transformer, handle.forward)
     return handle

@@ -38,8 +38,7 @@ class Video:
         plan: its schedule, made before its first step.
         step: index of the step that the next forward is.
         residual: [batch, video tokens, inner dim], what the block stack added at the last computed
-            step, where a later step reuses it; residual_step: which that was.
-        earlier: the same of the computed step before it, where residuals are extrapolated.
+            step, where a later step reuses it.
         face: the local facial extractor's inputs, and its output [1, queries, output dim].
     """
 
@@ -47,8 +46,6 @@ class Video:
     plan: Schedule
     step: int = 0
     residual: torch.Tensor | None = None
-    residual_step: int = 0
-    earlier: tuple[int, torch.Tensor] | None = None
     face: tuple[list[torch.Tensor], torch.Tensor] | None = None
 
     @property
@@ -68,8 +65,6 @@ class TeaCacheHandle:
         timesteps: gives the scheduler's timesteps, the tensor itself and not a copy.
         forward: what stands in the place of the transformer's own: a function of the transformer,
             this handle, and the arguments of the forward.
-        extrapolate: whether a reused step takes the residual that the last two computed ones lead
-            to, not the last one as it was.
     """
 
     def __init__(
@@ -80,13 +75,12 @@ class TeaCacheHandle:
         limits: Limits,
         timesteps: Callable[[], torch.Tensor],
         forward: Callable[..., Any],
-        extrapolate: bool = False,
     ):
         self.forward = functools.partial(forward, transformer, self)
         self.transformer = transformer
         self.coefficients, self.limits = coefficients, limits
         self.rel_l1_thresh = rel_l1_thresh
-        self.team, self.extrapolate = ALONE, extrapolate
+        self.team = ALONE
         self.removed = False
         self._timesteps = timesteps
         self._followed: Schedule | tuple[int, ...] | None = None
@@ -163,8 +157,6 @@ class TeaCacheHandle:
             video = self._video = Video(timesteps, self._plan(timesteps, batch, dtype))
         computed = video.step in video.plan.computed_steps
         if computed:
-            if self.extrapolate and video.residual is not None:
-                video.earlier = video.residual_step, video.residual
             video.residual = None  # its memory is the blocks' until there is a new one
         return computed
 
@@ -181,18 +173,13 @@ class TeaCacheHandle:
             before, after: [batch, video tokens, inner dim], into and out of the block stack.
         """
         video = self.video
-        if self.extrapolate or video.step + 1 in video.plan.reused_steps:
-            video.residual, video.residual_step = after - before, video.step
+        if video.step + 1 in video.plan.reused_steps:
+            video.residual = after - before
 
     def reuse_residual(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[batch, video tokens, inner dim] with the cached residual in place of the blocks."""
-        video, residual = self.video, self.video.residual
-        assert residual is not None, "the first step is computed"
-        if video.earlier is not None:
-            step, earlier = video.earlier
-            ahead = (video.step - video.residual_step) / (video.residual_step - step)
-            residual = residual + (residual - earlier) * ahead
-        return hidden_states + residual
+        assert self.video.residual is not None, "the first step is computed"
+        return hidden_states + self.video.residual
 
     def face_embedding(
         self,
@@ -249,7 +236,7 @@ class TeaCacheHandle:
     def _forget(self) -> None:
         """Free what the last video has cached; what it did stays known."""
         if self._video is not None:
-            self._video.residual = self._video.earlier = self._video.face = None
+            self._video.residual = self._video.face = None
 
 
 def embed_timestep(

@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     import torch
 
 UNBOUNDED = (0.0, math.inf)
-# `smallest_threshold` finds a multiple of this: fine enough, and short in a file name.
-RESOLUTION = 0.0001
-HIGHEST = 1e9  # Coefficients may be of any size. No such threshold is higher.
 
 
 @dataclass(frozen=True)
@@ -265,43 +262,6 @@ def listed_schedule(
         wrong = computed[0] if computed[0] < 0 else computed[-1]
         raise ArgumentError(f"step {wrong} cannot be computed: the video has {last + 1} steps")
     return Schedule(tuple(distances), tuple(computed), None, coefficients)
-
-
-def smallest_threshold(
-    distances: Sequence[float | None],
-    target_speedup: float,
-    coefficients: Coefficients = COGVIDEOX_5B,
-    limits: Limits = PUBLISHED,
-) -> float:
-    """The smallest multiple of 0.0001 whose schedule reaches the speed-up.
-
-    A higher threshold puts no computed step earlier, so the number of computed steps never rises
-    with it and bisection finds the first one.
-
-    Raises:
-        ArgumentError: where none does, naming the highest speed-up there is.
-    """
-
-    def reached(multiple: int) -> float:
-        threshold = round(multiple * RESOLUTION, 4)
-        return schedule(distances, threshold, coefficients, limits).speedup
-
-    covered = [x for x in distances if x is not None and coefficients.covers(x)]
-    total = min(sum(map(coefficients.rescale, covered)), HIGHEST)
-    everything = math.ceil(total / RESOLUTION) + 1
-    best = reached(everything)
-    low, high = 0, everything
-    while low < high:
-        middle = (low + high) // 2
-        enough = reached(middle) >= min(target_speedup, best)
-        low, high = (low, middle) if enough else (middle + 1, high)
-    threshold = round(low * RESOLUTION, 4)
-    if best < target_speedup:
-        raise ArgumentError(
-            f"--target_speedup {target_speedup:g} cannot be reached: the nearest is {best:.2f}, "
-            f"from --rel_l1_thresh {threshold} on"
-        )
-    return threshold
 
 
 def check_threshold(rel_l1_thresh: float) -> float:

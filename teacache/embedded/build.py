@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 SEED = 20241126
 WEIGHTS = "weights.safetensors"
-CALIBRATION = "calibration_50.json"
 TIME_EMBEDDING_SEED = 4
 
 # 112x96 and 13 frames, at the eightfold spatial and twofold temporal compression of the VAE below.
@@ -93,7 +92,7 @@ def cached_tiny_checkpoint() -> Path:
     package never samples from an older build.
     """
     digest = hashlib.sha256()
-    for name in ("build.py", "detector.py", "faces.py", "text.py", WEIGHTS, CALIBRATION):
+    for name in ("build.py", "detector.py", "faces.py", "text.py", WEIGHTS):
         digest.update(Path(__file__).with_name(name).read_bytes())
     folder = cache_folder() / f"tiny-{digest.hexdigest()[:12]}"
     if not folder.is_dir():
@@ -135,10 +134,8 @@ def write_checkpoint(folder: Path) -> None:
     import torch
     from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler
 
-    from teacache.checkpoint.calibration import checkpoint_digest
     from teacache.embedded import faces, weights
     from teacache.embedded.text import write_text_encoder
-    from teacache.results.record import write_json
 
     with torch.random.fork_rng(devices=[]), no_progress_bars():
         torch.manual_seed(SEED)
@@ -162,10 +159,6 @@ def write_checkpoint(folder: Path) -> None:
         "vae": ["diffusers", "AutoencoderKLCogVideoX"],
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    # Of these weights, whatever bits this machine's generator gives those that come from seeds.
-    calibration = json.loads(Path(__file__).with_name(CALIBRATION).read_text(encoding="utf-8"))
-    calibration["checkpoint_digest"] = checkpoint_digest(folder)
-    write_json(calibration, folder / CALIBRATION)
 
 
 def untrained_transformer() -> ConsisIDTransformer3DModel:

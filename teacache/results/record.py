@@ -78,11 +78,9 @@ class Settings:
     retain_first: int = 1
     retain_last: int = 1
     max_reuse: int | None = None
-    # Where no threshold has chosen the steps: which schedule, its steps, what it was calibrated by.
+    # Where the steps were listed: what the schedule is called, and its computed steps.
     schedule: str | None = None
     selected_steps: list[int] | None = None
-    calibration: str | None = field(default=None, compare=False)
-    extrapolate: bool = False
     num_gpus: int = 1
     division: str | None = None  # of a denoising step among them
     lora: list[str] = field(default_factory=list)
@@ -101,7 +99,7 @@ class Settings:
 
     @property
     def prefix(self) -> str:
-        """Of the names of the video's files: `{seed}_{rel_l1_thresh}`, or `{seed}_even22`."""
+        """Of the names of the video's files: `{seed}_{rel_l1_thresh}`, or `{seed}_listed22`."""
         which = self.schedule.replace(" ", "") if self.schedule else self.rel_l1_thresh
         return f"{self.seed}_{which}"
 

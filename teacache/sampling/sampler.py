@@ -105,24 +105,10 @@ def denoise(
     return Denoised(loop.latents, devices.seconds_between(marks))
 
 
-class State(NamedTuple):
-    """Where a video's denoising is.
-
-    latents, previous_sample: [1, latent frames, 16, height / 8, width / 8]; the second is what the
-    multistep scheduler remembers. generator_state: of what the scheduler draws.
-    """
-
-    step: int
-    latents: torch.Tensor
-    previous_sample: torch.Tensor | None
-    generator_state: torch.Tensor
-
-
 class Loop:
     """One video's denoising, step by step: `ConsisIDPipeline.__call__` taken apart.
 
-    What it is at, `state`, can be set again to go on from there. One loop at a time: the
-    scheduler is the pipeline's.
+    One loop at a time: the scheduler is the pipeline's.
     """
 
     def __init__(
@@ -139,26 +125,16 @@ class Loop:
         self._pipe, self._guidance_scale = pipe, guidance_scale
         self._image_latents = start.image_latents
         self._conditions = _conditions(pipe, start, text, size)
-        self._generator = torch.Generator(device)
-        self._extra = pipe.prepare_extra_step_kwargs(self._generator, eta=0.0)
+        generator = torch.Generator(device)
+        generator.set_state(start.generator_state)
+        self._extra = pipe.prepare_extra_step_kwargs(generator, eta=0.0)
         # The scheduler looks its coefficients up by the timestep. Given as a number of the host's
         # it need not be read from the device, for which all the work before it would have to be
         # done.
         self._values = pipe.scheduler.timesteps.tolist()
         self.step = 0
         self.latents = start.noise
-        self.previous_sample: torch.Tensor | None = None
-        self._generator.set_state(start.generator_state)
-
-    @property
-    def state(self) -> State:
-        """Where it is."""
-        return State(self.step, self.latents, self.previous_sample, self._generator.get_state())
-
-    @state.setter
-    def state(self, state: State) -> None:
-        self.step, self.latents, self.previous_sample, drawn = state
-        self._generator.set_state(drawn)
+        self._previous_sample: torch.Tensor | None = None
 
     @torch.no_grad()
     def predict(self) -> torch.Tensor:
@@ -178,9 +154,9 @@ class Loop:
         """Step the latents with a prediction."""
         scheduler, value = self._pipe.scheduler, self._values[self.step]
         if isinstance(scheduler, CogVideoXDPMScheduler):
-            latents, self.previous_sample = scheduler.step(
+            latents, self._previous_sample = scheduler.step(
                 predicted,
-                self.previous_sample,
+                self._previous_sample,
                 value,
                 self._values[self.step - 1] if self.step else None,
                 self.latents,

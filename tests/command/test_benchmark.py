@@ -13,7 +13,6 @@ from support import CPU, ROOT
 
 from teacache.benchmark import measure, random_weights
 from teacache.benchmark.__main__ import main
-from teacache.benchmark.floor import measured_steps
 
 
 def run(capsys, tmp_path, *arguments):
@@ -35,10 +34,7 @@ def test_small_random_weights(capsys, tmp_path):
     report = json.loads((tmp_path / "benchmark_0000.json").read_text())
     assert (tmp_path / "benchmark_0000.md").read_text().strip() == out.strip()
     plain, ours = report["rows"]
-    assert measured_steps(tmp_path / "benchmark_0000.json") == {
-        (False, False, False): plain["computed step"]["median"],
-        (True, False, False): ours["computed step"]["median"],
-    }
+    assert [row["settings"]["threshold"] for row in (plain, ours)] == [None, 0.15]
     assert plain["steps"] == [4, 0]
     assert ours["steps"] == [2, 2]
     assert plain["reused step"] is None

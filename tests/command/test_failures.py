@@ -476,9 +476,7 @@ def test_latents_of_something_else(capsys, tmp_path):
     assert complaint().startswith("have 4 channels, and the VAE of ")
 
 
-@pytest.mark.parametrize(
-    "other", [("--plan",), ("--resume",), ("--rel_l1_thresh", 0.2), ("--target_speedup", 2)]
-)
+@pytest.mark.parametrize("other", [("--plan",), ("--resume",), ("--rel_l1_thresh", 0.2)])
 def test_latents_are_sampled_already(capsys, tmp_path, other):
     (tmp_path / "kept.safetensors").touch()
     code, _, error = main(capsys, "--latents", tmp_path / "kept.safetensors", *other)

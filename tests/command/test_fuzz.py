@@ -80,7 +80,6 @@ PLAUSIBLE = {
     "--offload": st.sampled_from(["auto", "none", "blocks", "model", "sequential"]),
     "--attention": st.sampled_from(["native", "cudnn", "flash", "sage", "flex", "xla"]),
     "--quantize": st.just("fp8"),
-    "--target_speedup": st.floats(1, 30),
     "--output_path": st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=30),
     "--image": st.just("astronaut"),
 }
@@ -107,7 +106,6 @@ def test_a_whole_command(capsys, tmp_path, monkeypatch, tiny, mode):
     @example([("--num_frames", [str(10**9 + 1)]), ("--fps", ["1000"])])
     @example([("--width", [str(2**63)])])
     @example([("--rel_l1_thresh", ["1e308"])])
-    @example([("--target_speedup", ["1e308"])])
     @example([("--latents", ["astronaut.png"])])
     def command(arguments):
         argv = [word for option, values in arguments for word in (option, *values)]
@@ -261,21 +259,13 @@ def test_what_no_system_takes(capsys, tmp_path, arguments, complaint):
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("size", "reached"), [(1e308, False), (1e300, False), (-1e308, False), (1e-308, True)]
-)
-def test_coefficients_of_any_size_can_be_planned_with(capsys, tmp_path, tiny, size, reached):
+@pytest.mark.parametrize("size", [1e308, 1e300, -1e308, 1e-308])
+def test_coefficients_of_any_size_can_be_planned_with(capsys, tmp_path, tiny, size):
     (tmp_path / "own.json").write_text(json.dumps({"values": [size] * 5}))
     arguments = ("--ckpts_path", "tiny", "--plan", "--coefficients", tmp_path / "own.json")
     code, output, error = main(capsys, *arguments)
     assert (code, error) == (0, "")
     assert output.count(" of 50") == 6
-    code, output, error = main(capsys, *arguments, "--target_speedup", 3)
-    if reached:
-        assert (code, error) == (0, "")
-    else:
-        assert code == 2
-        assert error.startswith("error: --target_speedup 3 cannot be reached: the nearest is 1.00")
 
 
 @pytest.mark.parametrize(

@@ -69,25 +69,27 @@ def test_a_gif_of_a_video_that_is_there_already(capsys, made, tmp_path):
 
 def test_other_arguments_overrule_the_record(capsys, made, tmp_path):
     record = made / "42_0.2_0000.json"
+    (tmp_path / "list.json").write_text("[0, 3]")
     code, *_ = main(
         capsys, "--from_record", record, "--output_path", tmp_path, "--seed", 7,
-        "--schedule", "even", "--computed_steps", 3,
+        "--schedule", tmp_path / "list.json",
     )  # fmt: skip
     assert code == 0
-    settings = read_record(tmp_path / "7_even3_0000.json").settings
+    settings = read_record(tmp_path / "7_listed3_0000.json").settings
     before = read_record(record).settings
-    assert (settings.seed, settings.schedule) == (7, "even 3")
+    assert (settings.seed, settings.schedule) == (7, "listed 3")
     assert (settings.prompt, settings.max_reuse) == (before.prompt, 2)
 
 
 def test_a_record_of_chosen_steps_is_repeated_with_these(capsys, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
+    (tmp_path / "list.json").write_text("[0, 2, 3]")
     code, *_ = main(
-        capsys, *SHORT[:2], *SHORT[4:], "--schedule", "even", "--computed_steps", 4,
+        capsys, *SHORT[:2], *SHORT[4:], "--schedule", tmp_path / "list.json",
         "--output_path", one,
     )  # fmt: skip
     assert code == 0
-    code, *_ = main(capsys, "--from_record", one / "42_even4_0000.json", "--output_path", two)
+    code, *_ = main(capsys, "--from_record", one / "42_listed4_0000.json", "--output_path", two)
     assert code == 0
     videos = [read_video(next(folder.glob("*.mp4"))).frames for folder in (one, two)]
     assert (videos[0] == videos[1]).all()

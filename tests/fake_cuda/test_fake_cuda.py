@@ -51,12 +51,14 @@ def sample(tiny, tmp_path):
     ("arguments", "videos"),
     [
         (("--rel_l1_thresh", 0, 0.4), 2),
-        (("--vae_tiling", "--guidance_scale", 1, "--extrapolate"), 1),
+        (("--vae_tiling", "--guidance_scale", 1), 1),
         (("--offload", "model"), 1),
-        (("--seed", 1, 2, "--schedule", "even", "--computed_steps", 3), 2),
+        (("--seed", 1, 2, "--schedule", "LIST"), 2),
     ],
 )
 def test_no_device_is_taken_for_another(sample, tmp_path, arguments, videos):
+    (tmp_path / "list.json").write_text("[0, 2, 4]")
+    arguments = [tmp_path / "list.json" if word == "LIST" else word for word in arguments]
     sample("--num_infer_steps", 5, *arguments, quick="--rel_l1_thresh" not in arguments)
     assert len(list((tmp_path / "out").glob("[0-9]*.mp4"))) >= videos
 

@@ -539,22 +539,3 @@ def test_tells_once_of_distances_that_the_coefficients_do_not_cover(pipe, sample
     assert "do not cover" in told[0].getMessage()
     assert handle.schedule.computed_steps == tuple(range(8))
     assert "cover" in handle.schedule.why_nothing_was_reused()
-
-
-def test_extrapolated_residuals_follow_a_line_through_the_last_two_computed(pipe):
-    """By hand: after steps 1 and 3, step 6 goes on for as far again and half."""
-    with apply_teacache(pipe, schedule=[0, 1, 3], extrapolate=True) as handle:
-        pipe.scheduler.set_timesteps(8)
-        tokens, zeros = torch.randn(2, 2, 5, 4), torch.zeros(2, 5, 4)
-        residuals = iter(tokens)
-        for step in range(7):
-            if handle.begin_step(2, torch.float32):
-                kept = next(residuals) if step else zeros
-                handle.keep_residual(before=zeros, after=kept)
-            else:
-                reused = handle.reuse_residual(zeros)
-                first, second = (zeros, tokens[0]) if step == 2 else tokens
-                ahead = 1.0 if step == 2 else (step - 3) / 2
-                assert torch.equal(reused, second + (second - first) * ahead)
-            handle.end_step()
-        assert handle.schedule.computed_steps == (0, 1, 3)

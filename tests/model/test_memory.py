@@ -15,10 +15,7 @@ import contextlib
 import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
-from ledger import GIB, Ledger
-
-from teacache.benchmark.random_weights import FULL_VAE
-from teacache.benchmark.work import (
+from full_size import (
     FRAMES,
     HEIGHT,
     WIDTH,
@@ -27,6 +24,9 @@ from teacache.benchmark.work import (
     step_inputs,
     three_steps,
 )
+from ledger import GIB, Ledger
+
+from teacache.benchmark.random_weights import FULL_VAE
 from teacache.sampling.decoder import use_lean_decoder
 
 # GiB beyond the weights, diffusers' own and ours: allocated, and held by torch's allocator until

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -16,14 +15,7 @@ from support import CPU, ROOT, main
 from teacache.base.errors import ArgumentError, CheckpointError
 from teacache.checkpoint import distances
 from teacache.core.forward import apply_teacache
-from teacache.core.rule import (
-    COGVIDEOX_5B,
-    RESOLUTION,
-    Coefficients,
-    Limits,
-    schedule,
-    smallest_threshold,
-)
+from teacache.core.rule import COGVIDEOX_5B, Limits, schedule
 from teacache.embedded.build import TRANSFORMER
 from teacache.inputs.photograph import load_image
 
@@ -97,36 +89,6 @@ def test_timesteps_equal_the_schedulers_own(tiny, tmp_path):
         distances.scheduler_timesteps(tmp_path, 1001)
 
 
-@pytest.mark.parametrize("target", [1.0, 1.3, 1.6, 2.0, 2.5, 3.7, 9.9])
-@pytest.mark.parametrize("steps", [12, 50, 100])
-def test_smallest_threshold_is_the_smallest(tiny, target, steps):
-    """It reaches the target, and one step of the resolution below does not."""
-    known = distances.step_distances(tiny, 6.0, CPU, torch.float32, steps)
-
-    def speedup(threshold):
-        return schedule(known, threshold, COGVIDEOX_5B).speedup
-
-    if speedup(100.0) < target:
-        with pytest.raises(ArgumentError, match="cannot be reached") as error:
-            smallest_threshold(known, target, COGVIDEOX_5B)
-        best, threshold = str(error.value).split("nearest is ")[1].split(", from --rel_l1_thresh ")
-        assert float(best) == pytest.approx(speedup(100.0), abs=0.005)  # shown with two decimals
-        assert speedup(float(threshold.removesuffix(" on"))) == speedup(100.0)
-        return
-    found = smallest_threshold(known, target, COGVIDEOX_5B)
-    assert speedup(found) >= target
-    if target == 1.0:
-        assert found == 0
-    else:
-        assert speedup(round(found - RESOLUTION, 4)) < target
-
-
-def test_a_target_beyond_all_distances_outside_the_range():
-    nothing = Coefficients((0.0, 0.0, 0.0, 1.0, 0.0), (10.0, 20.0), "covers nothing")
-    with pytest.raises(ArgumentError, match=r"nearest is 1\.00"):
-        smallest_threshold([None, 0.1, 0.1, 0.1], 2.0, nothing)
-
-
 def test_a_checkpoint_without_time_embedding(tiny, tmp_path):
     from safetensors.torch import save_file
 
@@ -153,23 +115,6 @@ def test_command_prints_a_plan(capsys, tmp_path, tiny):
         assert int(computed) == len(planned)
         assert tuple(n for n, cell in enumerate(cells) if cell == "■") == planned
     assert not (tmp_path / "none").exists(), "a plan leaves nothing behind"
-
-
-def test_command_plans_for_a_target(capsys, tmp_path, tiny):
-    arguments = ("--ckpts_path", "tiny", "--target_speedup", 2, "--output_path", tmp_path)
-    _, output, _ = main(capsys, *arguments, "--plan")
-    threshold = float(output.splitlines()[1].split()[0])
-    code, output, _ = main(capsys, *arguments, "--num_frames", 1, "--quiet")
-    assert code == 0
-    assert output == f"{tmp_path}/42_{threshold}_0000.mp4\n"
-    record = json.loads((tmp_path / f"42_{threshold}_0000.json").read_text())
-    assert len(record["computed_steps"]) <= 25
-    code, _, error = main(capsys, *arguments[:2], "--target_speedup", 60)
-    assert code == 2
-    assert "cannot be reached: the nearest is" in error
-    code, _, error = main(capsys, *arguments, "--rel_l1_thresh", 0.1)
-    assert code == 2
-    assert "not allowed with argument --rel_l1_thresh" in error
 
 
 def test_command_plans_only_what_is_here(capsys, tmp_path, monkeypatch):

@@ -1,11 +1,12 @@
-"""The polynomial that a calibration fits."""
+"""The polynomial that is fitted to how far residuals move."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from teacache.calibrate.fit import fit
+from teacache.base.errors import SamplingError
+from teacache.fit.measure import fit
 
 
 def test_a_polynomial_is_found_again():
@@ -13,17 +14,31 @@ def test_a_polynomial_is_found_again():
     values = (50.0, -20.0, 3.0, 0.5, 0.01)
     changes = np.append(np.nan, np.polyval(values, np.array(distances[1:])))
     changes[-1] = np.nan  # of the last step nothing is known
-    found = fit(distances, [changes, changes], "here")
-    assert found.coefficients.values == pytest.approx(values, rel=1e-6)
-    assert found.coefficients.fitted_range == (0.02, distances[-2])
-    assert found.coefficients.source == "here"
-    assert found.r2 == pytest.approx(1.0)
-    assert found.points.shape == (22, 2)
+    coefficients, r2 = fit(distances, [changes.tolist()] * 2, "here")
+    assert coefficients.values == pytest.approx(values, rel=1e-6)
+    assert coefficients.fitted_range == (0.02, distances[-2])
+    assert coefficients.source == "here"
+    assert r2 == pytest.approx(1.0)
+
+
+def test_every_video_counts():
+    """Of two videos the polynomial goes through the middle."""
+    distances = (None, *np.linspace(0.02, 0.2, 12).tolist())
+    inner = np.array(distances[1:])
+    changes = [[np.nan, *(inner + shift).tolist()] for shift in (-0.01, 0.01)]
+    coefficients, r2 = fit(distances, changes, "here")
+    assert np.polyval(coefficients.values, inner) == pytest.approx(inner)
+    assert r2 == pytest.approx(1 - 0.01**2 / (inner.var() + 0.01**2))
 
 
 def test_what_does_not_depend_on_the_distance_is_not_explained():
     rng = np.random.default_rng(0)
     distances = (None, *rng.uniform(0.02, 0.2, 400).tolist())
-    found = fit(distances, [np.append(np.nan, rng.normal(size=400))], "noise")
+    _, r2 = fit(distances, [[np.nan, *rng.normal(size=400).tolist()]], "noise")
     # Four powers of it explain about 4 / 400 of noise.
-    assert 0 <= found.r2 < 0.05
+    assert 0 <= r2 < 0.05
+
+
+def test_residuals_that_are_not_finite():
+    with pytest.raises(SamplingError, match="the residuals hold NaN"):
+        fit((None, *[0.1] * 12), [[np.nan] * 13], "nothing")

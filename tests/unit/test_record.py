@@ -60,7 +60,7 @@ def test_what_is_no_record_of_ours(tmp_path):
 def test_a_record_with_other_keys_is_read(tmp_path):
     """As earlier versions have written it."""
     record = record_of_a_video()
-    old = {**record.as_json(), "keep_loaded": True}
+    old = {**record.as_json(), "keep_loaded": True, "calibration": None, "extrapolate": False}
     for limit in ("retain_first", "retain_last", "max_reuse"):
         del old[limit]
     (tmp_path / "old.json").write_text(json.dumps(old))

@@ -1,0 +1,122 @@
+"""Fits the coefficients of the rescaling polynomial on a checkpoint, for `--coefficients`."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import logging
+import sys
+
+from teacache.base.console import Console, Stages
+from teacache.base.errors import ArgumentError
+from teacache.base.files import written_whole
+from teacache.base.interruption import run_command
+from teacache.base.quiet import silence_libraries
+from teacache.checkpoint.configuration import read_json
+from teacache.command import flags, readers
+from teacache.command.arguments import OneLineParser, build_parser, choose_inputs
+from teacache.command.order import Order
+from teacache.command.preflight import Ready, preflight
+from teacache.results.record import versions, write_json
+
+logger = logging.getLogger(__name__)
+
+LEAST_STEPS = readers.DEGREE + 4  # the first and the last of which say nothing
+POOR = 0.5  # an R2 below this is warned of
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the fit. Returns its exit code, as the sampler's command does."""
+    args = _parse(argv)
+    silence_libraries()
+    return run_command(lambda: fit_coefficients(args))
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = OneLineParser(
+        prog="python3 -m teacache.fit",
+        description="Fit the coefficients of the rescaling polynomial, on videos that are sampled "
+        "with every step computed.",
+        allow_abbrev=False,
+    )
+    for add in (flags.add_inputs, flags.add_jobs, flags.add_video):
+        add(parser)
+    for add in (flags.add_device, flags.add_offload, flags.add_attention):
+        add(parser)
+    what = "the file for --coefficients, a .json"
+    parser.add_argument("--output", type=readers.path, required=True, metavar="FILE", help=what)
+    # What else a video is asked for with: as the sampler's command has it, every step computed.
+    parser.set_defaults(**vars(build_parser().parse_args(["--rel_l1_thresh", "0"])))
+    args = parser.parse_args(argv)
+    if args.output.suffix != ".json":
+        parser.error(f"argument --output: {args.output} does not end in .json")
+    args.ckpts_path = args.ckpts_path or flags.DEFAULT_CHECKPOINT
+    args.fps = flags.DEFAULT_FPS
+    args.output_path = args.output.parent
+    choose_inputs(args)
+    return args
+
+
+def fit_coefficients(args: argparse.Namespace) -> None:
+    """Measure each video, fit the polynomial to all of them, and write it."""
+    console = Console(quiet=False)
+    stages = Stages(console)
+    order = Order.of(args)
+    numbers = {job.num_infer_steps for job in order.jobs}
+    if len(numbers) > 1 or min(numbers) < LEAST_STEPS:
+        found = ", ".join(map(str, sorted(numbers)))
+        raise ArgumentError(
+            f"--num_infer_steps: a fit needs one number, {LEAST_STEPS} or more: found {found}"
+        )
+    steps = numbers.pop()
+    ready = preflight(order, stages)
+    changes = _measured(order, ready, stages, console)
+    from teacache.fit.measure import fit
+
+    distances = next(iter(ready.schedules.values())).distances
+    coefficients, r2 = fit(distances, changes, f"fitted on {order.ckpts_path} at {steps} steps")
+    if r2 < POOR:
+        logger.warning(
+            "R2 is %.2f: the polynomial explains little of how far the residual moves, and a "
+            "threshold with these coefficients says little about this model",
+            r2,
+        )
+    scheduler = read_json(ready.checkpoint / "scheduler" / "scheduler_config.json", "no scheduler")
+    provenance = {
+        "r2": round(r2, 4),
+        "videos": len(changes),
+        "checkpoint": order.ckpts_path,
+        "checkpoint_sha256": ready.checkpoint_sha256,
+        "scheduler": scheduler.get("_class_name"),
+        "num_infer_steps": steps,
+        "versions": versions(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+    with written_whole(args.output.with_suffix(""), ".json") as (file,):
+        write_json({**coefficients.as_json(), **provenance}, file)
+    console.say(f"coefficients {args.output}, R2 {r2:.2f}")
+
+
+def _measured(order: Order, ready: Ready, stages: Stages, console: Console) -> list[list[float]]:
+    """How far each video's residual moves, see `residual_changes`."""
+    from teacache.command.run import condition, load
+    from teacache.core.forward import apply_teacache
+    from teacache.fit.measure import residual_changes
+    from teacache.sampling.sampler import Loop, prepare
+
+    identities, texts = condition(list(order.jobs), order, ready, stages)
+    with stages.stage("loading"):
+        pipe = load(order, ready)
+    changes = []
+    with apply_teacache(pipe) as handle:
+        for number, job in enumerate(order.jobs):
+            steps = job.num_infer_steps
+            start = prepare(pipe, identities[job.image], ready.size, job.seed)
+            loop = Loop(pipe, start, texts[job], ready.size, steps, order.format.guidance_scale)
+            with console.bar(steps, what=f"video {number + 1} of {len(order.jobs)}") as on_step:
+                changes.append(residual_changes(handle, loop, steps, on_step))
+    return changes
+
+
+if __name__ == "__main__":
+    sys.exit(main())
