@@ -20,43 +20,46 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from teacache.base.errors import ArgumentError, CheckpointError
 from teacache.checkpoint.configuration import read_json, whole_number
 from teacache.checkpoint.folder import is_whole_safetensors, weight_files
+from teacache.core.forecast import Scheduler
 from teacache.core.rule import distances_between
 
-SCHEDULERS = {kind.__name__: kind for kind in (CogVideoXDPMScheduler, CogVideoXDDIMScheduler)}
+SCHEDULERS = {"dpm": CogVideoXDPMScheduler, "ddim": CogVideoXDDIMScheduler}
 
 
-def scheduler_timesteps(checkpoint: Path, num_infer_steps: int) -> torch.Tensor:
-    """The timesteps of a run, falling, [num_infer_steps].
+def scheduler_name(checkpoint: Path) -> str:
+    """`dpm` or `ddim`, as the checkpoint has it; `dpm` where it has another, as published."""
+    config = read_json(checkpoint / "scheduler" / "scheduler_config.json", "not a scheduler")
+    own = config.get("_class_name")
+    return next((name for name, kind in SCHEDULERS.items() if kind.__name__ == own), "dpm")
 
-    Raises:
-        ArgumentError: where there are more steps than the scheduler was trained with.
-    """
+
+def load_scheduler(checkpoint: Path, name: str | None) -> Scheduler:
+    """The scheduler of that name, or the checkpoint's own, with the checkpoint's configuration."""
     path = checkpoint / "scheduler" / "scheduler_config.json"
     config = read_json(path, "not a scheduler")
-    trained = whole_number(path, config, "num_train_timesteps", 1000)
-    if num_infer_steps > trained:
-        raise ArgumentError(
-            f"--num_infer_steps {num_infer_steps}: the scheduler knows {trained} timesteps"
-        )
-    kind = SCHEDULERS.get(config.get("_class_name", ""), CogVideoXDPMScheduler)
+    whole_number(path, config, "num_train_timesteps", 1000)
+    kind = SCHEDULERS[name or scheduler_name(checkpoint)]
     # Not from_config, which imports every scheduler that is compatible: a second of CPU.
     known = inspect.signature(kind.__init__).parameters
-    scheduler = kind(**{name: value for name, value in config.items() if name in known})
-    scheduler.set_timesteps(num_infer_steps)
-    return scheduler.timesteps
+    return kind(**{name: value for name, value in config.items() if name in known})
 
 
 def distances_of(
-    checkpoint: Path, guidance_scale: float, device: torch.device, dtype: torch.dtype
+    checkpoint: Path,
+    scheduler: Scheduler,
+    guidance_scale: float,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Callable[[int], tuple[float | None, ...]]:
     """A memoised function: number of denoising steps -> relative L1 distance of each step."""
     return functools.cache(
-        functools.partial(step_distances, checkpoint, guidance_scale, device, dtype)
+        functools.partial(step_distances, checkpoint, scheduler, guidance_scale, device, dtype)
     )
 
 
 def step_distances(
     checkpoint: Path,
+    scheduler: Scheduler,
     guidance_scale: float,
     device: torch.device,
     dtype: torch.dtype,
@@ -67,10 +70,19 @@ def step_distances(
     Args:
         guidance_scale: above 1 the embedding is computed for a batch of two, which may round
             differently from one.
+
+    Raises:
+        ArgumentError: where there are more steps than the scheduler was trained with.
     """
+    trained = scheduler.config.num_train_timesteps
+    if num_infer_steps > trained:
+        raise ArgumentError(
+            f"--num_infer_steps {num_infer_steps}: the scheduler knows {trained} timesteps"
+        )
+    scheduler.set_timesteps(num_infer_steps)
     sinusoids, embed = _time_embedding(checkpoint, device, dtype)
     batch = 2 if guidance_scale > 1 else 1
-    timesteps = scheduler_timesteps(checkpoint, num_infer_steps).to(device)
+    timesteps = scheduler.timesteps.to(device)
     with torch.no_grad():
         return distances_between([embed(sinusoids(t.expand(batch)).to(dtype)) for t in timesteps])
 

@@ -9,6 +9,7 @@ from diffusers import AutoencoderKLCogVideoX, ConsisIDPipeline, ConsisIDTransfor
 from transformers import T5EncoderModel
 
 from teacache.base.quiet import no_progress_bars
+from teacache.checkpoint.distances import load_scheduler
 from teacache.checkpoint.loading import load_model, reading
 
 PARTS = ("text_encoder", "transformer", "vae")
@@ -21,6 +22,7 @@ def load_pipeline(
     offload: str = "none",
     vae_tiling: bool = False,
     parts: tuple[str, ...] = PARTS,
+    scheduler: str | None = None,
 ) -> ConsisIDPipeline:
     """Load text encoder, transformer, VAE and scheduler, or of the first three some.
 
@@ -33,6 +35,7 @@ def load_pipeline(
         vae_tiling: encode the face and decode the video in overlapping tiles, with less memory
             and not bit for bit.
         parts: those of `PARTS` to load; the pipeline has None for the others.
+        scheduler: `dpm` or `ddim`, in place of the checkpoint's own.
 
     Raises:
         CheckpointError: where files are damaged, or hold other weights than the models have.
@@ -52,6 +55,8 @@ def load_pipeline(
             models["tokenizer"] = None
         with reading(checkpoint):
             pipe = ConsisIDPipeline.from_pretrained(checkpoint, local_files_only=True, **models)
+    if scheduler:
+        pipe.scheduler = load_scheduler(checkpoint, scheduler)
     pipe.set_progress_bar_config(disable=True)
     if vae_tiling and "vae" in parts:
         pipe.vae.enable_tiling()

@@ -46,16 +46,28 @@ def parse_with(parser: argparse.ArgumentParser, argv: list[str] | None) -> argpa
     if args.drawn and getattr(args, "shard", None):
         parser.error("argument --seed: random would be another seed in each --shard")
     args.seed = [secrets.randbelow(2**32) if seed == "random" else seed for seed in args.seed]
-    for other in ("plan", "jobs", "resume", "shard", "baseline", "rel_l1_thresh", "schedule"):
+    for other in (
+        "plan",
+        "jobs",
+        "resume",
+        "shard",
+        "baseline",
+        "rel_l1_thresh",
+        "schedule",
+        "computed_steps",
+    ):
         if args.latents and getattr(args, other):
             parser.error(f"argument --{other}: not allowed with argument --latents")
     if args.latents and args.num_gpus > 1:
         parser.error("argument --num_gpus: not allowed with argument --latents")
     if args.rel_l1_thresh is None:
-        if args.plan:
+        if args.schedule or args.computed_steps:
+            args.rel_l1_thresh = []
+        elif args.plan:
             args.rel_l1_thresh = list(flags.PLANNED_THRESHOLDS)
+            args.computed_steps = [n for n in flags.PLANNED_STEPS if n < args.num_infer_steps]
         else:
-            args.rel_l1_thresh = [] if args.schedule else [flags.DEFAULT_THRESHOLD]
+            args.rel_l1_thresh = [flags.DEFAULT_THRESHOLD]
     if not args.latents:
         args.ckpts_path = args.ckpts_path or flags.DEFAULT_CHECKPOINT
         args.fps = args.fps or flags.DEFAULT_FPS

@@ -6,12 +6,13 @@ import argparse
 from pathlib import Path
 
 from teacache.command import readers
-from teacache.core.rule import COGVIDEOX_5B
+from teacache.core.rule import COGVIDEOX_5B, REUSES
 
 DEFAULT_CHECKPOINT = "BestWishYsh/ConsisID-preview"
 DEFAULT_THRESHOLD = 0.1
 DEFAULT_FPS = 8
-PLANNED_THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
+PLANNED_THRESHOLDS = (0, 0.1, 0.15, 0.2)
+PLANNED_STEPS = (22, 16, 12, 10, 8)
 
 
 def add_published(group: argparse._ActionsContainer) -> None:
@@ -97,6 +98,12 @@ def add_video(group: argparse._ActionsContainer) -> None:
         metavar="LORA[:SCALE]",
         help="a LoRA of the transformer as diffusers saves it, by file, folder or Hugging Face "
         "repository, and how much of it (default: 1); may be given several times; needs peft",
+    )
+    add(
+        "--scheduler",
+        choices=("dpm", "ddim"),
+        help="dpm (CogVideoXDPMScheduler, draws noise at each step) or ddim "
+        "(CogVideoXDDIMScheduler, draws none) (default: the checkpoint's)",
     )
     for name, what in (
         ("--num_frames", "frames"),
@@ -207,13 +214,29 @@ def add_jobs(group: argparse._ActionsContainer) -> None:
         type=readers.path,
         metavar="FILE",
         help="a video for each line of a CSV file or of JSON lines, with any of image, prompt, "
-        "negative_prompt, seed, rel_l1_thresh, num_infer_steps; the rest as on the command line",
+        "negative_prompt, seed, num_infer_steps, and rel_l1_thresh or computed_steps; the rest as "
+        "on the command line",
     )
 
 
 def add_schedules(group: argparse._ActionsContainer) -> None:
-    """Which steps are computed, beside a threshold."""
+    """Which steps are computed, beside a threshold, and how the others are reused."""
     add = group.add_argument
+    add(
+        "--computed_steps",
+        type=readers.positive,
+        nargs="+",
+        metavar="N",
+        help="instead of a threshold, or beside some: compute N steps and reuse the others by the "
+        "forecast; several make a sweep",
+    )
+    add(
+        "--reuse",
+        choices=REUSES,
+        help="what a reused step takes: the residual of the last computed step, as published, or a "
+        "forecast of the clean latents from the last two (default: residual with a threshold or "
+        "listed steps, forecast with --computed_steps)",
+    )
     add(
         "--schedule",
         type=readers.schedule,
@@ -310,8 +333,9 @@ def add_command(group: argparse._ActionsContainer) -> None:
     add(
         "--plan",
         action="store_true",
-        help="print which steps would be computed, and exit; thresholds "
-        f"{' '.join(map(str, PLANNED_THRESHOLDS))} unless others are given",
+        help="print which steps would be computed, and exit; unless others are given, at "
+        f"thresholds {' '.join(map(str, PLANNED_THRESHOLDS))} and at "
+        f"{' '.join(map(str, PLANNED_STEPS))} computed steps",
     )
     add(
         "--latents",

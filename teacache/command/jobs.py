@@ -19,7 +19,13 @@ from teacache.command import readers
 class Job:
     """One video.
 
-    It follows a threshold or listed steps: exactly one of `rel_l1_thresh` and `steps` is set.
+    Exactly one of three says which steps are computed.
+
+    Attributes:
+        rel_l1_thresh: by the rule.
+        computed_steps: so many.
+        steps: these, and the first and the last.
+        reuse: what the others take, one of `teacache.core.rule.REUSES`.
     """
 
     image: str
@@ -28,19 +34,21 @@ class Job:
     seed: int
     num_infer_steps: int
     rel_l1_thresh: float | None = None
+    computed_steps: int | None = None
     steps: tuple[int, ...] | None = None
-
-    @property
-    def selected_steps(self) -> list[int] | None:
-        """The steps that are computed where they are listed: these, the first and the last."""
-        if self.steps is None:
-            return None
-        return sorted({0, self.num_infer_steps - 1, *self.steps})
+    reuse: str = "residual"
 
     @property
     def schedule(self) -> str | None:
-        """What the schedule of listed steps is called: `listed 4`, of four computed steps."""
-        return f"listed {len(self.selected_steps)}" if self.selected_steps else None
+        """What its schedule is called: `forecast 12`, `listed 9`; None for the published rule."""
+        if self.computed_steps is not None:
+            return f"{self.reuse} {self.computed_steps}"
+        which = None
+        if self.steps is not None:
+            which = f"listed {len({0, self.num_infer_steps - 1, *self.steps})}"
+        if self.reuse == "residual":
+            return which
+        return f"{which or f'{self.rel_l1_thresh:g}'} {self.reuse}"
 
     @property
     def which(self) -> str:
@@ -62,7 +70,10 @@ FIELDS: dict[str, Callable[[str], object]] = {
     "seed": readers.seed,
     "num_infer_steps": readers.positive,
     "rel_l1_thresh": readers.not_negative,
+    "computed_steps": readers.positive,
 }
+# Those of them that say which steps are computed.
+CHOICES = ("rel_l1_thresh", "computed_steps")
 
 
 def read_jobs(path: Path) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ def load(
         offload=machine.offload,
         vae_tiling=bool(machine.vae_tiling),
         parts=parts,
+        scheduler=order.scheduler,
     )
     fuse_loras(pipe, order.loras)
     attention.use_attention(pipe.transformer, ready.backend)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from teacache.base.errors import ArgumentError
-from teacache.command.jobs import FIELDS, Job, read_jobs
+from teacache.command.jobs import CHOICES, FIELDS, Job, read_jobs
 from teacache.command.shards import Shard, part_of
 from teacache.core.rule import Coefficients, Limits
 from teacache.results.record import Record
@@ -59,6 +59,7 @@ class Order:
     machine: Machine
     coefficients: Coefficients
     limits: Limits
+    scheduler: str | None
     ckpts_path: str
     output_path: Path
     baseline: Path | None
@@ -91,6 +92,7 @@ class Order:
             machine=Machine(**_named(Machine, args)),
             coefficients=args.coefficients,
             limits=Limits(**_named(Limits, args)),
+            scheduler=args.scheduler,
             ckpts_path=args.ckpts_path,
             output_path=args.output_path,
             baseline=args.baseline,
@@ -152,17 +154,29 @@ def _jobs_of(args: argparse.Namespace) -> tuple[Job, ...]:
     """Every video asked for: each line of --jobs, each seed, each threshold, each schedule.
 
     What a line leaves out comes from the command line, where seeds, thresholds and schedules may be
-    several. A line with a threshold of its own takes no other and no schedule.
+    several. A line that says which steps are computed takes none of those of the command line.
     """
     lines = read_jobs(args.jobs) if args.jobs else [{}]
     every: list[dict[str, Any]] = [
         *({"rel_l1_thresh": threshold} for threshold in args.rel_l1_thresh),
-        *({"rel_l1_thresh": None, "steps": steps} for steps in args.schedule or ()),
+        *({"computed_steps": count} for count in args.computed_steps or ()),
+        *({"steps": steps} for steps in args.schedule or ()),
     ]
     jobs = []
     for line in lines:
-        values = {name: line.get(name, getattr(args, name)) for name in FIELDS}
+        values = {
+            name: line.get(name, getattr(args, name)) for name in FIELDS if name not in CHOICES
+        }
         seeds = [line["seed"]] if "seed" in line else args.seed
-        for seed, chosen in itertools.product(seeds, [{}] if "rel_l1_thresh" in line else every):
-            jobs.append(Job(**{**values, "seed": seed, **chosen}))
+        own = [{name: line[name]} for name in CHOICES if name in line]
+        for seed, chosen in itertools.product(seeds, own or every):
+            reuse = _reuse_of(chosen, args.reuse)
+            jobs.append(Job(**{**values, "seed": seed, **chosen, "reuse": reuse}))
     return tuple(dict.fromkeys(jobs))
+
+
+def _reuse_of(chosen: dict[str, Any], reuse: str | None) -> str:
+    """How the steps of a job are reused, which at threshold 0 none is."""
+    if chosen.get("rel_l1_thresh") == 0:
+        return "residual"
+    return reuse or ("forecast" if "computed_steps" in chosen else "residual")

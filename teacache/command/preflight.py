@@ -29,7 +29,7 @@ from teacache.command.jobs import Job
 from teacache.command.order import LatentsOrder, Machine, Order
 from teacache.command.ranks import division_of
 from teacache.command.repeating import check_repeated
-from teacache.core.rule import Schedule, listed_schedule, schedule
+from teacache.core.rule import Schedule, counted_schedule, listed_schedule, schedule
 from teacache.inputs.embedding_cache import fingerprint
 from teacache.inputs.photograph import load_image, pixels_sha256
 from teacache.parallel.division import Division
@@ -54,6 +54,7 @@ class Ready:
         checkpoint_sha256: a digest of its transformer's files.
         machine: the order's, with nothing left open; memory: a line about it, for a GPU.
         backend: of the attention, see `teacache.sampling.attention.choose_backend`.
+        scheduler: `dpm` or `ddim`.
         division: of each denoising step, among GPUs.
         schedules: of each job.
     """
@@ -68,6 +69,7 @@ class Ready:
     machine: Machine
     memory: str
     backend: str
+    scheduler: str
     division: Division
     schedules: dict[Job, Schedule]
 
@@ -109,6 +111,8 @@ def preflight(order: Order, stages: Stages) -> Ready:
     division = division_of(order, checkpoint, size)
     check_space(order.output_path, size.width * size.height, size.num_frames, len(order.jobs))
     with stages.stage("schedule"):
+        from teacache.checkpoint.distances import scheduler_name
+
         schedules = plan_jobs(order, checkpoint, device, dtype)
         from teacache.sampling.attention import choose_backend
 
@@ -132,6 +136,7 @@ def preflight(order: Order, stages: Stages) -> Ready:
         machine=machine,
         memory=memory,
         backend=backend,
+        scheduler=order.scheduler or scheduler_name(checkpoint),
         division=division,
         schedules=schedules,
     )
@@ -240,17 +245,25 @@ def plan_jobs(
     """The schedule of each job.
 
     Raises:
-        ArgumentError: where the scheduler has not so many steps, or a listed step is none of them.
+        ArgumentError: where the scheduler has not so many steps, a listed step is none of them, or
+            a forecast is not derived for it.
     """
-    from teacache.checkpoint.distances import distances_of
+    from teacache.checkpoint.distances import distances_of, load_scheduler
+    from teacache.core.forecast import check_scheduler
 
-    distances = distances_of(checkpoint, order.format.guidance_scale, device, dtype)
+    scheduler = load_scheduler(checkpoint, order.scheduler)
+    if any(job.reuse == "forecast" for job in order.jobs):
+        check_scheduler(scheduler)
+    distances = distances_of(checkpoint, scheduler, order.format.guidance_scale, device, dtype)
 
     def plan(job: Job) -> Schedule:
         known = distances(job.num_infer_steps)
         if job.steps is not None:
-            return listed_schedule(job.steps, known, order.coefficients)
+            return listed_schedule(job.steps, known, order.coefficients, job.reuse)
+        how = order.coefficients, order.limits, job.reuse
+        if job.computed_steps is not None:
+            return counted_schedule(job.computed_steps, known, *how)
         assert job.rel_l1_thresh is not None
-        return schedule(known, job.rel_l1_thresh, order.coefficients, order.limits)
+        return schedule(known, job.rel_l1_thresh, *how)
 
     return {job: plan(job) for job in order.jobs}

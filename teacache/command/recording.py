@@ -20,6 +20,9 @@ def settings_of(job: Job, order: Order, ready: Ready) -> Settings:
         approximations.append(f"attention {attention.short_name(ready.backend)}")
     if machine.quantize:
         approximations.append(f"quantize {machine.quantize}")
+    schedule = ready.schedules[job]
+    if schedule.reused_steps:
+        approximations.append(f"reuse {job.reuse}")
     return Settings(
         image=without_credentials(job.image),
         prompt=job.prompt,
@@ -49,7 +52,9 @@ def settings_of(job: Job, order: Order, ready: Ready) -> Settings:
         retain_last=order.limits.retain_last,
         max_reuse=order.limits.max_reuse,
         schedule=job.schedule,
-        selected_steps=job.selected_steps,
+        selected_steps=list(schedule.computed_steps) if job.rel_l1_thresh is None else None,
+        reuse=job.reuse,
+        scheduler=ready.scheduler,
         num_gpus=machine.num_gpus,
         division=str(ready.division) if machine.num_gpus > 1 else None,
         lora=[f"{source}:{scale:g}" for source, scale in order.loras],

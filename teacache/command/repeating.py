@@ -12,12 +12,12 @@ from teacache.results.record import Record
 if TYPE_CHECKING:
     from teacache.command.preflight import Ready
 
-SCHEDULES = ("rel_l1_thresh", "schedule")
+SCHEDULES = ("rel_l1_thresh", "computed_steps", "schedule")
 # On record by the names of the arguments. What the machine is best at is chosen anew.
 BY_NAME = (
     *("image", "prompt", "negative_prompt", "num_infer_steps", "guidance_scale"),
     *("width", "height", "num_frames", "fps", "ckpts_path", "dtype", "vae_tiling", "attention"),
-    *("compile", "quantize", "retain_first", "retain_last", "max_reuse"),
+    *("compile", "quantize", "retain_first", "retain_last", "max_reuse", "scheduler"),
 )
 
 
@@ -33,10 +33,13 @@ def arguments_of(record: Record, parsed: argparse.Namespace) -> dict[str, Any]:
     arguments["lora"] = [lora(each) for each in settings.lora]
     arguments["coefficients"] = coefficients_of(settings.coefficients)
     if not any(getattr(parsed, name) for name in SCHEDULES):
-        if settings.selected_steps:
-            arguments["schedule"] = [tuple(settings.selected_steps)]
-        else:
+        arguments["reuse"] = settings.reuse
+        if settings.rel_l1_thresh is not None:
             arguments["rel_l1_thresh"] = [settings.rel_l1_thresh]
+        elif settings.schedule == f"{settings.reuse} {len(record.computed_steps)}":
+            arguments["computed_steps"] = [len(record.computed_steps)]
+        else:
+            arguments["schedule"] = [tuple(record.computed_steps)]
     return arguments
 
 

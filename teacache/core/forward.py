@@ -22,19 +22,23 @@ from teacache.core.rule import COGVIDEOX_5B, PUBLISHED, Coefficients, Limits, Sc
 from teacache.core.team import Share
 
 if TYPE_CHECKING:
-    from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, ConsisIDPipeline
+    from diffusers import ConsisIDPipeline
     from diffusers.models.embeddings import CogVideoXPatchEmbed
     from diffusers.models.transformers.consisid_transformer_3d import PerceiverCrossAttention
+
+    from teacache.core.forecast import Scheduler
 
 
 def apply_teacache(
     pipe_or_transformer: ConsisIDPipeline | ConsisIDTransformer3DModel,
     rel_l1_thresh: float = 0.1,
     *,
+    computed_steps: int | None = None,
     schedule: Schedule | Iterable[int] | None = None,
+    reuse: str | None = None,
     coefficients: Coefficients = COGVIDEOX_5B,
     limits: Limits = PUBLISHED,
-    scheduler: CogVideoXDPMScheduler | CogVideoXDDIMScheduler | None = None,
+    scheduler: Scheduler | None = None,
 ) -> TeaCacheHandle:
     """Patch one ConsisID transformer's forward with TeaCache.
 
@@ -44,7 +48,10 @@ def apply_teacache(
     Args:
         pipe_or_transformer: a ConsisIDPipeline, or its transformer alone.
         rel_l1_thresh: threshold on the accumulated distance; 0 is the original sampler.
-        schedule: in place of a threshold, the steps to compute; see `TeaCacheHandle.follow`.
+        computed_steps: in place of a threshold, how many steps to compute.
+        schedule: in place of both, the steps to compute; see `TeaCacheHandle.follow`.
+        reuse: how the other steps are reused: `residual`, as published, or `forecast`. By default
+            the forecast with `computed_steps`, else the residual.
         coefficients: the polynomial that rescales the distance.
         limits: what is computed whatever the threshold.
         scheduler: for a transformer that stands alone, whose timesteps a video has. One who writes
@@ -58,6 +65,8 @@ def apply_teacache(
         ArgumentError: for what is no ConsisID transformer, has TeaCache already, or has been
             wrapped in a way that the patch could not be undone from.
     """
+    if computed_steps is not None and schedule is not None:
+        raise ArgumentError("computed_steps and schedule both say what to compute: give one")
     transformer = getattr(pipe_or_transformer, "transformer", pipe_or_transformer)
     if not isinstance(transformer, ConsisIDTransformer3DModel):
         raise ArgumentError(
@@ -70,13 +79,14 @@ def apply_teacache(
     if isinstance(current, functools.partial) and current.func is _dispatch:
         raise ArgumentError("this transformer has TeaCache already: remove() the first one")
 
-    def timesteps() -> torch.Tensor:
+    def current_scheduler() -> Scheduler:
         # Looked up at each step: a pipeline's scheduler may be exchanged between videos.
-        owner = pipe_or_transformer.scheduler if scheduler is None else scheduler
-        return owner.timesteps
+        return pipe_or_transformer.scheduler if scheduler is None else scheduler
 
-    handle = TeaCacheHandle(transformer, rel_l1_thresh, coefficients, limits, timesteps, _dispatch)
-    handle.follow(schedule)
+    handle = TeaCacheHandle(
+        transformer, rel_l1_thresh, coefficients, limits, reuse, current_scheduler, _dispatch
+    )
+    handle.follow(schedule if computed_steps is None else computed_steps)
     put_in_place(transformer, handle.forward)
     return handle
 
@@ -106,6 +116,8 @@ def _forward(
 ) -> tuple[torch.Tensor] | Transformer2DModelOutput:
     """`ConsisIDTransformer3DModel.forward`, with the block stack computed or reused.
 
+    With the residual, a reused step skips the block stack. With the forecast, it skips all.
+
     Follows diffusers 0.42.1, models/transformers/consisid_transformer_3d.py, operation for
     operation where a step is computed.
 
@@ -119,8 +131,13 @@ def _forward(
     text_seq_length, p = encoder_hidden_states.shape[1], self.config.patch_size
     video_seq_length = num_frames * (height // p) * (width // p)
 
+    computed, inputs = handle.begin_step(batch_size, hidden_states.dtype), hidden_states
+    if not computed and handle.video.forecast is not None:
+        output = handle.reuse_forecast(inputs)
+        handle.end_step()
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
     emb = embed_timestep(self, timestep, hidden_states.dtype, timestep_cond)
-    computed = handle.begin_step(batch_size, hidden_states.dtype)
 
     # What follows is of this process's share of samples and tokens; alone, it has all of them.
     share = handle.team.share(batch_size, text_seq_length, video_seq_length)
@@ -146,10 +163,11 @@ def _forward(
     video = self.proj_out(video)  # [batch, video tokens, patch x patch x out channels]
     video = handle.team.whole(video, share, batch_size, video_seq_length)
 
-    handle.end_step()
-
     video = video.reshape(batch_size, num_frames, height // p, width // p, -1, p, p)
     output = video.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
+    if handle.video.forecast is not None:
+        output = handle.correct_by_forecast(inputs, output)
+    handle.end_step()
     return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
 

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from teacache.base.errors import ArgumentError
+from teacache.core.forecast import Forecast, check_scheduler, settings_for, solver_steps
 from teacache.core.rule import (
+    REUSES,
     Coefficients,
     Limits,
     Schedule,
     check_threshold,
+    counted_schedule,
     distances_between,
     listed_schedule,
     schedule,
@@ -24,6 +27,8 @@ from teacache.core.team import ALONE
 
 if TYPE_CHECKING:
     from diffusers import ConsisIDTransformer3DModel
+
+    from teacache.core.forecast import Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +42,7 @@ class Video:
             another tensor means another video.
         plan: its schedule, made before its first step.
         step: index of the step that the next forward is.
+        forecast: where steps are reused by it.
         residual: [batch, video tokens, inner dim], what the block stack added at the last computed
             step, where a later step reuses it.
         face: the local facial extractor's inputs, and its output [1, queries, output dim].
@@ -45,6 +51,7 @@ class Video:
     timesteps: torch.Tensor
     plan: Schedule
     step: int = 0
+    forecast: Forecast | None = None
     residual: torch.Tensor | None = None
     face: tuple[list[torch.Tensor], torch.Tensor] | None = None
 
@@ -62,7 +69,9 @@ class TeaCacheHandle:
 
     Args:
         transformer: the transformer that is patched.
-        timesteps: gives the scheduler's timesteps, the tensor itself and not a copy.
+        scheduler: gives the scheduler, whose timesteps a video has.
+        reuse: one of `REUSES`, or None: the forecast for a number of computed steps, else the
+            residual.
         forward: what stands in the place of the transformer's own: a function of the transformer,
             this handle, and the arguments of the forward.
     """
@@ -73,17 +82,21 @@ class TeaCacheHandle:
         rel_l1_thresh: float,
         coefficients: Coefficients,
         limits: Limits,
-        timesteps: Callable[[], torch.Tensor],
+        reuse: str | None,
+        scheduler: Callable[[], Scheduler],
         forward: Callable[..., Any],
     ):
+        if reuse not in (None, *REUSES):
+            raise ArgumentError(f"reuse must be one of {', '.join(REUSES)}: found {reuse!r}")
         self.forward = functools.partial(forward, transformer, self)
         self.transformer = transformer
         self.coefficients, self.limits = coefficients, limits
         self.rel_l1_thresh = rel_l1_thresh
+        self.reuse = reuse
         self.team = ALONE
         self.removed = False
-        self._timesteps = timesteps
-        self._followed: Schedule | tuple[int, ...] | None = None
+        self._scheduler = scheduler
+        self._followed: Schedule | tuple[int, ...] | int | None = None
         self._video: Video | None = None
         self._warned = False
 
@@ -96,17 +109,15 @@ class TeaCacheHandle:
     def rel_l1_thresh(self, value: float) -> None:
         self._rel_l1_thresh = check_threshold(value)
 
-    def follow(self, steps: Schedule | Iterable[int] | None) -> None:
-        """Compute these steps from the next video on, whatever the threshold; None ends that.
+    def follow(self, steps: Schedule | Iterable[int] | int | None) -> None:
+        """Compute these steps from the next video on. None restores the threshold rule.
 
         Args:
-            steps: a schedule, or a list of the steps to compute, to which the first and the last
-                are added.
+            steps: a schedule; or a list of the steps to compute, to which the first and the last
+                are added; or how many, see `teacache.core.rule.spread_steps`.
         """
-        if steps is None or isinstance(steps, Schedule):
-            self._followed = steps
-        else:
-            self._followed = tuple(steps)
+        given = steps is None or isinstance(steps, (Schedule, int))
+        self._followed = steps if given else tuple(steps)  # type: ignore[arg-type, assignment]
 
     @property
     def schedule(self) -> Schedule | None:
@@ -151,10 +162,15 @@ class TeaCacheHandle:
             batch, dtype: of the transformer's input: with them the timestep embedding may round
                 differently.
         """
-        timesteps, video = self._timesteps(), self._video
+        scheduler, video = self._scheduler(), self._video
+        timesteps = scheduler.timesteps
         if video is None or video.timesteps is not timesteps or video.step == len(timesteps):
             self._forget()
-            video = self._video = Video(timesteps, self._plan(timesteps, batch, dtype))
+            video = Video(timesteps, self._plan(timesteps, batch, dtype))
+            if video.plan.reuse == "forecast" and video.plan.reused_steps:
+                check_scheduler(scheduler)
+                video.forecast = Forecast(solver_steps(scheduler), settings_for(scheduler))
+            self._video = video
         computed = video.step in video.plan.computed_steps
         if computed:
             video.residual = None  # its memory is the blocks' until there is a new one
@@ -167,19 +183,48 @@ class TeaCacheHandle:
             self._forget()
 
     def keep_residual(self, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Keep what the block stack added, where a step to come reuses it.
+        """Keep what the block stack added, where the next step reuses it.
 
         Args:
             before, after: [batch, video tokens, inner dim], into and out of the block stack.
         """
         video = self.video
-        if video.step + 1 in video.plan.reused_steps:
+        if video.forecast is None and video.step + 1 in video.plan.reused_steps:
             video.residual = after - before
 
     def reuse_residual(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[batch, video tokens, inner dim] with the cached residual in place of the blocks."""
         assert self.video.residual is not None, "the first step is computed"
         return hidden_states + self.video.residual
+
+    def reuse_forecast(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The output of a step that is not computed, by the forecast.
+
+        Args:
+            hidden_states: the transformer's input, [batch, latent frames, channels, height, width].
+        """
+        video = self.video
+        assert video.forecast is not None
+        v = video.forecast.reused(video.step, self._sample(hidden_states))
+        return v.to(hidden_states.dtype)
+
+    def correct_by_forecast(
+        self, hidden_states: torch.Tensor, output: torch.Tensor
+    ) -> torch.Tensor:
+        """The output of a computed step: as it is, or corrected where it follows a reused one.
+
+        Args:
+            hidden_states: as for `reuse_forecast`.
+            output: the transformer's.
+        """
+        video = self.video
+        assert video.forecast is not None
+        v = video.forecast.computed(video.step, self._sample(hidden_states), output.float())
+        return v.to(output.dtype)
+
+    def _sample(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The latents in a transformer's input, which holds the image's latents too, in float32."""
+        return hidden_states[:, :, : self.transformer.config.out_channels].float()
 
     def face_embedding(
         self,
@@ -209,10 +254,15 @@ class TeaCacheHandle:
             distances = distances_between(
                 [embed_timestep(self.transformer, t.expand(batch), dtype) for t in timesteps]
             )
+            reuse = self.reuse or ("forecast" if isinstance(plan, int) else "residual")
             if plan is None:
-                plan = schedule(distances, self.rel_l1_thresh, self.coefficients, self.limits)
+                plan = schedule(
+                    distances, self.rel_l1_thresh, self.coefficients, self.limits, reuse
+                )
+            elif isinstance(plan, int):
+                plan = counted_schedule(plan, distances, self.coefficients, self.limits, reuse)
             else:
-                plan = listed_schedule(plan, distances, self.coefficients)
+                plan = listed_schedule(plan, distances, self.coefficients, reuse)
         elif plan.num_steps != len(timesteps):
             raise ArgumentError(
                 f"a schedule of {plan.num_steps} steps cannot be followed in {len(timesteps)}"
@@ -236,7 +286,7 @@ class TeaCacheHandle:
     def _forget(self) -> None:
         """Free what the last video has cached; what it did stays known."""
         if self._video is not None:
-            self._video.residual = self._video.face = None
+            self._video.residual = self._video.face = self._video.forecast = None
 
 
 def embed_timestep(

@@ -1,9 +1,9 @@
-"""The TeaCache rule: which denoising steps are computed, and which reuse the cached residual.
+"""The TeaCache rule: which denoising steps are computed, and which are reused.
 
 The rule needs one number a step, the relative L1 distance between the timestep embeddings of this
 step and of the one before. A polynomial fitted on the model rescales it to an estimate of how far
-the model's output has moved; the estimates are added up, and while the sum stays below the
-threshold the residual of the last computed step is good enough to be used again.
+the model's output has moved. The estimates are added up. While the sum stays below the threshold,
+what the last computed step has left is good enough to be used again.
 
 For ConsisID the timestep embedding depends on the timestep alone. So all distances of a video are
 known before its first step, and with them its whole schedule: a value, made by a pure function.
@@ -24,6 +24,65 @@ from teacache.base.errors import ArgumentError
 
 if TYPE_CHECKING:
     import torch
+
+# How a step that is not computed gets its output: see teacache.core.forward and .forecast.
+REUSES = ("residual", "forecast")
+# Of spread steps. So many at the end are computed, since what is off there stays off; and a power
+# above 1 makes the early ones denser, which decide what the video shows.
+RETAINED = 2
+DENSITY = 1.2
+
+
+def computed_steps(
+    rescaled: Sequence[float | None], rel_l1_thresh: float, limits: Limits
+) -> tuple[int, ...]:
+    """The published rule: the steps that are computed, rising.
+
+    Args:
+        rescaled: of each step, the rescaled distance to the step before. None, where there is no
+            distance or the polynomial does not cover it: such a step is computed.
+    """
+    computed: list[int] = []
+    accumulated = 0.0
+    for step, distance in enumerate(rescaled):
+        accumulated += distance or 0.0
+        reuse = distance is not None and accumulated < rel_l1_thresh
+        if not reuse or limits.forbid(step, len(rescaled), computed[-1] if computed else -1):
+            computed.append(step)
+            accumulated = 0.0
+    return tuple(computed)
+
+
+def spread_steps(num_steps: int, count: int, limits: Limits) -> tuple[int, ...]:
+    """`count` computed steps: the first and the last ones, the others between them.
+
+    Those lie the denser the earlier: their places grow with a power of their number.
+
+    Raises:
+        ArgumentError: where the video has not so many steps, or `limits` ask for more.
+    """
+    first, last = limits.retain_first, limits.retain_last
+    least = min(num_steps, first + last)
+    if not least <= count <= num_steps:
+        raise ArgumentError(
+            f"computed_steps {count}: of {num_steps} steps {least} to {num_steps} can be computed"
+        )
+    last = max(last, min(RETAINED, count - first))
+    start, inner = first - 1, count - first - last
+    end = num_steps - last
+    computed = list(range(first))
+    for number in range(1, inner + 1):
+        place = round(start + (end - start) * (number / (inner + 1)) ** DENSITY)
+        computed.append(max(computed[-1] + 1, min(place, end - 1 - inner + number)))
+    computed += range(max(end, first), num_steps)
+    most = max((b - a - 1 for a, b in itertools.pairwise(computed)), default=0)
+    if limits.max_reuse is not None and most > limits.max_reuse:
+        raise ArgumentError(
+            f"computed_steps {count} reuses {most} steps in a row, max_reuse allows "
+            f"{limits.max_reuse}: compute more"
+        )
+    return tuple(computed)
+
 
 UNBOUNDED = (0.0, math.inf)
 
@@ -135,14 +194,15 @@ def distances_between(embeddings: Sequence[torch.Tensor]) -> tuple[float | None,
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which denoising steps of one video are computed; the others reuse the cached residual.
+    """Which denoising steps of one video are computed, and how the others are reused.
 
     Attributes:
         distances: one entry a step, None for the first, which has no step before it.
         computed_steps: rising step indices.
-        rel_l1_thresh: the threshold that they follow from; None where they were listed.
+        rel_l1_thresh: the threshold that they follow from; None where there is none.
         coefficients: the polynomial that rescales the distances.
         limits: what was computed whatever the threshold.
+        reuse: one of `REUSES`.
     """
 
     distances: tuple[float | None, ...]
@@ -150,6 +210,7 @@ class Schedule:
     rel_l1_thresh: float | None
     coefficients: Coefficients = COGVIDEOX_5B
     limits: Limits = PUBLISHED
+    reuse: str = "residual"
 
     @property
     def num_steps(self) -> int:
@@ -217,12 +278,11 @@ def schedule(
     rel_l1_thresh: float,
     coefficients: Coefficients = COGVIDEOX_5B,
     limits: Limits = PUBLISHED,
+    reuse: str = "residual",
 ) -> Schedule:
-    """The published rule, over a video whose distances are known.
+    """The schedule that follows from a threshold, by the published rule, `computed_steps`.
 
-    The first and the last step are computed; between them a step is computed when the rescaled
-    distances since the last computed one add up to the threshold, or where `limits` have it. Two
-    deviations, both where the published rule would give garbage: a step whose distance the
+    Two deviations, both where the published rule would give garbage: a step whose distance the
     coefficients do not cover is computed, where the rule would add a value that may be below zero;
     and threshold 0 never reuses, which needs no case, since no sum of covered values is below it.
 
@@ -233,23 +293,19 @@ def schedule(
         ArgumentError: where the threshold is negative or not finite.
     """
     check_threshold(rel_l1_thresh)
-    computed: list[int] = []
-    accumulated = 0.0
-    for step, distance in enumerate(distances):
-        covered = distance is not None and coefficients.covers(distance)
-        if distance is not None and covered:
-            accumulated += coefficients.rescale(distance)
-        forbidden = limits.forbid(step, len(distances), computed[-1] if computed else -1)
-        if forbidden or not covered or not accumulated < rel_l1_thresh:
-            computed.append(step)
-            accumulated = 0.0
-    return Schedule(tuple(distances), tuple(computed), rel_l1_thresh, coefficients, limits)
+    rescaled = [
+        coefficients.rescale(x) if x is not None and coefficients.covers(x) else None
+        for x in distances
+    ]
+    computed = computed_steps(rescaled, rel_l1_thresh, limits)
+    return Schedule(tuple(distances), computed, rel_l1_thresh, coefficients, limits, reuse)
 
 
 def listed_schedule(
     steps: Iterable[int],
     distances: Sequence[float | None],
     coefficients: Coefficients = COGVIDEOX_5B,
+    reuse: str = "residual",
 ) -> Schedule:
     """The schedule that computes the listed steps, and the first and the last in any case.
 
@@ -261,7 +317,19 @@ def listed_schedule(
     if computed[0] < 0 or computed[-1] > last:
         wrong = computed[0] if computed[0] < 0 else computed[-1]
         raise ArgumentError(f"step {wrong} cannot be computed: the video has {last + 1} steps")
-    return Schedule(tuple(distances), tuple(computed), None, coefficients)
+    return Schedule(tuple(distances), tuple(computed), None, coefficients, reuse=reuse)
+
+
+def counted_schedule(
+    count: int,
+    distances: Sequence[float | None],
+    coefficients: Coefficients = COGVIDEOX_5B,
+    limits: Limits = PUBLISHED,
+    reuse: str = "forecast",
+) -> Schedule:
+    """The schedule of `count` computed steps, see `spread_steps`."""
+    computed = spread_steps(len(distances), count, limits)
+    return Schedule(tuple(distances), computed, None, coefficients, limits, reuse)
 
 
 def check_threshold(rel_l1_thresh: float) -> float:

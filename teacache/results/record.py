@@ -71,16 +71,18 @@ class Settings:
     attention: str
     compile: bool
     quantize: str | None
-    approximations: list[str]
+    approximations: list[str] = field(compare=False)  # of what is compared by itself
     reuse_conditioning: bool = field(compare=False)
     coefficients: dict[str, Any]
     # Those of earlier versions, whose records lack them.
     retain_first: int = 1
     retain_last: int = 1
     max_reuse: int | None = None
-    # Where the steps were listed: what the schedule is called, and its computed steps.
+    # Where the published rule did not choose: what the schedule is called, its steps, their reuse.
     schedule: str | None = None
     selected_steps: list[int] | None = None
+    reuse: str = "residual"
+    scheduler: str = "dpm"
     num_gpus: int = 1
     division: str | None = None  # of a denoising step among them
     lora: list[str] = field(default_factory=list)
@@ -99,7 +101,7 @@ class Settings:
 
     @property
     def prefix(self) -> str:
-        """Of the names of the video's files: `{seed}_{rel_l1_thresh}`, or `{seed}_listed22`."""
+        """Of the names of the video's files: `{seed}_{rel_l1_thresh}`, or `{seed}_forecast12`."""
         which = self.schedule.replace(" ", "") if self.schedule else self.rel_l1_thresh
         return f"{self.seed}_{which}"
 

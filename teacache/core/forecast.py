@@ -1,0 +1,252 @@
+"""Forecast reuse: a reused step takes the clean latents that the computed steps lead to.
+
+The transformer predicts v for latents x = alpha x0 + sigma noise. So x0 = alpha x - sigma v is its
+estimate of the clean latents. Take it for the best linear denoiser of a Gaussian prior with mean m
+and variance s:
+
+    x0 = g x + (1 - g alpha) m,    g = alpha s / (alpha^2 s + sigma^2)
+
+Each computed step so gives an m, which changes slowly and steadily from step to step.
+
+1. Forecast: a reused step extrapolates m from the last two computed steps, linearly in the step's
+   index, and gets x0 and v for the latents that it is called with.
+2. Correction: the next computed step shows where m has gone. Interpolated between the two computed
+   steps, m is known better for the reused steps between them. A sampler's step is linear in x0, so
+   the latents that this better m would have led to are known too, without another forward. The
+   computed step returns the v with which the sampler goes on from there.
+
+The residual, in contrast, holds v nearly still. Where the sampler draws fresh noise at each step,
+v held still takes that noise for picture; x0 takes it for noise. The correction is that of UniPC
+(Zhao et al., arXiv:2302.04867), which corrects a sample without evaluating the model again. A
+forecast needs no residual: two latents, no forward, and nothing from other ranks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import torch
+from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+
+from teacache.base.errors import ArgumentError
+
+Scheduler: TypeAlias = CogVideoXDPMScheduler | CogVideoXDDIMScheduler
+
+
+class SolverStep(NamedTuple):
+    """One step of a sampler: x' = of_sample x + of_clean x0 + of_previous x0_before + noise.
+
+    alpha, sigma: x = alpha x0 + sigma noise. x0_before: of the step before this one.
+    """
+
+    alpha: float
+    sigma: float
+    of_sample: float
+    of_clean: float
+    of_previous: float
+
+
+class Settings(NamedTuple):
+    """How a forecast is made.
+
+    variance: s, of the prior. early_slope: the part of the slope of m that is extrapolated in the
+    first quarter of the steps. Where the sampler draws noise, half of the slope is noise there.
+    """
+
+    variance: float
+    early_slope: float
+
+
+# Found on the embedded checkpoint and on a denoiser in closed form: teacache/benchmark/README.md.
+WITH_NOISE = Settings(variance=0.1, early_slope=0.5)
+WITHOUT_NOISE = Settings(variance=0.0, early_slope=1.0)
+
+
+def settings_for(scheduler: Scheduler) -> Settings:
+    """The settings for a sampler that draws noise at each step, or for one that does not."""
+    return WITH_NOISE if isinstance(scheduler, CogVideoXDPMScheduler) else WITHOUT_NOISE
+
+
+def check_scheduler(scheduler: Scheduler) -> None:
+    """Raise ArgumentError for a scheduler that a forecast is not derived for."""
+    if not isinstance(scheduler, (CogVideoXDPMScheduler, CogVideoXDDIMScheduler)):
+        raise ArgumentError(
+            "a forecast needs CogVideoXDPMScheduler or CogVideoXDDIMScheduler, found "
+            f"{type(scheduler).__name__}: use the residual"
+        )
+    if scheduler.config.prediction_type != "v_prediction":
+        raise ArgumentError(
+            "a forecast needs a scheduler of prediction_type v_prediction, found "
+            f"{scheduler.config.prediction_type}: use the residual"
+        )
+
+
+def solver_steps(scheduler: Scheduler) -> tuple[SolverStep, ...]:
+    """What each denoising step of a scheduler does, by the scheduler itself.
+
+    A step is linear. So its coefficients are the differences that a one in the sample, in x0 and in
+    the previous x0 makes, with the same noise.
+
+    Args:
+        scheduler: after `set_timesteps`.
+    """
+    timesteps, products = scheduler.timesteps.tolist(), scheduler.alphas_cumprod.double()
+    steps = []
+    for timestep, before in zip(timesteps, [None, *timesteps], strict=False):
+        alpha, sigma = products[timestep].sqrt().item(), (1 - products[timestep]).sqrt().item()
+        stepped = functools.partial(_stepped, scheduler, timestep, before, alpha, sigma)
+        still = stepped(0.0, 0.0, 0.0)
+        ones = (stepped(1.0, 0.0, 0.0), stepped(0.0, 1.0, 0.0), stepped(0.0, 0.0, 1.0))
+        steps.append(SolverStep(alpha, sigma, *(one - still for one in ones)))
+    return tuple(steps)
+
+
+def _stepped(
+    scheduler: Scheduler,
+    timestep: int,
+    before: int | None,
+    alpha: float,
+    sigma: float,
+    *numbers: float,
+) -> float:
+    """One number stepped. numbers: the sample, its x0, and the x0 of the step before."""
+    sample, clean, previous = (torch.tensor([number], dtype=torch.float64) for number in numbers)
+    v = (alpha * sample - clean) / sigma
+    if isinstance(scheduler, CogVideoXDDIMScheduler):
+        return scheduler.step(v, timestep, sample, return_dict=False)[0].item()
+    memory = None if before is None else previous
+    noise = torch.Generator().manual_seed(0)
+    stepped = scheduler.step(
+        v, memory, timestep, before, sample, generator=noise, return_dict=False
+    )
+    return stepped[0].item()
+
+
+class Forecast:
+    """The forecast of one video: what its computed steps have shown, and what that leads to.
+
+    Samples and v are [batch, latent frames, channels, height, width], in float32; the halves of
+    guidance go through it side by side, since all of it is linear.
+
+    Args:
+        solver: see `solver_steps`.
+        settings: see `settings_for`.
+    """
+
+    def __init__(self, solver: tuple[SolverStep, ...], settings: Settings):
+        self._solver, self._settings = solver, settings
+        self._means: list[tuple[int, torch.Tensor]] = []  # m at the last two computed steps
+        # By how much the last x0 that the sampler was given is below the one that was meant.
+        self._owed: torch.Tensor | None = None
+
+    def reused(self, step: int, sample: torch.Tensor) -> torch.Tensor:
+        """v for a step that is not computed."""
+        last, mean = self._means[-1]
+        slope = self._slope()
+        if slope is not None:
+            mean = mean + slope * (self._slope_weight(step) * (step - last))
+        return self._v_of(step, sample, self._clean(step, sample, mean))
+
+    def computed(self, step: int, sample: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """v for a step that was computed: the same, or corrected where it follows a reused one.
+
+        Args:
+            v: the transformer's.
+        """
+        at, gain = self._solver[step], self._gain(step)
+        clean = at.alpha * sample - at.sigma * v
+        mean = (clean - gain * sample) / (1 - gain * at.alpha)
+        shift = self._shift(step, mean)
+        self._means = [*self._means[-1:], (step, mean)]
+        if shift is None and self._owed is None:
+            return v
+        return self._v_of(step, sample, clean, shift)
+
+    def _shift(self, step: int, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What interpolated means would have added to the sample and to the previous x0.
+
+        Forecast and interpolation leave the last computed step with different slopes. So both are
+        a number times the slope.
+
+        Args:
+            mean: m at this computed step.
+        """
+        if not self._means or step - self._means[-1][0] == 1:
+            return None
+        last, last_mean = self._means[-1]
+        by_new = self._response(last, step, lambda _: 1.0)
+        slope = (mean - last_mean) / (step - last)
+        of_sample, of_clean = by_new[0] * slope, by_new[1] * slope
+        forecast = self._slope()
+        if forecast is not None:
+            by_old = self._response(last, step, self._slope_weight)
+            of_sample, of_clean = (
+                of_sample - by_old[0] * forecast,
+                of_clean - by_old[1] * forecast,
+            )
+        return of_sample, of_clean
+
+    def _response(
+        self, last: int, step: int, weight: Callable[[int], float]
+    ) -> tuple[float, float]:
+        """How far a slope of 1 from the computed step `last` on moves the sample of `step`.
+
+        Returns:
+            that, and how far it moves x0 of the step before.
+        """
+        sample = clean = 0.0
+        for reused in range(last + 1, step):
+            at, gain = self._solver[reused], self._gain(reused)
+            before = clean
+            clean = gain * sample + (1 - gain * at.alpha) * weight(reused) * (reused - last)
+            sample = at.of_sample * sample + at.of_clean * clean + at.of_previous * before
+        return sample, clean
+
+    def _v_of(
+        self,
+        step: int,
+        sample: torch.Tensor,
+        clean: torch.Tensor,
+        shift: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """v with which the sampler steps to where the shifted sample and x0 would lead.
+
+        Args:
+            clean: x0 at the sample as it is.
+            shift: of the sample, and of the previous x0; see `_shift`.
+        """
+        at, extra = self._solver[step], None
+        if self._owed is not None:  # the sampler remembers another x0 than was meant
+            extra = self._owed * (at.of_previous / at.of_clean)
+        if shift is not None:
+            of_sample, of_clean = shift
+            moved = of_sample * (at.of_sample / at.of_clean)
+            moved = moved + of_clean * (at.of_previous / at.of_clean)
+            extra = moved if extra is None else extra + moved
+            clean = clean + self._gain(step) * of_sample
+        if extra is not None:
+            clean = clean + extra
+        self._owed = None if extra is None or not at.of_previous else -extra
+        return (at.alpha * sample - clean) / at.sigma
+
+    def _slope(self) -> torch.Tensor | None:
+        """How far m has moved a step, over the last two computed ones."""
+        if len(self._means) < 2:
+            return None
+        (first, earlier), (last, later) = self._means
+        return (later - earlier) / (last - first)
+
+    def _slope_weight(self, step: int) -> float:
+        return self._settings.early_slope if step < len(self._solver) // 4 else 1.0
+
+    def _gain(self, step: int) -> float:
+        """g of a step."""
+        at, s = self._solver[step], self._settings.variance
+        return at.alpha * s / (at.alpha**2 * s + at.sigma**2)
+
+    def _clean(self, step: int, sample: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+        """x0 at a sample, by a prior of that mean."""
+        gain = self._gain(step)
+        return gain * sample + (1 - gain * self._solver[step].alpha) * mean
