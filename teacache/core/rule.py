@@ -61,8 +61,9 @@ def spread_steps(num_steps: int, count: int, limits: Limits) -> tuple[int, ...]:
     Raises:
         ArgumentError: where the video has not so many steps, or `limits` ask for more.
     """
-    first, last = limits.retain_first, limits.retain_last
-    least = min(num_steps, first + last)
+    first = min(limits.retain_first, num_steps)
+    last = min(limits.retain_last, num_steps - first)
+    least = first + last
     if not least <= count <= num_steps:
         raise ArgumentError(
             f"computed_steps {count}: of {num_steps} steps {least} to {num_steps} can be computed"
@@ -74,7 +75,7 @@ def spread_steps(num_steps: int, count: int, limits: Limits) -> tuple[int, ...]:
     for number in range(1, inner + 1):
         place = round(start + (end - start) * (number / (inner + 1)) ** DENSITY)
         computed.append(max(computed[-1] + 1, min(place, end - 1 - inner + number)))
-    computed += range(max(end, first), num_steps)
+    computed += range(end, num_steps)
     most = max((b - a - 1 for a, b in itertools.pairwise(computed)), default=0)
     if limits.max_reuse is not None and most > limits.max_reuse:
         raise ArgumentError(
