@@ -1,0 +1,209 @@
+"""Residual and forecast at the same numbers of computed steps, on the embedded checkpoint.
+
+`python3 -m teacache.benchmark.schedules` samples the videos of `teacache.embedded.videos`, and
+measures how near the latents come to those of every step computed with the same noise. With DDIM,
+which draws no noise, it also samples with fewer steps, all computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from teacache.base.environment import prepare_environment
+from teacache.base.interruption import run_command
+from teacache.base.quiet import silence_libraries
+from teacache.command import readers
+from teacache.command.arguments import OneLineParser
+from teacache.comparison.tables import markdown_table
+from teacache.core.rule import schedule
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import ConsisIDPipeline
+
+    from teacache.embedded.videos import Video
+    from teacache.inputs.identity import FaceModels
+    from teacache.inputs.text import Text
+    from teacache.sampling.sampler import Start
+
+STEPS, GUIDANCE_SCALE = 50, 6.0
+COMPUTED = (22, 16, 12, 10, 8)
+PUBLISHED, FORECAST, FEWER = "published rule, residual", "forecast", "fewer steps, all computed"
+SETS = ("held_out", "training", "fresh")
+
+# By row of the table and number of computed steps, the PSNR of each video in dB.
+Figures = dict[tuple[str, int], list[float]]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the comparison. Returns its exit code, as the sampler's command does."""
+    parser = OneLineParser(
+        prog="python3 -m teacache.benchmark.schedules",
+        description="Compare residual and forecast at the same numbers of computed steps on the "
+        "embedded checkpoint, by the PSNR of their latents to those of every step computed.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--scheduler", choices=("dpm", "ddim"), default="dpm", help="(default: %(default)s)")
+    add("--sets", nargs="+", choices=SETS, default=SETS[:2], help="(default: held_out training)")
+    add(
+        "--videos", type=readers.positive, default=16, metavar="N", help="of each set (default: 16)"
+    )
+    add("--output", type=readers.path, metavar="FILE", help="the figures, as JSON")
+    add(
+        "--draw",
+        nargs=2,
+        type=readers.file,
+        metavar="JSON",
+        help="draw the figures of dpm and of ddim into --output, a .png; sample nothing",
+    )
+    args = parser.parse_args(argv)
+    if args.draw and not args.output:
+        parser.error("argument --draw: needs --output")
+    silence_libraries()
+    return run_command(lambda: draw(args.draw, args.output) if args.draw else compare(args))
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Sample every video, print the table, and write the figures where they are asked for."""
+    prepare_environment()
+    import torch
+
+    from teacache.checkpoint.distances import step_distances
+    from teacache.checkpoint.pipeline import load_pipeline
+    from teacache.embedded.build import cached_tiny_checkpoint
+    from teacache.embedded.videos import videos
+    from teacache.inputs.identity import load_face_models
+
+    device, dtype = torch.device("cpu"), torch.float32
+    checkpoint = cached_tiny_checkpoint()
+    pipe = load_pipeline(checkpoint, device, dtype, scheduler=args.scheduler)
+    models = load_face_models(checkpoint, device, dtype)
+    distances = step_distances(checkpoint, pipe.scheduler, GUIDANCE_SCALE, device, dtype, STEPS)
+    figures: Figures = {}
+    chosen = [video for name in args.sets for video in videos(name)[: args.videos]]
+    for number, video in enumerate(chosen, start=1):
+        for key, decibels in measure(pipe, models, video, distances).items():
+            figures.setdefault(key, []).append(decibels)
+        print(f"video {number} of {len(chosen)}", file=sys.stderr, flush=True)
+    print(
+        f"{args.scheduler}, {len(chosen)} videos ({', '.join(args.sets)}), {STEPS} steps. PSNR of"
+    )
+    print("the latents to those of every step computed: mean and its standard error, worst, and")
+    print(f"the share of videos below the worst of the {PUBLISHED} at {COMPUTED[0]}.\n")
+    print(table(figures))
+    if args.output:
+        rows = {f"{name}, {computed}": found for (name, computed), found in figures.items()}
+        args.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def measure(
+    pipe: ConsisIDPipeline,
+    models: FaceModels,
+    video: Video,
+    distances: tuple[float | None, ...],
+) -> dict[tuple[str, int], float]:
+    """The PSNR of one video in dB, by row of the table and number of computed steps."""
+    from diffusers import CogVideoXDDIMScheduler
+
+    from teacache.embedded.videos import SIZE, identity_of
+    from teacache.inputs.text import Text, embed_text
+    from teacache.sampling import sampler
+
+    start = sampler.prepare(pipe, identity_of(video.portrait, models), SIZE, video.seed)
+    text = Text(*(embed_text(pipe, words).embeds for words in (video.prompt, "")))
+    full = sample(pipe, start, text, STEPS, STEPS)
+    found = {}
+    for computed in COMPUTED:
+        listed = published_steps(distances, computed)
+        found[PUBLISHED, computed] = psnr(sample(pipe, start, text, STEPS, listed), full)
+        found[FORECAST, computed] = psnr(sample(pipe, start, text, STEPS, computed), full)
+        if isinstance(pipe.scheduler, CogVideoXDDIMScheduler):
+            found[FEWER, computed] = psnr(sample(pipe, start, text, computed, computed), full)
+    return found
+
+
+def sample(
+    pipe: ConsisIDPipeline,
+    start: Start,
+    text: Text,
+    num_steps: int,
+    computed: int | tuple[int, ...],
+) -> torch.Tensor:
+    """The latents of a video.
+
+    Args:
+        computed: how many steps, by the forecast; or which, by the residual.
+    """
+    from teacache.core.forward import apply_teacache
+    from teacache.embedded.videos import SIZE
+    from teacache.sampling.sampler import denoise
+
+    with apply_teacache(pipe) as handle:
+        handle.follow(computed)
+        return denoise(
+            pipe, start, text, SIZE, num_infer_steps=num_steps, guidance_scale=GUIDANCE_SCALE
+        ).latents
+
+
+def published_steps(distances: tuple[float | None, ...], computed: int) -> tuple[int, ...]:
+    """The steps of the lowest threshold, in thousandths, that computes so many or fewer."""
+    for thousandths in range(100_000):
+        steps = schedule(distances, thousandths / 1000).computed_steps
+        if len(steps) <= computed:
+            return steps
+    raise AssertionError("a threshold of 100 computes the first and the last step alone")
+
+
+def psnr(latents: torch.Tensor, full: torch.Tensor) -> float:
+    """In dB, against the range of `full`."""
+    error = (latents - full).square().mean().sqrt()
+    return 20 * float(((full.max() - full.min()) / error).log10())
+
+
+def table(figures: Figures) -> str:
+    """A line for each way to reuse, a column for each number of computed steps."""
+    bound = min(figures[PUBLISHED, COMPUTED[0]])
+    lines = [["dB", *map(str, COMPUTED)]]
+    for name in dict.fromkeys(name for name, _ in figures):
+        cells = []
+        for computed in COMPUTED:
+            found = np.array(figures[name, computed])
+            error = found.std(ddof=1) / len(found) ** 0.5 if len(found) > 1 else np.nan
+            below = f"{(found < bound).mean():.0%}"
+            cells.append(f"{found.mean():.1f} ± {error:.1f}, {found.min():.1f}, {below}")
+        lines.append([name, *cells])
+    return markdown_table(lines)
+
+
+def draw(paths: list[Path], picture: Path) -> None:
+    """Draw mean and worst against the number of computed steps, a panel for each file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, path, name in zip(panels, paths, ("DPM, as published", "DDIM"), strict=True):
+        figures = json.loads(path.read_text(encoding="utf-8"))
+        for row, colour in ((FORECAST, "C0"), (PUBLISHED, "C1"), (FEWER, "C2")):
+            found = [figures.get(f"{row}, {computed}") for computed in COMPUTED]
+            if found[0] is None:
+                continue
+            axes.plot(COMPUTED, [np.mean(own) for own in found], "o-", color=colour, label=row)
+            axes.plot(COMPUTED, [min(own) for own in found], ":", color=colour)
+        axes.set(title=name, xlabel="computed steps of 50", xticks=COMPUTED)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("PSNR of the latents, dB\n(dotted: the worst video)")
+    panels[1].legend(fontsize="small")
+    figure.savefig(picture, dpi=130)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
