@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 REUSES = ("residual", "forecast")
 # Of spread steps. So many at the end are computed, since what is off there stays off; and a power
 # above 1 makes the early ones denser, which decide what the video shows.
-RETAINED = 2
+RETAINED = 3
 DENSITY = 1.2
 
 
