@@ -66,6 +66,9 @@ def test_arguments(arguments):
 
 PLAUSIBLE = {
     "--rel_l1_thresh": st.floats(0, 1) | st.floats(0, 1e308),
+    "--computed_steps": st.integers(1, 60),
+    "--reuse": st.sampled_from(["residual", "forecast"]),
+    "--scheduler": st.sampled_from(["dpm", "ddim"]),
     "--prompt": st.text(min_size=1),
     "--negative_prompt": st.text(),
     "--seed": st.integers(0, 2**63 - 1),
@@ -106,6 +109,9 @@ def test_a_whole_command(capsys, tmp_path, monkeypatch, tiny, mode):
     @example([("--num_frames", [str(10**9 + 1)]), ("--fps", ["1000"])])
     @example([("--width", [str(2**63)])])
     @example([("--rel_l1_thresh", ["1e308"])])
+    @example([("--computed_steps", ["1"])])
+    @example([("--computed_steps", ["12"]), ("--num_infer_steps", ["8"])])
+    @example([("--reuse", ["forecast"]), ("--scheduler", ["ddim"])])
     @example([("--latents", ["astronaut.png"])])
     def command(arguments):
         argv = [word for option, values in arguments for word in (option, *values)]

@@ -15,11 +15,17 @@ from support import CPU, ROOT, main
 from teacache.base.errors import ArgumentError, CheckpointError
 from teacache.checkpoint import distances
 from teacache.core.forward import apply_teacache
-from teacache.core.rule import COGVIDEOX_5B, Limits, schedule
+from teacache.core.rule import COGVIDEOX_5B, Limits, counted_schedule, schedule
 from teacache.embedded.build import TRANSFORMER
 from teacache.inputs.photograph import load_image
 
 THRESHOLDS = [0.0, 0.03, 0.05, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.3, 0.5, 1.0, 3.0]
+
+
+def known_distances(checkpoint, steps, guidance_scale=6.0, dtype=torch.float32):
+    """Those of the plan, with the checkpoint's own scheduler."""
+    scheduler = distances.load_scheduler(checkpoint, None)
+    return distances.step_distances(checkpoint, scheduler, guidance_scale, CPU, dtype, steps)
 
 
 @pytest.fixture
@@ -55,7 +61,7 @@ def test_plan_equals_the_run(tiny, tmp_path, shallow, sample, scheduler, spacing
         runs = runs[:2]
     with apply_teacache(pipe) as handle:
         for steps, guidance_scale, threshold in runs:
-            known = distances.step_distances(checkpoint, guidance_scale, CPU, dtype, steps)
+            known = known_distances(checkpoint, steps, guidance_scale, dtype)
             handle.rel_l1_thresh = threshold
             sample(pipe, steps=steps, num_frames=1, guidance_scale=guidance_scale)
             assert handle.schedule.distances == known
@@ -65,7 +71,7 @@ def test_plan_equals_the_run(tiny, tmp_path, shallow, sample, scheduler, spacing
 
 def test_plan_equals_the_run_at_many_thresholds(tiny, shallow, sample):
     pipe = shallow(torch.float32)
-    known = distances.step_distances(tiny, 6.0, CPU, torch.float32, 20)
+    known = known_distances(tiny, 20)
     with apply_teacache(pipe) as handle:
         for threshold in THRESHOLDS:
             handle.rel_l1_thresh = threshold
@@ -77,16 +83,27 @@ def test_plan_equals_the_run_at_many_thresholds(tiny, shallow, sample):
         assert handle.schedule == schedule(known, 0.3, COGVIDEOX_5B, limits)
 
 
-def test_timesteps_equal_the_schedulers_own(tiny, tmp_path):
-    (tmp_path / "scheduler").mkdir()
+@pytest.mark.parametrize("kind", [CogVideoXDPMScheduler, CogVideoXDDIMScheduler])
+@pytest.mark.parametrize("name", [None, "dpm", "ddim"])
+def test_the_loaded_scheduler_is_the_checkpoints(tiny, tmp_path, kind, name):
+    """Its class, or the one that is named; its configuration, and so its timesteps."""
+    shutil.copytree(tiny, tmp_path / "c", copy_function=os.link)
+    shutil.rmtree(tmp_path / "c" / "scheduler")
     for spacing in ("trailing", "leading", "linspace"):
-        scheduler = CogVideoXDPMScheduler(timestep_spacing=spacing, steps_offset=1)
-        scheduler.save_pretrained(tmp_path / "scheduler")
+        own = kind(timestep_spacing=spacing, steps_offset=1, prediction_type="v_prediction")
+        own.save_pretrained(tmp_path / "c" / "scheduler")
+        loaded = distances.load_scheduler(tmp_path / "c", name)
+        assert type(loaded) is (distances.SCHEDULERS[name] if name else kind)
+        expected = type(loaded).from_config(own.config)
+        public = {key for key in expected.config if not key.startswith("_")}
+        assert all(loaded.config[key] == expected.config[key] for key in public)
+        assert torch.equal(loaded.alphas_cumprod, expected.alphas_cumprod)
         for steps in [*range(1, 101), 333, 999, 1000]:
-            scheduler.set_timesteps(steps)
-            assert torch.equal(distances.scheduler_timesteps(tmp_path, steps), scheduler.timesteps)
+            for scheduler in (loaded, expected):
+                scheduler.set_timesteps(steps)
+            assert torch.equal(loaded.timesteps, expected.timesteps)
     with pytest.raises(ArgumentError, match="1000 timesteps"):
-        distances.scheduler_timesteps(tmp_path, 1001)
+        known_distances(tmp_path / "c", 1001)
 
 
 def test_a_checkpoint_without_time_embedding(tiny, tmp_path):
@@ -97,7 +114,7 @@ def test_a_checkpoint_without_time_embedding(tiny, tmp_path):
     weights.unlink()
     save_file({"proj_out.weight": torch.zeros(1)}, weights)
     with pytest.raises(CheckpointError, match=r"lacks time_embedding.linear_1.bias"):
-        distances.step_distances(tmp_path / "c", 6.0, CPU, torch.float32, 8)
+        known_distances(tmp_path / "c", 8)
 
 
 def test_command_prints_a_plan(capsys, tmp_path, tiny):
@@ -106,14 +123,21 @@ def test_command_prints_a_plan(capsys, tmp_path, tiny):
     )
     assert code == 0
     lines = output.splitlines()
-    assert lines[0].split() == ["rel_l1_thresh", "computed", "speed-up", "schedule"]
-    assert [line.split()[0] for line in lines[1:7]] == ["0.05", "0.1", "0.15", "0.2", "0.25", "0.3"]
-    known = distances.step_distances(tiny, 6.0, CPU, torch.float32, 50)
-    for line in lines[1:7]:
-        threshold, computed, *_, cells = line.split()
-        planned = schedule(known, float(threshold), COGVIDEOX_5B).computed_steps
-        assert int(computed) == len(planned)
-        assert tuple(n for n, cell in enumerate(cells) if cell == "■") == planned
+    assert lines[0].split() == ["computed", "speed-up", "schedule"]
+    known = known_distances(tiny, 50)
+    plans = {f"threshold {x:g}": schedule(known, x) for x in (0, 0.1, 0.15, 0.2)}
+    plans |= {f"forecast {n}": counted_schedule(n, known) for n in (22, 16, 12, 10, 8)}
+    for line, (name, plan) in zip(lines[1 : lines.index("")], plans.items(), strict=True):
+        *words, computed, _, total, speed_up, cells = line.split()
+        assert " ".join(words) == name
+        assert (int(computed), int(total)) == (len(plan.computed_steps), 50)
+        assert speed_up == f"{50 / len(plan.computed_steps):.2f}x"
+        assert tuple(n for n, cell in enumerate(cells) if cell == "■") == plan.computed_steps
+    code, output, _ = main(capsys, "--ckpts_path", "tiny", "--plan", "--rel_l1_thresh", 0.1)
+    assert code == 0
+    heading, line, *_ = output.splitlines()
+    assert heading.split() == ["rel_l1_thresh", "computed", "speed-up", "schedule"]
+    assert line.split()[:2] == ["0.1", str(len(plans["threshold 0.1"].computed_steps))]
     assert not (tmp_path / "none").exists(), "a plan leaves nothing behind"
 
 
@@ -172,7 +196,7 @@ def test_command_names_a_missing_scheduler(capsys, tmp_path, tiny):
 
 
 def test_the_picture_in_the_readme_is_true(tiny):
-    known = distances.step_distances(tiny, 6.0, CPU, torch.float32, 50)
+    known = known_distances(tiny, 50)
     readme = (ROOT / "README.md").read_text("utf-8")
     lines = [line for line in readme.splitlines() if line.count("■") > 10]
     assert len(lines) == 4
@@ -194,7 +218,5 @@ def test_the_readmes_example_runs_as_it_stands(tiny, tmp_path, monkeypatch, caps
     (tmp_path / "BestWishYsh" / "ConsisID-preview").symlink_to(tiny)
     load_image("astronaut").save("me.jpg")
     exec(code, {})
-    computed = schedule(
-        distances.step_distances(tiny, 6.0, CPU, torch.float32, 50), 0.15
-    ).computed_steps
+    computed = schedule(known_distances(tiny, 50), 0.15).computed_steps
     assert capsys.readouterr().out == f"{computed} 13\n"

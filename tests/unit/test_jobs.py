@@ -70,6 +70,38 @@ def test_csv(tmp_path):
     ]
 
 
+def test_a_line_that_says_what_is_computed_takes_nothing_else(tmp_path):
+    """Each of its own choices is a video; the command line's are for the other lines."""
+    file = tmp_path / "jobs.jsonl"
+    file.write_text(
+        '{"seed": 1, "computed_steps": 12}\n{"seed": 2, "rel_l1_thresh": 0.2}\n{"seed": 3}\n'
+        '{"seed": 4, "computed_steps": 12, "rel_l1_thresh": 0}\n'
+    )
+    found = jobs("--jobs", file, "--rel_l1_thresh", 0.1, "--computed_steps", 8)
+    assert [(job.seed, job.which, job.reuse) for job in found] == [
+        (1, "forecast 12", "forecast"),
+        (2, "rel_l1_thresh 0.2", "residual"),
+        *((3, "rel_l1_thresh 0.1", "residual"), (3, "forecast 8", "forecast")),
+        *((4, "rel_l1_thresh 0.0", "residual"), (4, "forecast 12", "forecast")),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (("--computed_steps", 12, 8), ["forecast 12", "forecast 8"]),
+        (("--computed_steps", 12, "--reuse", "residual"), ["residual 12"]),
+        (("--rel_l1_thresh", 0, 0.2), ["rel_l1_thresh 0.0", "rel_l1_thresh 0.2"]),
+        (("--rel_l1_thresh", 0, 0.2, "--reuse", "forecast"), ["rel_l1_thresh 0.0", "0.2 forecast"]),
+    ],
+)
+def test_what_a_schedule_is_called(arguments, names):
+    """At threshold 0 nothing is reused: there is one such video, however the others are reused."""
+    found = jobs(*arguments)
+    assert [job.which for job in found] == names
+    assert all(job.reuse == "residual" for job in found if job.rel_l1_thresh == 0)
+
+
 def test_text_comes_through_whole(tmp_path):
     """Line breaks inside a CSV field, and separators that only look like line breaks in JSON."""
     (tmp_path / "a.csv").write_text('prompt,seed\n"one\ntwo",7\n')
@@ -99,6 +131,7 @@ def test_order_of_sampling_keeps_face_and_noise_together(tmp_path):
         ("a.jsonl", '{"seed": 1.5}', "line 1: seed: '1.5'"),
         ("a.jsonl", '{"rel_l1_thresh": NaN}', "line 1: rel_l1_thresh: 'nan'"),
         ("a.jsonl", '{"num_infer_steps": 0}', "line 1: num_infer_steps"),
+        ("a.jsonl", '{"computed_steps": 0}', "line 1: computed_steps: '0'"),
         ("a.jsonl", '{"image": "nowhere.png"}', "line 1: image: nowhere.png: there is no such"),
         ("a.jsonl", '{"sede": 1}', "line 1: unknown field 'sede'"),
         ("a.jsonl", "", "holds no jobs"),
