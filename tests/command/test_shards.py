@@ -176,7 +176,7 @@ def test_side_by_side_one_started_twice_one_killed(capsys, tmp_path, tiny):
 
 def test_the_readmes_slurm_script(tmp_path, tiny):
     """As SLURM runs it, for each task of an array of two; here with the embedded checkpoint."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "teacache" / "cluster" / "README.md").read_text(encoding="utf-8")
     script = re.search(r"#!/bin/bash\n#SBATCH.*?(?=```)", readme, flags=re.DOTALL)[0]
     options = " ".join(map(str, COMMON))
     (tmp_path / "array.sh").write_text(

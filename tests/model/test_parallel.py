@@ -99,7 +99,7 @@ def test_the_published_size_divides_among_2_4_and_8():
 
 
 def test_the_arithmetic_is_that_of_the_readme():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "teacache" / "parallel" / "README.md").read_text(encoding="utf-8")
     for halves, parts in ((1, 1), (2, 1), (2, 2), (2, 4)):
         division = Division(halves, parts)
         sent, seconds = bytes_sent(division, 2, 42, 17776, 3072), h100_seconds(division, True)

@@ -13,16 +13,21 @@ from teacache.cluster.__main__ import RAY
 from teacache.command.arguments import build_parser, parse_arguments
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+ROOMS = {path: path.read_text(encoding="utf-8") for path in (ROOT / "teacache").glob("*/README.md")}
+# What another commit printed or needs is not of this one.
+COMMANDS = README + "".join(
+    text for path, text in ROOMS.items() if path.parent.name not in ("benchmark", "embedded")
+)
 
 
-def section(title: str) -> str:
-    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+def section(text: str, title: str) -> str:
+    return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
 def rows() -> dict[str, list[str]]:
     """The cells of each argument's row in the tables of arguments, by its name."""
     found = {}
-    for line in section("Arguments").splitlines():
+    for line in section(ROOMS[ROOT / "teacache/command/README.md"], "Arguments").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split(" | ")]
         for name in re.findall(r"--[a-z_0-9]+", cells[0]):
             found[name] = cells
@@ -42,9 +47,16 @@ def test_the_tables_name_the_defaults(name):
 
 
 def test_the_rooms_are_those_of_the_package():
-    named = set(re.findall(r"^  ([a-z]+)/", section("The house").split("tests/")[0], re.MULTILINE))
+    named = set(re.findall(r"^  ([a-z]+)/", section(README, "Layout").split("tests/")[0], re.MULTILINE))
     rooms = {path.parent.name for path in (ROOT / "teacache").glob("*/__init__.py")}
     assert named == rooms
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    assert README.count("\n") <= 250
+    for path, text in {ROOT / "README.md": README, **ROOMS}.items():
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+            assert "://" in target or (path.parent / target).exists(), (path, target)
 
 
 def test_the_script_names_the_packages_of_requirements():
@@ -60,13 +72,13 @@ def test_the_script_names_the_packages_of_requirements():
 
 def test_optional_packages_are_those_that_are_tested():
     tested = (ROOT / "tests" / "requirements.txt").read_text(encoding="utf-8").split()
-    named = set(re.findall(r"pip install ([a-z]+==[\d.]+)", README))
+    named = set(re.findall(r"pip install ([a-z]+==[\d.]+)", COMMANDS))
     assert {package.partition("==")[0] for package in named} == {"peft", "ray", "torchao"}
     assert named <= set(tested)
     assert RAY in named
 
 
-@pytest.mark.parametrize("block", re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
+@pytest.mark.parametrize("block", re.findall(r"```bash\n(.*?)```", COMMANDS, re.DOTALL))
 def test_a_shell_reads_what_is_to_be_typed(block):
     run = subprocess.run(["bash", "-n"], input=block, text=True, capture_output=True)
     assert (run.returncode, run.stderr) == (0, "")
