@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,11 @@ def lists(folder: Path, *steps: list[int]) -> list[Path]:
     for path, each in zip(paths, steps, strict=True):
         path.write_text(json.dumps(each))
     return paths
+
+
+def said(error: str) -> list[str]:
+    """The lines but for the warning about a single frame."""
+    return [line for line in error.splitlines() if not line.startswith("warning: ")]
 
 
 def records(folder: Path) -> dict[str, dict]:
@@ -111,4 +118,114 @@ def test_refused_in_one_line_before_loading(capsys, tmp_path, content, complaint
     )
     assert code == 2
     assert complaint in error.splitlines()[-1]
+    assert "loading" not in output
+
+
+COUNTED = (*SMALL, "--rel_l1_thresh", "0", "0.2", "--computed_steps", "4")
+
+
+def test_a_sweep_of_a_threshold_and_a_forecast(capsys, tmp_path):
+    """What is planned is what is sampled, recorded, and repeated from the record."""
+    code, output, _ = main(capsys, *COUNTED, "--plan")
+    assert code == 0
+    plan = planned(output)
+    assert list(plan) == ["threshold 0", "threshold 0.2", "forecast 4"]
+    assert len(plan["forecast 4"]) == 4
+    out = tmp_path / "out"
+    code, _, _ = main(capsys, *COUNTED, "--output_path", out)
+    assert code == 0
+    found = records(out)
+    assert set(found) == {"42_0.0_0000", "42_0.2_0000", "42_forecast4_0000"}
+    for name, line, reuse in (
+        ("42_0.0_0000", "threshold 0", "residual"),
+        ("42_0.2_0000", "threshold 0.2", "residual"),
+        ("42_forecast4_0000", "forecast 4", "forecast"),
+    ):
+        record, steps = found[name], plan[line]
+        assert record["computed_steps"] == steps
+        assert (record["reuse"], record["scheduler"]) == (reuse, "dpm")
+        assert record["approximations"] == ([f"reuse {reuse}"] if len(steps) < STEPS else [])
+    record = found["42_forecast4_0000"]
+    assert record["selected_steps"] == record["computed_steps"]
+    assert (record["schedule"], record["rel_l1_thresh"]) == ("forecast 4", None)
+    rows = json.loads((out / "sweep_42_0000.json").read_text())["rows"]
+    assert [row["schedule"] or row["rel_l1_thresh"] for row in rows] == [0.0, 0.2, "forecast 4"]
+    # The same as residual is another video; repeated from the record it is the same one.
+    video = out / "42_forecast4_0000.mp4"
+    code, _, _ = main(
+        capsys, "--from_record", video.with_suffix(".json"), "--output_path", tmp_path / "again"
+    )
+    assert code == 0
+    assert (tmp_path / "again" / video.name).read_bytes() == video.read_bytes()
+    assert records(tmp_path / "again")["42_forecast4_0000"]["reuse"] == "forecast"
+    code, output, _ = main(
+        *(capsys, *SMALL, "--computed_steps", "4", "--reuse", "residual"),
+        *("--output_path", tmp_path / "residual"),
+    )
+    assert code == 0
+    assert "not exact   reuse residual" in output.splitlines()
+    residual = tmp_path / "residual" / "42_residual4_0000.mp4"
+    assert encoded(residual) != encoded(video)
+    assert (
+        records(tmp_path / "residual")["42_residual4_0000"]["computed_steps"]
+        == (record["computed_steps"])
+    )
+    code, output, _ = main(capsys, *COUNTED, "--output_path", out, "--resume")
+    assert (code, output.count("done before")) == (0, 3)
+
+
+def test_another_scheduler_is_another_video(capsys, tmp_path):
+    for name in ("dpm", "ddim"):
+        code, _, _ = main(
+            *(capsys, *SMALL, "--computed_steps", "4", "--scheduler", name),
+            *("--output_path", tmp_path / name),
+        )
+        assert code == 0
+        assert records(tmp_path / name)["42_forecast4_0000"]["scheduler"] == name
+    dpm, ddim = (tmp_path / name / "42_forecast4_0000.mp4" for name in ("dpm", "ddim"))
+    assert encoded(dpm) != encoded(ddim)
+    code, _, _ = main(
+        capsys, "--from_record", ddim.with_suffix(".json"), "--output_path", tmp_path / "again"
+    )
+    assert code == 0
+    assert (tmp_path / "again" / ddim.name).read_bytes() == ddim.read_bytes()
+
+
+def test_a_forecast_needs_a_scheduler_that_predicts_v(capsys, tmp_path, tiny):
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(tiny, checkpoint, copy_function=os.link)
+    path = checkpoint / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    path.unlink()
+    path.write_text(json.dumps({**config, "prediction_type": "epsilon"}))
+    arguments = (*SMALL, "--ckpts_path", checkpoint, "--image", "astronaut")
+    arguments += ("--output_path", tmp_path / "out")
+    for asked in (("--computed_steps", 4), ("--rel_l1_thresh", 0.2, "--reuse", "forecast")):
+        for mode in ((), ("--plan",)):
+            code, output, error = main(capsys, *arguments, *asked, *mode)
+            assert code == 2
+            (line,) = said(error)
+            assert "prediction_type v_prediction, found epsilon: use the residual" in line
+            assert "loading" not in output
+    code, _, _ = main(capsys, *arguments, "--rel_l1_thresh", 0.2, "--plan")
+    assert code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("--computed_steps", 9), "of 8 steps 2 to 8 can be computed"),
+        (("--computed_steps", 1), "of 8 steps 2 to 8 can be computed"),
+        (("--computed_steps", 3, "--retain_last", 3), "of 8 steps 4 to 8 can be computed"),
+        (("--computed_steps", 3, "--max_reuse", 1), "steps in a row, max_reuse allows 1"),
+        (("--computed_steps", 0), "--computed_steps: '0'"),
+        (("--reuse", "hope"), "--reuse: invalid choice: 'hope'"),
+        (("--scheduler", "euler"), "--scheduler: invalid choice: 'euler'"),
+    ],
+)
+def test_counts_that_are_refused(capsys, tmp_path, arguments, complaint):
+    code, output, error = main(capsys, *SMALL, *arguments, "--output_path", tmp_path / "out")
+    assert code == 2
+    (line,) = said(error)
+    assert complaint in line
     assert "loading" not in output

@@ -17,10 +17,12 @@ from teacache.core.rule import (
     Limits,
     Schedule,
     check_threshold,
+    counted_schedule,
     distances_between,
     listed_schedule,
     relative_l1,
     schedule,
+    spread_steps,
 )
 
 IDENTITY = Coefficients((0.0, 0.0, 0.0, 1.0, 0.0), (0.0, math.inf), "p(x) = x")
@@ -169,6 +171,60 @@ def test_listed_steps_are_computed_with_the_first_and_the_last():
     for wrong in (-1, 5):
         with pytest.raises(ArgumentError, match=f"step {wrong} cannot be computed: .* 5 steps"):
             listed_schedule([wrong], distances)
+
+
+@pytest.mark.parametrize(
+    "limits", [Limits(), Limits(2, 3), Limits(retain_first=5), Limits(1, 6), Limits(99, 99)]
+)
+def test_so_many_steps_are_spread(limits):
+    """Of every number of steps every count that there can be, and no other."""
+    for steps in (1, 2, 3, 7, 50):
+        first = min(limits.retain_first, steps)
+        least = first + min(limits.retain_last, steps - first)
+        for count in range(least, steps + 1):
+            found = spread_steps(steps, count, limits)
+            assert len(found) == count
+            assert list(found) == sorted(set(found))
+            assert {0, steps - 1} <= set(found) <= set(range(steps))
+            for step in range(steps):
+                retained = step < limits.retain_first or step >= steps - limits.retain_last
+                assert step in found or not retained
+        for wrong in (least - 1, steps + 1):
+            with pytest.raises(ArgumentError, match=f"{steps} steps {least} to {steps} can be"):
+                spread_steps(steps, wrong, limits)
+
+
+def test_spread_steps_are_the_denser_the_earlier():
+    found = spread_steps(50, 12, Limits())
+    # By hand: round(48 (k / 10)^1.2) of k from 1 to 9, the first step, and the last two.
+    assert found == (0, 3, 7, 11, 16, 21, 26, 31, 37, 42, 48, 49)
+    for count in range(2, 51):
+        gaps = np.diff(spread_steps(50, count, Limits()))
+        # Rounded places: a gap may be one below an earlier one, and the last two steps are near.
+        assert (np.maximum.accumulate(gaps)[:-2] - gaps[:-2]).max(initial=0) <= 1
+
+
+@pytest.mark.parametrize(("most", "least"), [(1, 30), (4, 13), (6, 10), (48, 2)])
+def test_spread_steps_keep_to_the_longest_reuse(most, least):
+    limits = Limits(max_reuse=most)
+    for count in range(2, 51):
+        gap = max(np.diff(spread_steps(50, count, Limits()))) - 1
+        if gap <= most:
+            assert spread_steps(50, count, limits) == spread_steps(50, count, Limits())
+        else:
+            with pytest.raises(ArgumentError, match=f"reuses {gap} steps in a row, max_reuse"):
+                spread_steps(50, count, limits)
+    assert spread_steps(50, least, limits)
+
+
+def test_a_count_is_a_schedule_without_a_threshold():
+    distances = (None, *[0.03] * 49)
+    limits = Limits(retain_last=3)
+    found = counted_schedule(10, distances, IDENTITY, limits)
+    assert found.computed_steps == spread_steps(50, 10, limits)
+    assert (found.rel_l1_thresh, found.reuse, found.limits) == (None, "forecast", limits)
+    assert (found.distances, found.speedup) == (distances, 5.0)
+    assert found.why_nothing_was_reused() is None
 
 
 def test_a_video_that_is_stopped_has_done_a_part():
