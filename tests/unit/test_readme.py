@@ -47,7 +47,8 @@ def test_the_tables_name_the_defaults(name):
 
 
 def test_the_rooms_are_those_of_the_package():
-    named = set(re.findall(r"^  ([a-z]+)/", section(README, "Layout").split("tests/")[0], re.MULTILINE))
+    layout = section(README, "Layout").split("tests/")[0]
+    named = set(re.findall(r"^  ([a-z]+)/", layout, re.MULTILINE))
     rooms = {path.parent.name for path in (ROOT / "teacache").glob("*/__init__.py")}
     assert named == rooms
 
