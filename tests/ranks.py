@@ -32,6 +32,7 @@ WIDE |= {"sample_width": 12, "sample_height": 12, "max_text_seq_length": 64}
 TEXT, VIDEO = 64, 7 * 6 * 6
 SIZE = VideoSize(96, 96, 13)
 THRESHOLDS, STEPS = (0.0, 0.1, 0.15, 0.2), 10
+FORECAST = 4  # computed steps
 CPU = torch.device("cpu")
 
 
@@ -59,7 +60,7 @@ def accelerate(transformer: ConsisIDTransformer3DModel, how: str) -> None:
 
 
 def sample(dtype: torch.dtype, guidance_scale: float, how: str, join=lambda transformer: ALONE):
-    """Latents at every threshold, [thresholds, ...], and the computed steps of each."""
+    """Latents at every threshold and by a forecast, [runs, ...], and the computed steps of each."""
     pipe = make_pipe(dtype)
     config, generator = pipe.transformer.config, torch.Generator().manual_seed(1)
 
@@ -77,7 +78,11 @@ def sample(dtype: torch.dtype, guidance_scale: float, how: str, join=lambda tran
     with apply_teacache(pipe) as handle:
         handle.team = join(pipe.transformer)
         found = []
-        for handle.rel_l1_thresh in THRESHOLDS:
+        for run in (*THRESHOLDS, FORECAST):
+            if run == FORECAST:
+                handle.follow(FORECAST)
+            else:
+                handle.rel_l1_thresh = run
             denoised = sampler.denoise(
                 pipe, start, text, SIZE, num_infer_steps=STEPS, guidance_scale=guidance_scale
             )

@@ -130,8 +130,9 @@ def test_says_a_line_for_each_stage_and_a_summary(run):
         *("checkpoint", "torch", "image", "schedule", "diffusers", "identity", "text", "loading"),
         *("encoding", "denoising", "decoding", "writing"),
     ]
-    assert lines[-4].split() == ["video", str(folder / "42_0.15_0000.mp4")]
-    assert lines[-3].startswith("steps ")
+    assert lines[-5].split() == ["video", str(folder / "42_0.15_0000.mp4")]
+    assert lines[-4].startswith("steps ")
+    assert lines[-3] == "not exact   reuse residual"
     assert lines[-2].startswith("seconds ")
     assert lines[-1].startswith("peak memory ")
 

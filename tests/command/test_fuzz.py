@@ -271,7 +271,7 @@ def test_coefficients_of_any_size_can_be_planned_with(capsys, tmp_path, tiny, si
     arguments = ("--ckpts_path", "tiny", "--plan", "--coefficients", tmp_path / "own.json")
     code, output, error = main(capsys, *arguments)
     assert (code, error) == (0, "")
-    assert output.count(" of 50") == 6
+    assert output.count(" of 50") == 9
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from ranks import STEPS, TEXT, THRESHOLDS, VIDEO, WIDE, free_port, sample, work
+from ranks import FORECAST, STEPS, TEXT, THRESHOLDS, VIDEO, WIDE, free_port, sample, work
 from support import ROOT
 
 from teacache.base.errors import ArgumentError
@@ -51,7 +51,8 @@ alone = functools.cache(sample)
 def test_ranks_agree_with_each_other_and_with_one_process(on_ranks, case):
     halves, _, dtype, guidance_scale, how = case
     expected, schedules = alone(dtype, guidance_scale, "fp8" if how == "fp8" else "")
-    assert len(schedules[0]) == STEPS > len(schedules[-1]), "some steps are reused"
+    assert len(schedules[0]) == STEPS > len(schedules[-2]), "some steps are reused"
+    assert len(schedules[-1]) == FORECAST
     for latents, steps, _ in on_ranks[case]:
         assert steps == schedules
         assert torch.equal(latents, on_ranks[case][0][0])
@@ -81,7 +82,7 @@ def test_what_is_sent_is_what_the_formula_says(on_ranks, case):
         each = bytes_sent(division, batch, layers, TEXT + VIDEO, width) * dtype.itemsize // 2
         # A rank keeps one in `parts` of what it exchanges.
         assert sum(exchanged) * (parts - 1) // parts == each * computed
-    assert len(schedules) == len(THRESHOLDS)
+    assert len(schedules) == len(THRESHOLDS) + 1
 
 
 def test_the_published_size_divides_among_2_4_and_8():
