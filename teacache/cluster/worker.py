@@ -89,7 +89,9 @@ class Worker:
             ) from error
         with _collected_warnings() as warnings:
             self._start_helpers()
-            self.ready = preflight(dataclasses.replace(self.order, jobs=()), self.stages)
+            self.ready = preflight(
+                dataclasses.replace(self.order, jobs=(), all_jobs=()), self.stages
+            )
         size, videos = self.ready.size, len(self.order.jobs)
         check_space(self.order.output_path, size.width * size.height, size.num_frames, videos)
         with self.stages.stage("diffusers"):
@@ -153,7 +155,7 @@ class Worker:
         if job.image not in ready.images:
             image = load_image(job.image)
             ready.images[job.image], ready.digests[job.image] = image, pixels_sha256(image)
-        order = dataclasses.replace(self.order, jobs=(job,))
+        order = dataclasses.replace(self.order, jobs=(job,), all_jobs=(job,))
         ready.schedules.update(plan_jobs(order, ready.checkpoint, ready.device, ready.dtype))
 
     def _condition(self, jobs: list[Job], skip_failures: bool) -> None:

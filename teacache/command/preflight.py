@@ -242,7 +242,7 @@ def find_checkpoint(name: str) -> Path | None:
 def plan_jobs(
     order: Order, checkpoint: Path, device: torch.device, dtype: torch.dtype
 ) -> dict[Job, Schedule]:
-    """The schedule of each job.
+    """The schedule of each job, those of other shards included: they tell what is finished.
 
     Raises:
         ArgumentError: where the scheduler has not so many steps, a listed step is none of them, or
@@ -252,7 +252,7 @@ def plan_jobs(
     from teacache.core.forecast import check_scheduler
 
     scheduler = load_scheduler(checkpoint, order.scheduler)
-    if any(job.reuse == "forecast" for job in order.jobs):
+    if any(job.reuse == "forecast" for job in order.all_jobs):
         check_scheduler(scheduler)
     distances = distances_of(checkpoint, scheduler, order.format.guidance_scale, device, dtype)
 
@@ -266,4 +266,4 @@ def plan_jobs(
         assert job.rel_l1_thresh is not None
         return schedule(known, job.rel_l1_thresh, *how)
 
-    return {job: plan(job) for job in order.jobs}
+    return {job: plan(job) for job in order.all_jobs}

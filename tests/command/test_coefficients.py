@@ -40,7 +40,7 @@ def test_a_fit_on_two_videos_then_a_plan_and_a_video_with_it(capsys, tmp_path):
 
     code, output, _ = main(capsys, *SMALL, "--coefficients", path, "--plan")
     assert code == 0
-    assert output.count(" of 8") == 6
+    assert output.count(" of 8") == 4
     out = tmp_path / "out"
     code, _, _ = main(capsys, *SMALL, "--coefficients", path, "--output_path", out)
     assert code == 0
