@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import logging
 import os
@@ -11,6 +12,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable
+from typing import NoReturn
 
 from teacache.base import interruption
 from teacache.base.errors import TeaCacheError
@@ -101,10 +103,16 @@ def run_as_rank(work: Callable[[], None], helping: bool) -> int:
         code = LOST_THE_OTHERS
         time.sleep(PATIENCE)
     if code:
-        # At once: what waits for another rank in a thread of a library would abort on the way out.
-        sys.stdout.flush()
-        os._exit(code)
+        _end_at_once(code)
+    atexit.register(_end_at_once, 0)  # after torch's launcher has heard of the end
     return 0
+
+
+def _end_at_once(code: int) -> NoReturn:
+    """End without Python's finalisation, in which a thread that leaves torch's C++ code aborts."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _work_as_helper(work: Callable[[], None]) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -126,3 +128,29 @@ def test_shares_are_everything_once(halves, parts):
         seen[share.batch, 10:][:, share.video] += 1
     assert bool((seen == 1).all())
     assert ALONE.share(2, 10, 30) == (slice(0, 2), slice(0, 10), slice(0, 30))
+
+
+def test_a_rank_ends_in_peace_while_a_thread_waits_in_torch():
+    """Python's finalisation would end the thread as it leaves C++ code: terminate, exit code -6."""
+    program = """
+import datetime, sys, threading, time
+import torch.distributed as dist
+from teacache.parallel.launch import run_as_rank
+
+class Slow:  # finalisation takes longer than the thread waits
+    def __del__(self, sleep=time.sleep):
+        sleep(1)
+
+sys.slow = Slow()
+store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True, wait_for_workers=False)
+wait = lambda: store.wait(["never"], datetime.timedelta(seconds=0.5))
+
+def work():
+    threading.Thread(target=wait, daemon=True).start()
+    time.sleep(0.2)
+    print("done")
+
+sys.exit(run_as_rank(work, helping=True))
+"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "done\n"), run.stderr
