@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from teacache.benchmark.random_weights import FULL
 from teacache.core.forward import apply_teacache
-from teacache.core.rule import COGVIDEOX_5B, listed_schedule
+from teacache.core.rule import schedule
 from teacache.sampling.attention import use_attention
 from teacache.sampling.blocks import use_lean_blocks
 
@@ -59,6 +59,6 @@ def three_steps(transformer: ConsisIDTransformer3DModel) -> Iterator[None]:
     """Apply TeaCache, which then computes two steps and reuses one."""
     scheduler = CogVideoXDPMScheduler()
     scheduler.timesteps = torch.zeros(4, dtype=torch.int64)
-    plan = listed_schedule((0, 1, 3), [1.0, 1.0, 1.0, 1.0], COGVIDEOX_5B)
+    plan = schedule([1.0, 1.0, 1.0, 1.0], None, computed_steps=(0, 1, 3))
     with apply_teacache(transformer, schedule=plan, scheduler=scheduler):
         yield

@@ -29,7 +29,7 @@ from teacache.command.jobs import Job
 from teacache.command.order import LatentsOrder, Machine, Order
 from teacache.command.ranks import division_of
 from teacache.command.repeating import check_repeated
-from teacache.core.rule import Schedule, counted_schedule, listed_schedule, schedule
+from teacache.core.rule import Schedule, schedule
 from teacache.inputs.embedding_cache import fingerprint
 from teacache.inputs.photograph import load_image, pixels_sha256
 from teacache.parallel.division import Division
@@ -256,14 +256,14 @@ def plan_jobs(
         check_scheduler(scheduler)
     distances = distances_of(checkpoint, scheduler, order.format.guidance_scale, device, dtype)
 
-    def plan(job: Job) -> Schedule:
-        known = distances(job.num_infer_steps)
-        if job.steps is not None:
-            return listed_schedule(job.steps, known, order.coefficients, job.reuse)
-        how = order.coefficients, order.limits, job.reuse
-        if job.computed_steps is not None:
-            return counted_schedule(job.computed_steps, known, *how)
-        assert job.rel_l1_thresh is not None
-        return schedule(known, job.rel_l1_thresh, *how)
-
-    return {job: plan(job) for job in order.all_jobs}
+    how = order.coefficients, order.limits
+    return {
+        job: schedule(
+            distances(job.num_infer_steps),
+            job.rel_l1_thresh,
+            *how,
+            reuse=job.reuse,
+            computed_steps=job.steps if job.computed_steps is None else job.computed_steps,
+        )
+        for job in order.all_jobs
+    }

@@ -12,12 +12,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 
 from teacache.base.errors import ArgumentError
-from teacache.core.handle import (
-    TeaCacheHandle,
-    embed_timestep,
-    innermost_forward,
-    put_in_place,
-)
+from teacache.base.patch import innermost_forward, put_in_place
+from teacache.core.handle import TeaCacheHandle, embed_timestep
 from teacache.core.rule import COGVIDEOX_5B, PUBLISHED, Coefficients, Limits, Schedule
 from teacache.core.team import Share
 

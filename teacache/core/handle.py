@@ -1,4 +1,4 @@
-"""TeaCache on one transformer: the video under way, and putting the forward in place and back."""
+"""TeaCache on one transformer: what its videos follow, and the state of the one under way."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from teacache.base.errors import ArgumentError
+from teacache.base.patch import take_away
 from teacache.core.forecast import Forecast, check_scheduler, settings_for, solver_steps
 from teacache.core.rule import (
     REUSES,
@@ -18,9 +19,7 @@ from teacache.core.rule import (
     Limits,
     Schedule,
     check_threshold,
-    counted_schedule,
     distances_between,
-    listed_schedule,
     schedule,
 )
 from teacache.core.team import ALONE
@@ -34,8 +33,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Video:
-    """The state of one video. Another video gets another of these: nothing is carried over.
+class VideoState:
+    """The state of one video. Another video gets another: nothing is carried over.
 
     Attributes:
         timesteps: the scheduler's own tensor. `set_timesteps` makes a new one for each video, so
@@ -97,7 +96,7 @@ class TeaCacheHandle:
         self.removed = False
         self._scheduler = scheduler
         self._followed: Schedule | tuple[int, ...] | int | None = None
-        self._video: Video | None = None
+        self._video: VideoState | None = None
         self._warned = False
 
     @property
@@ -116,15 +115,12 @@ class TeaCacheHandle:
             steps: a schedule; or a list of the steps to compute, to which the first and the last
                 are added; or how many, see `teacache.core.rule.spread_steps`.
         """
-        given = steps is None or isinstance(steps, (Schedule, int))
-        self._followed = steps if given else tuple(steps)  # type: ignore[arg-type, assignment]
+        several = not (steps is None or isinstance(steps, (Schedule, int)))
+        self._followed = tuple(steps) if several else steps  # type: ignore[arg-type, assignment]
 
     @property
     def schedule(self) -> Schedule | None:
-        """The schedule of the last video, or of the one under way, as far as it was followed.
-
-        None before the first video.
-        """
+        """That of the video under way or the last one, as far as it was followed, or None."""
         return None if self._video is None else self._video.done
 
     def counts(self) -> dict[str, int]:
@@ -133,7 +129,7 @@ class TeaCacheHandle:
         return {"computed": len(done.computed_steps), "reused": len(done.reused_steps)}
 
     @property
-    def video(self) -> Video:
+    def video(self) -> VideoState:
         """The video under way, or the last one."""
         if self._video is None:
             raise RuntimeError("no video has begun")
@@ -166,7 +162,7 @@ class TeaCacheHandle:
         timesteps = scheduler.timesteps
         if video is None or video.timesteps is not timesteps or video.step == len(timesteps):
             self._forget()
-            video = Video(timesteps, self._plan(timesteps, batch, dtype))
+            video = VideoState(timesteps, self._plan(timesteps, batch, dtype))
             if video.plan.reuse == "forecast" and video.plan.reused_steps:
                 check_scheduler(scheduler)
                 video.forecast = Forecast(solver_steps(scheduler), settings_for(scheduler))
@@ -211,12 +207,7 @@ class TeaCacheHandle:
     def correct_by_forecast(
         self, hidden_states: torch.Tensor, output: torch.Tensor
     ) -> torch.Tensor:
-        """The output of a computed step: as it is, or corrected where it follows a reused one.
-
-        Args:
-            hidden_states: as for `reuse_forecast`.
-            output: the transformer's.
-        """
+        """The output of a computed step: as it is, or corrected where it follows a reused one."""
         video = self.video
         assert video.forecast is not None
         v = video.forecast.computed(video.step, self._sample(hidden_states), output.float())
@@ -254,15 +245,8 @@ class TeaCacheHandle:
             distances = distances_between(
                 [embed_timestep(self.transformer, t.expand(batch), dtype) for t in timesteps]
             )
-            reuse = self.reuse or ("forecast" if isinstance(plan, int) else "residual")
-            if plan is None:
-                plan = schedule(
-                    distances, self.rel_l1_thresh, self.coefficients, self.limits, reuse
-                )
-            elif isinstance(plan, int):
-                plan = counted_schedule(plan, distances, self.coefficients, self.limits, reuse)
-            else:
-                plan = listed_schedule(plan, distances, self.coefficients, reuse)
+            how = self.rel_l1_thresh, self.coefficients, self.limits, self.reuse
+            plan = schedule(distances, *how, computed_steps=plan)
         elif plan.num_steps != len(timesteps):
             raise ArgumentError(
                 f"a schedule of {plan.num_steps} steps cannot be followed in {len(timesteps)}"
@@ -312,36 +296,3 @@ def _same_tensors(inputs: list[torch.Tensor], known: list[torch.Tensor]) -> bool
         a is b or (a.device == b.device and a.shape == b.shape and torch.equal(a, b))
         for a, b in zip(inputs, known, strict=True)
     )
-
-
-def innermost_forward(module: torch.nn.Module) -> Callable | None:
-    """The forward below accelerate's hooks, or None where nothing but the class's own is there.
-
-    Such a hook keeps the forward that it wraps in `_old_forward`, and puts it back when it goes. So
-    the innermost forward is the one to replace, whichever of the two came first.
-    """
-    return vars(module).get("_old_forward", vars(module).get("forward"))
-
-
-def put_in_place(module: torch.nn.Module, forward: Callable) -> None:
-    """Let `forward` stand in the place of the module's own.
-
-    Raises:
-        ArgumentError: where something else than an accelerate hook has wrapped the forward, and
-            would be lost.
-    """
-    current = innermost_forward(module)
-    if current is not None and getattr(current, "__func__", None) is not type(module).forward:
-        raise ArgumentError(
-            f"the forward of this {type(module).__name__} is wrapped by something else than an "
-            "accelerate hook: apply TeaCache first"
-        )
-    setattr(module, "_old_forward" if "_old_forward" in vars(module) else "forward", forward)
-
-
-def take_away(module: torch.nn.Module, forward: Callable) -> None:
-    """Undo `put_in_place`, where `forward` is still the innermost; else do nothing."""
-    if vars(module).get("_old_forward") is forward:
-        module._old_forward = type(module).forward.__get__(module)
-    elif vars(module).get("forward") is forward:
-        del module.forward

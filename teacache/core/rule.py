@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 # How a step that is not computed gets its output: see teacache.core.forward and .forecast.
 REUSES = ("residual", "forecast")
-# Of spread steps. So many at the end are computed, since what is off there stays off; and a power
-# above 1 makes the early ones denser, which decide what the video shows.
+# Of `spread_steps`. The last ones are computed, since no later step corrects them; a power above 1
+# makes the early ones denser, which decide what the video shows.
 RETAINED = 3
 DENSITY = 1.2
 
 
-def computed_steps(
+def threshold_steps(
     rescaled: Sequence[float | None], rel_l1_thresh: float, limits: Limits
 ) -> tuple[int, ...]:
     """The published rule: the steps that are computed, rising.
@@ -54,20 +54,16 @@ def computed_steps(
 
 
 def spread_steps(num_steps: int, count: int, limits: Limits) -> tuple[int, ...]:
-    """`count` computed steps: the first and the last ones, the others between them.
-
-    Those lie the denser the earlier: their places grow with a power of their number.
+    """`count` computed steps: the first, the last ones, and others between, denser at the start.
 
     Raises:
         ArgumentError: where the video has not so many steps, or `limits` ask for more.
     """
     first = min(limits.retain_first, num_steps)
     last = min(limits.retain_last, num_steps - first)
-    least = first + last
-    if not least <= count <= num_steps:
-        raise ArgumentError(
-            f"computed_steps {count}: of {num_steps} steps {least} to {num_steps} can be computed"
-        )
+    if not first + last <= count <= num_steps:
+        possible = f"of {num_steps} steps {first + last} to {num_steps} can be computed"
+        raise ArgumentError(f"computed_steps {count}: {possible}")
     last = max(last, min(RETAINED, count - first))
     start, inner = first - 1, count - first - last
     end = num_steps - last
@@ -94,8 +90,7 @@ class Coefficients:
 
     Args:
         values: the coefficients, highest power first.
-        fitted_range: the distances that the fit speaks for, ends included. Outside of it the
-            polynomial is an extrapolation, which may well be below zero.
+        fitted_range: the distances that the fit covers; outside, p may well be below zero.
         source: where the coefficients come from.
     """
 
@@ -111,18 +106,14 @@ class Coefficients:
         return result
 
     def covers(self, distance: float) -> bool:
-        """Whether the fit speaks for `distance`: inside its range, and a number from 0 on."""
+        """Whether `distance` is inside the fit's range, and its estimate a number from 0 on."""
         low, high = self.fitted_range
         return low <= distance <= high and 0.0 <= self.rescale(distance) < math.inf
 
     def as_json(self) -> dict[str, object]:
         """As a coefficients file holds it, without bounds where there are none."""
-        bounded = self.fitted_range != UNBOUNDED
-        return {
-            "values": list(self.values),
-            "fitted_range": list(self.fitted_range) if bounded else None,
-            "source": self.source,
-        }
+        fitted_range = None if self.fitted_range == UNBOUNDED else list(self.fitted_range)
+        return {"values": list(self.values), "fitted_range": fitted_range, "source": self.source}
 
 
 # TeaCache's for CogVideoX-5B, fitted at 50 steps; ConsisID, which was trained from it, takes them
@@ -232,19 +223,12 @@ class Schedule:
     @property
     def extrapolated_steps(self) -> tuple[int, ...]:
         """The steps whose distances the coefficients do not cover."""
-        return tuple(
-            step
-            for step, x in enumerate(self.distances)
-            if x is not None and not self.coefficients.covers(x)
-        )
+        covers, known = self.coefficients.covers, enumerate(self.distances)
+        return tuple(step for step, x in known if x is not None and not covers(x))
 
     @property
     def speedup(self) -> float:
-        """How much faster the denoising loop is than with every step computed.
-
-        A reused step, some hundredths of a computed one, counts as free: so the speed-up depends
-        on the checkpoint alone, and not on what some machine has measured.
-        """
+        """Of the denoising loop over every step computed; a reused step counts as free."""
         return self.num_steps / len(self.computed_steps)
 
     def until(self, step: int) -> Schedule:
@@ -256,81 +240,56 @@ class Schedule:
         """The reason, in a few words, or None where a step was reused or none had to be."""
         if not self.rel_l1_thresh or self.reused_steps:
             return None
-        first, last = self.limits.retain_first, self.limits.retain_last
-        inner = self.distances[first : self.num_steps - last]
-        if not inner:
-            if (first, last) == (1, 1):
-                return "the first and the last step are always computed"
-            return f"the first {first} and the last {last} steps are always computed"
-        covered = [x for x in inner if x is not None and self.coefficients.covers(x)]
-        if not covered:
+        covers = self.coefficients.covers
+        inner = self.distances[self.limits.retain_first : self.num_steps - self.limits.retain_last]
+        estimates = [self.coefficients.rescale(x) for x in inner if x is not None and covers(x)]
+        if estimates:
+            return f"the smallest rescaled distance, {min(estimates):.4f}, is not below it"
+        if inner:
             low, high = self.coefficients.fitted_range
-            found = [x for x in inner if x is not None]
-            return (
-                f"the coefficients cover distances from {low:g} to {high:g}, "
-                f"this run's are {min(found):.4f} to {max(found):.4f}"
-            )
-        smallest = min(map(self.coefficients.rescale, covered))
-        return f"the smallest rescaled distance, {smallest:.4f}, is not below the threshold"
+            return f"the coefficients cover distances from {low:g} to {high:g} alone"
+        return "the first and the last steps are always computed"
 
 
 def schedule(
     distances: Sequence[float | None],
-    rel_l1_thresh: float,
+    rel_l1_thresh: float | None,
     coefficients: Coefficients = COGVIDEOX_5B,
     limits: Limits = PUBLISHED,
-    reuse: str = "residual",
+    reuse: str | None = None,
+    computed_steps: int | Iterable[int] | None = None,
 ) -> Schedule:
-    """The schedule that follows from a threshold, by the published rule, `computed_steps`.
+    """The schedule of one video.
 
-    Two deviations, both where the published rule would give garbage: a step whose distance the
-    coefficients do not cover is computed, where the rule would add a value that may be below zero;
-    and threshold 0 never reuses, which needs no case, since no sum of covered values is below it.
+    By the published rule, `threshold_steps`, but for two deviations where that would give garbage:
+    a step whose distance the coefficients do not cover is computed, where the rule would add a
+    value that may be below zero; and threshold 0 never reuses, which needs no case, since no sum of
+    covered values is below it.
 
     Args:
-        distances: see `distances_between`.
+        rel_l1_thresh: not read where `computed_steps` are given.
+        reuse: one of `REUSES`; by default the forecast for a number of steps, else the residual.
+        computed_steps: in place of the rule, how many steps to compute, see `spread_steps`; or a
+            list of them, to which the first and the last are added.
 
     Raises:
-        ArgumentError: where the threshold is negative or not finite.
+        ArgumentError: where the threshold is negative or not finite, or the video has no such step.
     """
-    check_threshold(rel_l1_thresh)
-    rescaled = [
-        coefficients.rescale(x) if x is not None and coefficients.covers(x) else None
-        for x in distances
-    ]
-    computed = computed_steps(rescaled, rel_l1_thresh, limits)
-    return Schedule(tuple(distances), computed, rel_l1_thresh, coefficients, limits, reuse)
-
-
-def listed_schedule(
-    steps: Iterable[int],
-    distances: Sequence[float | None],
-    coefficients: Coefficients = COGVIDEOX_5B,
-    reuse: str = "residual",
-) -> Schedule:
-    """The schedule that computes the listed steps, and the first and the last in any case.
-
-    Raises:
-        ArgumentError: where the video has no such step.
-    """
-    last = len(distances) - 1
-    computed = sorted({0, last, *steps})
-    if computed[0] < 0 or computed[-1] > last:
-        wrong = computed[0] if computed[0] < 0 else computed[-1]
-        raise ArgumentError(f"step {wrong} cannot be computed: the video has {last + 1} steps")
-    return Schedule(tuple(distances), tuple(computed), None, coefficients, reuse=reuse)
-
-
-def counted_schedule(
-    count: int,
-    distances: Sequence[float | None],
-    coefficients: Coefficients = COGVIDEOX_5B,
-    limits: Limits = PUBLISHED,
-    reuse: str = "forecast",
-) -> Schedule:
-    """The schedule of `count` computed steps, see `spread_steps`."""
-    computed = spread_steps(len(distances), count, limits)
-    return Schedule(tuple(distances), computed, None, coefficients, limits, reuse)
+    known, num_steps = tuple(distances), len(distances)
+    if computed_steps is None:
+        rel_l1_thresh = check_threshold(rel_l1_thresh or 0.0)
+        covers, rescale = coefficients.covers, coefficients.rescale
+        rescaled = [rescale(x) if x is not None and covers(x) else None for x in known]
+        steps = threshold_steps(rescaled, rel_l1_thresh, limits)
+        return Schedule(known, steps, rel_l1_thresh, coefficients, limits, reuse or "residual")
+    if isinstance(computed_steps, int):
+        steps = spread_steps(num_steps, computed_steps, limits)
+        return Schedule(known, steps, None, coefficients, limits, reuse or "forecast")
+    steps = tuple(sorted({0, num_steps - 1, *computed_steps}))
+    for step in steps:
+        if not 0 <= step < num_steps:
+            raise ArgumentError(f"step {step} cannot be computed: the video has {num_steps} steps")
+    return Schedule(known, steps, None, coefficients, limits, reuse or "residual")
 
 
 def check_threshold(rel_l1_thresh: float) -> float:

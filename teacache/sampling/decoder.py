@@ -29,7 +29,7 @@ from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
     CogVideoXUpBlock3D,
 )
 
-from teacache.core.handle import put_in_place, take_away
+from teacache.base.patch import put_in_place, take_away
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLCogVideoX

@@ -15,7 +15,7 @@ from support import CPU, ROOT, main
 from teacache.base.errors import ArgumentError, CheckpointError
 from teacache.checkpoint import distances
 from teacache.core.forward import apply_teacache
-from teacache.core.rule import COGVIDEOX_5B, Limits, counted_schedule, schedule
+from teacache.core.rule import COGVIDEOX_5B, Limits, schedule
 from teacache.embedded.build import TRANSFORMER
 from teacache.inputs.photograph import load_image
 
@@ -126,7 +126,7 @@ def test_command_prints_a_plan(capsys, tmp_path, tiny):
     assert lines[0].split() == ["computed", "speed-up", "schedule"]
     known = known_distances(tiny, 50)
     plans = {f"threshold {x:g}": schedule(known, x) for x in (0, 0.1, 0.15, 0.2)}
-    plans |= {f"forecast {n}": counted_schedule(n, known) for n in (22, 16, 12, 10, 8)}
+    plans |= {f"forecast {n}": schedule(known, None, computed_steps=n) for n in (22, 16, 12, 10, 8)}
     for line, (name, plan) in zip(lines[1 : lines.index("")], plans.items(), strict=True):
         *words, computed, _, total, speed_up, cells = line.split()
         assert " ".join(words) == name
