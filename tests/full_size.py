@@ -41,12 +41,11 @@ def full_transformer(ours: bool) -> ConsisIDTransformer3DModel:
 
 
 def step_inputs(samples: int) -> dict[str, Any]:
-    """What the transformer is called with at published settings; `samples`: 2 with guidance."""
+    """Of a call at published settings all but the timestep; `samples`: 2 with guidance."""
     rotary = (FRAMES * HEIGHT * WIDTH // 4, FULL["attention_head_dim"])
     return {
         "hidden_states": torch.empty(samples, FRAMES, 32, HEIGHT, WIDTH),
         "encoder_hidden_states": torch.empty(samples, TEXT, 4096),
-        "timestep": torch.zeros(samples, dtype=torch.int64),
         "image_rotary_emb": tuple(torch.empty(*rotary, dtype=torch.float32) for _ in range(2)),
         "id_cond": torch.empty(1, 1280),
         "id_vit_hidden": [torch.empty(1, 577, 1024) for _ in range(5)],
@@ -55,10 +54,10 @@ def step_inputs(samples: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def three_steps(transformer: ConsisIDTransformer3DModel) -> Iterator[None]:
-    """Apply TeaCache, which then computes two steps and reuses one."""
+def three_steps(transformer: ConsisIDTransformer3DModel) -> Iterator[torch.Tensor]:
+    """Apply TeaCache, which then computes two steps and reuses one; yields their timesteps."""
     scheduler = CogVideoXDPMScheduler()
     scheduler.timesteps = torch.zeros(4, dtype=torch.int64)
     plan = schedule([1.0, 1.0, 1.0, 1.0], None, computed_steps=(0, 1, 3))
     with apply_teacache(transformer, schedule=plan, scheduler=scheduler):
-        yield
+        yield scheduler.timesteps

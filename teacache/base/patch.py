@@ -1,12 +1,13 @@
 """Another forward in the place of a module's own, and its undoing.
 
-Accelerate's offload hooks wrap a forward too. A patch goes below them, in any order of the two.
+Offload hooks, accelerate's and diffusers', wrap a module's forward too, and keep what they wrap. A
+patch replaces the innermost forward, so that the two go together in any order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from teacache.base.errors import ArgumentError
 
@@ -14,34 +15,49 @@ if TYPE_CHECKING:
     import torch
 
 
-def innermost_forward(module: torch.nn.Module) -> Callable | None:
-    """The forward below accelerate's hooks, or None where nothing but the class's own is there.
+def forwards(module: torch.nn.Module) -> Iterator[tuple[Any, str, Callable]]:
+    """The forwards that are kept for a module beside its class's own.
 
-    Such a hook keeps the forward that it wraps in `_old_forward`, and puts it back when it goes. So
-    the innermost forward is the one to replace, whichever of the two came first.
+    Yields:
+        the object that holds it, the name of the attribute, and the forward.
     """
-    return vars(module).get("_old_forward", vars(module).get("forward"))
+    holders: list[Any] = [
+        module,
+        *getattr(getattr(module, "_diffusers_hook", None), "_fn_refs", ()),
+    ]
+    for holder in holders:
+        for name in ("_old_forward", "original_forward", "forward"):
+            forward = vars(holder).get(name)
+            if forward is not None:
+                yield holder, name, forward
 
 
 def put_in_place(module: torch.nn.Module, forward: Callable) -> None:
     """Let `forward` stand in the place of the module's own.
 
     Raises:
-        ArgumentError: where something else than an accelerate hook has wrapped the forward, and
-            would be lost.
+        ArgumentError: where something else than an offload hook has wrapped the module's forward,
+            and would be lost.
     """
-    current = innermost_forward(module)
-    if current is not None and getattr(current, "__func__", None) is not type(module).forward:
+    own = type(module).forward
+    for holder, name, current in forwards(module):
+        if getattr(current, "__func__", None) is own:
+            setattr(holder, name, forward)
+            return
+    if "forward" in vars(module):
         raise ArgumentError(
             f"the forward of this {type(module).__name__} is wrapped by something else than an "
-            "accelerate hook: apply TeaCache first"
+            "offload hook: apply TeaCache first"
         )
-    setattr(module, "_old_forward" if "_old_forward" in vars(module) else "forward", forward)
+    module.forward = forward
 
 
 def take_away(module: torch.nn.Module, forward: Callable) -> None:
-    """Undo `put_in_place`, where `forward` is still the innermost; else do nothing."""
-    if vars(module).get("_old_forward") is forward:
-        module._old_forward = type(module).forward.__get__(module)
-    elif vars(module).get("forward") is forward:
-        del module.forward
+    """Undo `put_in_place`, where `forward` is still in place; else do nothing."""
+    for holder, name, current in list(forwards(module)):
+        if current is not forward:
+            continue
+        if (holder, name) == (module, "forward"):
+            del module.forward
+        else:
+            setattr(holder, name, type(module).forward.__get__(module))

@@ -12,9 +12,10 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import apply_lora_scale
 
 from teacache.base.errors import ArgumentError
-from teacache.base.patch import innermost_forward, put_in_place
-from teacache.core.handle import TeaCacheHandle, embed_timestep
+from teacache.base.patch import forwards, put_in_place
+from teacache.core.handle import TeaCacheHandle
 from teacache.core.rule import COGVIDEOX_5B, PUBLISHED, Coefficients, Limits, Schedule
+from teacache.core.state import embed_timestep
 from teacache.core.team import Share
 
 if TYPE_CHECKING:
@@ -64,6 +65,12 @@ def apply_teacache(
     if computed_steps is not None and schedule is not None:
         raise ArgumentError("computed_steps and schedule both say what to compute: give one")
     transformer = getattr(pipe_or_transformer, "transformer", pipe_or_transformer)
+    if hasattr(transformer, "_orig_mod") or getattr(transformer, "_compiled_call_impl", None):
+        raise ArgumentError(
+            "this transformer is compiled as a whole, and each step would be compiled with its "
+            "branch: apply TeaCache to the plain one, and compile each block of "
+            "transformer.transformer_blocks by block.compile()"
+        )
     if not isinstance(transformer, ConsisIDTransformer3DModel):
         raise ArgumentError(
             "apply_teacache needs a ConsisIDPipeline or a ConsisIDTransformer3DModel, "
@@ -71,8 +78,7 @@ def apply_teacache(
         )
     if (transformer is pipe_or_transformer) != (scheduler is not None):
         raise ArgumentError("a scheduler is needed for a transformer alone: a pipeline has its own")
-    current = innermost_forward(transformer)
-    if isinstance(current, functools.partial) and current.func is _dispatch:
+    if any(getattr(forward, "func", None) is _dispatch for _, _, forward in forwards(transformer)):
         raise ArgumentError("this transformer has TeaCache already: remove() the first one")
 
     def current_scheduler() -> Scheduler:
@@ -93,7 +99,8 @@ def _dispatch(
     """What stands in the place of the transformer's forward."""
     if handle.removed:
         return type(transformer).forward(transformer, *args, **kwargs)
-    return _forward(transformer, handle, *args, **kwargs)
+    with handle.alone():
+        return _forward(transformer, handle, *args, **kwargs)
 
 
 @apply_lora_scale("attention_kwargs")
@@ -121,13 +128,13 @@ def _forward(
         hidden_states: [batch, latent frames, channels, height, width].
         encoder_hidden_states: [batch, text tokens, text embed dim].
         timestep: [batch].
-        id_cond, id_vit_hidden: the identity, see `TeaCacheHandle.face_embedding`.
+        id_cond, id_vit_hidden: the identity, see `VideoState.face_embedding`.
     """
     batch_size, num_frames, _, height, width = hidden_states.shape
     text_seq_length, p = encoder_hidden_states.shape[1], self.config.patch_size
     video_seq_length = num_frames * (height // p) * (width // p)
 
-    computed, inputs = handle.begin_step(batch_size, hidden_states.dtype), hidden_states
+    computed, inputs = handle.begin_step(timestep, hidden_states.dtype), hidden_states
     if not computed and handle.video.forecast is not None:
         output = handle.reuse_forecast(inputs)
         handle.end_step()
@@ -145,7 +152,7 @@ def _forward(
             image_rotary_emb = cosines[share.video], sines[share.video]
         face = None
         if self.is_train_face:
-            face = handle.face_embedding(id_cond, id_vit_hidden, video.device, video.dtype)
+            face = handle.video.face_embedding(self, id_cond, id_vit_hidden, video)
         out = run_blocks(self, video, text, emb, image_rotary_emb, face)
         handle.keep_residual(before=video, after=out)
         video = out

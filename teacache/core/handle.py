@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
 
@@ -22,6 +23,7 @@ from teacache.core.rule import (
     distances_between,
     schedule,
 )
+from teacache.core.state import VideoState, embed_timestep, is_at
 from teacache.core.team import ALONE
 
 if TYPE_CHECKING:
@@ -31,33 +33,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass
-class VideoState:
-    """The state of one video. Another video gets another: nothing is carried over.
-
-    Attributes:
-        timesteps: the scheduler's own tensor. `set_timesteps` makes a new one for each video, so
-            another tensor means another video.
-        plan: its schedule, made before its first step.
-        step: index of the step that the next forward is.
-        forecast: where steps are reused by it.
-        residual: [batch, video tokens, inner dim], what the block stack added at the last computed
-            step, where a later step reuses it.
-        face: the local facial extractor's inputs, and its output [1, queries, output dim].
-    """
-
-    timesteps: torch.Tensor
-    plan: Schedule
-    step: int = 0
-    forecast: Forecast | None = None
-    residual: torch.Tensor | None = None
-    face: tuple[list[torch.Tensor], torch.Tensor] | None = None
-
-    @property
-    def done(self) -> Schedule:
-        """The plan as far as it was followed."""
-        return self.plan.until(self.step)
+ONE_VIDEO = (
+    "the transformer was called at a timestep that its video is not at. With TeaCache it denoises "
+    "one video at a time, in one thread, by the scheduler of the pipeline that was patched"
+)
 
 
 class TeaCacheHandle:
@@ -97,6 +76,7 @@ class TeaCacheHandle:
         self._scheduler = scheduler
         self._followed: Schedule | tuple[int, ...] | int | None = None
         self._video: VideoState | None = None
+        self._within_step = threading.Lock()
         self._warned = False
 
     @property
@@ -145,28 +125,56 @@ class TeaCacheHandle:
         self.removed = True
         self._forget()
 
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Raise ArgumentError: a copy would follow the scheduler and the state of the original."""
+        raise ArgumentError(
+            "a transformer with TeaCache cannot be copied or pickled: remove() it first, and apply "
+            "TeaCache to the copy"
+        )
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.remove()
 
-    def begin_step(self, batch: int, dtype: torch.dtype) -> bool:
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the transformer for one step; raise ArgumentError where another thread holds it."""
+        if not self._within_step.acquire(blocking=False):
+            raise ArgumentError(ONE_VIDEO)
+        try:
+            yield
+        finally:
+            self._within_step.release()
+
+    def begin_step(self, timestep: torch.Tensor, dtype: torch.dtype) -> bool:
         """Whether this step is computed. A video's first step plans all of it.
 
         Args:
-            batch, dtype: of the transformer's input: with them the timestep embedding may round
-                differently.
+            timestep: [batch], as the transformer is called with it.
+            dtype: of the latents; with it the timestep embedding may round differently.
+
+        Raises:
+            ArgumentError: where this is no step of the video under way, nor the first of another.
         """
         scheduler, video = self._scheduler(), self._video
         timesteps = scheduler.timesteps
         if video is None or video.timesteps is not timesteps or video.step == len(timesteps):
+            video = None
+        elif not is_at(timestep, timesteps[video.step]) and is_at(timestep, timesteps[0]):
+            video = None  # the one before was stopped
+        if video is None:
+            if not is_at(timestep, timesteps[0]):
+                raise ArgumentError(ONE_VIDEO)
             self._forget()
-            video = VideoState(timesteps, self._plan(timesteps, batch, dtype))
+            video = VideoState(timesteps, self._plan(timesteps, len(timestep), dtype))
             if video.plan.reuse == "forecast" and video.plan.reused_steps:
                 check_scheduler(scheduler)
                 video.forecast = Forecast(solver_steps(scheduler), settings_for(scheduler))
             self._video = video
+        elif video.thread != threading.get_ident() or not is_at(timestep, timesteps[video.step]):
+            raise ArgumentError(ONE_VIDEO)
         computed = video.step in video.plan.computed_steps
         if computed:
             video.residual = None  # its memory is the blocks' until there is a new one
@@ -217,27 +225,6 @@ class TeaCacheHandle:
         """The latents in a transformer's input, which holds the image's latents too, in float32."""
         return hidden_states[:, :, : self.transformer.config.out_channels].float()
 
-    def face_embedding(
-        self,
-        id_cond: torch.Tensor | None,
-        id_vit_hidden: list[torch.Tensor] | None,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> torch.Tensor:
-        """The local facial extractor's output, [1, queries, output dim], once for each video.
-
-        Args:
-            id_cond: [1, 1280].
-            id_vit_hidden: five of [1, 577, ViT width].
-        """
-        if id_cond is None or id_vit_hidden is None:
-            raise ArgumentError("this transformer needs an identity: id_cond and id_vit_hidden")
-        inputs, video = [id_cond, *id_vit_hidden], self.video
-        if video.face is None or not _same_tensors(inputs, video.face[0]):
-            id_cond, *id_vit_hidden = (tensor.to(device=device, dtype=dtype) for tensor in inputs)
-            video.face = inputs, self.transformer.local_facial_extractor(id_cond, id_vit_hidden)
-        return video.face[1]
-
     def _plan(self, timesteps: torch.Tensor, batch: int, dtype: torch.dtype) -> Schedule:
         """The schedule of the video that begins: the timestep embeddings are all there is to it."""
         plan = self._followed
@@ -271,28 +258,3 @@ class TeaCacheHandle:
         """Free what the last video has cached; what it did stays known."""
         if self._video is not None:
             self._video.residual = self._video.face = self._video.forecast = None
-
-
-def embed_timestep(
-    transformer: ConsisIDTransformer3DModel,
-    timestep: torch.Tensor,
-    dtype: torch.dtype,
-    timestep_cond: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The timestep embedding, [batch, time_embed_dim], as the transformer's forward makes it.
-
-    The sinusoids are float32 whatever the model is; the embedding runs in the sampling dtype.
-
-    Args:
-        timestep: [batch].
-    """
-    sinusoids = transformer.time_proj(timestep).to(dtype)
-    return transformer.time_embedding(sinusoids, timestep_cond)
-
-
-def _same_tensors(inputs: list[torch.Tensor], known: list[torch.Tensor]) -> bool:
-    # Offload hooks may hand over fresh copies at every step: then the values decide.
-    return all(
-        a is b or (a.device == b.device and a.shape == b.shape and torch.equal(a, b))
-        for a, b in zip(inputs, known, strict=True)
-    )

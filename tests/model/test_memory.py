@@ -51,10 +51,11 @@ def denoising_peaks(ours: bool, batch: int) -> tuple[Peak, Peak]:
         transformer = full_transformer(ours)
         inputs, peaks = step_inputs(batch), []
         ledger = Ledger(transformer.state_dict().values())
-        with three_steps(transformer) if ours else contextlib.nullcontext(), ledger:
-            for _ in range(3):
+        plain = contextlib.nullcontext(torch.zeros(4, dtype=torch.int64))
+        with three_steps(transformer) if ours else plain as timesteps, ledger:
+            for t in timesteps[:3]:
                 ledger.begin_stage()
-                transformer(**inputs)
+                transformer(timestep=t.expand(batch), **inputs)
                 peaks.append(peak(ledger))
     return peaks[1], peaks[2]
 
