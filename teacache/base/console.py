@@ -104,6 +104,12 @@ class Stages:
         self.seconds[name] = time.perf_counter() - start
         self._console.say(f"{name:<12}{self.seconds[name]:8.1f} s")
 
+    def include(self, seconds: dict[str, float]) -> None:
+        """Count what an earlier run has taken for the same video, as `with_total` returned it."""
+        earlier = dict(seconds)
+        self._before += earlier.pop("total")
+        self.seconds = {**earlier, **self.seconds}
+
     def with_total(self) -> dict[str, float]:
         """The seconds of each stage so far, and their `total` with what lay between them."""
         total = self._before + time.perf_counter() - self._start

@@ -65,20 +65,20 @@ def fit_to_card(
         return dataclasses.replace(
             machine,
             offload="none" if machine.offload == "auto" else machine.offload,
-            vae_tiling=bool(machine.vae_tiling),
+            vae_tiling="on" if machine.vae_tiling == "on" else "off",
         ), ""
     free, total = free_memory_bytes(device), total_memory_bytes(device)
     needed = needs(checkpoint, size, guided, dtype)
-    offload, tiled = machine.offload, machine.vae_tiling
+    offload, tiling = machine.offload, machine.vae_tiling
     if offload == "auto":
         offload = choose_offload(machine, needed, free)
-    if tiled is None:
-        tiled = needed.decoding > free
-    decoder = "decoder in tiles, not bit for bit" if tiled else "decoder untiled"
+    if tiling == "auto":
+        tiling = "on" if needed.decoding > free else "off"
+    decoder = "decoder in tiles, not bit for bit" if tiling == "on" else "decoder untiled"
     line = (
         f"{'memory':<12}{total / GIB:8.1f} GiB, {free / GIB:.1f} free: {WHERE[offload]}, {decoder}"
     )
-    return dataclasses.replace(machine, offload=offload, vae_tiling=tiled), line
+    return dataclasses.replace(machine, offload=offload, vae_tiling=tiling), line
 
 
 def choose_offload(machine: Machine, needed: Needs, free: int) -> str:

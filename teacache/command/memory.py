@@ -51,7 +51,7 @@ def out_of_memory(error: BaseException, stage: str, machine: Machine) -> str:
     asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
     amount = f" (asked for {asked[1]})" if asked else ""
     flags = []
-    if stage in WITH_VAE and not machine.vae_tiling:
+    if stage in WITH_VAE and machine.vae_tiling != "on":
         flags.append("--vae_tiling")
     if is_the_gpus(error):
         steps: tuple[str, ...] = ("none", "blocks", "sequential")
