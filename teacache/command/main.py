@@ -14,7 +14,6 @@ from teacache.base.quiet import allow_any_encoding, silence_libraries
 from teacache.command.arguments import parse_arguments
 from teacache.command.order import Order
 from teacache.command.preflight import check_division, preflight
-from teacache.command.ranks import help_denoising
 from teacache.parallel.launch import is_one_of_several, launch, rank, run_as_rank, world_size
 
 
@@ -32,6 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> None:
         if rank() > 0:
             if Order.of(args).jobs:
+                prepare_environment()
+                from teacache.command.ranks import help_denoising
+
                 help_denoising(args.device)
         elif args.plan:
             show_plan(Order.of(args))

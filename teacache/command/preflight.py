@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from teacache.base.console import Stages
 from teacache.base.environment import prepare_environment
 from teacache.base.errors import ArgumentError
+from teacache.checkpoint.configuration import read_json, whole_number
 from teacache.checkpoint.download import download_checkpoint
 from teacache.checkpoint.folder import (
     check_checkpoint,
@@ -25,11 +26,10 @@ from teacache.checkpoint.folder import (
 from teacache.checkpoint.size import VideoSize, check_memory, video_size
 from teacache.command.jobs import Job
 from teacache.command.order import Machine, Order
-from teacache.command.ranks import division_of
 from teacache.core.rule import Schedule, schedule
 from teacache.inputs.embedding_cache import fingerprint
 from teacache.inputs.photograph import load_image, pixels_sha256
-from teacache.parallel.division import Division
+from teacache.parallel.division import ALONE, Division, divide
 from teacache.results.output_folder import check_space, prepare_folder
 from teacache.results.video import check_encoder
 
@@ -147,6 +147,35 @@ def check_division(order: Order) -> None:
         form = order.format
         size = video_size(checkpoint, form.width, form.height, form.num_frames)
         division_of(order, checkpoint, size)
+
+
+def division_of(order: Order, checkpoint: Path, size: VideoSize) -> Division:
+    """How the order's GPUs share the denoising of a video.
+
+    Raises:
+        ArgumentError: where they cannot, naming the nearest numbers that can.
+    """
+    machine = order.machine
+    if machine.num_gpus == 1:
+        return ALONE
+    if machine.offload not in ("auto", "none"):
+        raise ArgumentError(
+            f"--num_gpus {machine.num_gpus} does not go with --offload {machine.offload}: each GPU "
+            "has the whole transformer"
+        )
+    path, vae_path = checkpoint / "transformer" / "config.json", checkpoint / "vae" / "config.json"
+    config, vae = (read_json(each, "not a checkpoint") for each in (path, vae_path))
+    patch = whole_number(path, config, "patch_size", 2)
+    ratio = whole_number(vae_path, vae, "temporal_compression_ratio", 4)
+    spatial = 2 ** (len(vae.get("block_out_channels", [128, 256, 256, 512])) - 1)
+    frames = (size.num_frames - 1) // ratio + 1
+    return divide(
+        machine.num_gpus,
+        guided=order.format.guidance_scale > 1,
+        heads=whole_number(path, config, "num_attention_heads", 30),
+        text=whole_number(path, config, "max_text_seq_length", 226),
+        video=frames * (size.height // spatial // patch) * (size.width // spatial // patch),
+    )
 
 
 def find_whole_checkpoint(name: str) -> Path | None:
