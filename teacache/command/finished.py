@@ -94,14 +94,14 @@ def left_to_do(job: Job, order: Order, ready: Ready, console: Console) -> Iterat
 
 def kept_latents(
     job: Job, order: Order, ready: Ready, stages: Stages, console: Console
-) -> tuple[torch.Tensor, Record] | None:
+) -> tuple[torch.Tensor, Record, Path] | None:
     """With `--resume`, latents of a job that an earlier run has denoised and not decoded.
 
     Args:
         stages: of the video, which get the seconds of that run.
 
     Returns:
-        them and the record of their sampling, with the settings of this run.
+        them, the record of their sampling with the settings of this run, and their file.
     """
     settings = settings_of(job, order, ready)
     found = next(find_latents(order.output_path, settings), None) if order.resume else None
@@ -113,7 +113,7 @@ def kept_latents(
     console.say(f"latents     {path}")
     stages.include(record.seconds)
     latents = load_file(path)["latents"].to(ready.device)
-    return latents, dataclasses.replace(record, settings=settings)
+    return latents, dataclasses.replace(record, settings=settings), path
 
 
 def add_others(comparison: Comparison, places: dict[Job, int], order: Order, ready: Ready) -> int:

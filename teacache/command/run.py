@@ -161,11 +161,12 @@ class Loaded:
             last: whether no other follows, see `teacache.sampling.room.Room`.
         """
         order, own = self.order, Stages(self.console, shared=self.stages)
-        latents, record = kept_latents(job, order, ready, own, self.console) or self._denoise(
-            job, ready, identity, text, own
+        latents, record, kept = kept_latents(job, order, ready, own, self.console) or (
+            *self._denoise(job, ready, identity, text, own),
+            None,
         )
         with claimed_slot(order.output_path, record.settings.prefix) as slot:
-            slot.keep(latents, record)
+            slot.keep(latents, record, kept)
             with own.stage("decoding"), self.room.to_decode(last):
                 frames = sampler.decode(self.pipe, latents)
             with own.stage("writing"):

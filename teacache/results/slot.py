@@ -46,18 +46,23 @@ class Slot:
         self._latents: Path | None = None
         self._record: Record | None = None
 
-    def keep(self, latents: torch.Tensor, record: Record) -> None:
+    def keep(self, latents: torch.Tensor, record: Record, kept: Path | None = None) -> None:
         """Write the latents where they outlive this process, with the record so far.
 
         That is in the output folder, or where it is full or gone, in the system's temporary one.
+
+        Args:
+            kept: a file that an earlier run has written of them; then none is written.
         """
         from safetensors.torch import save
 
-        named = {"latents": latents.contiguous().cpu()}
-        content = save(named, metadata={"record": json.dumps(record.as_json())})
+        self._latents = kept
         self.fate_of_latents = "Nothing is kept"
-        with contextlib.suppress(OSError):
-            self._latents = _written(self._stem, content)
+        if kept is None:
+            named = {"latents": latents.contiguous().cpu()}
+            content = save(named, metadata={"record": json.dumps(record.as_json())})
+            with contextlib.suppress(OSError):
+                self._latents = _written(self._stem, content)
         if self._latents is None:
             prefix, _ = self._stem.name.rsplit("_", 1)
             elsewhere = claimed_stem(Path(tempfile.gettempdir()), prefix)
