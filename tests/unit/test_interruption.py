@@ -1,4 +1,4 @@
-"""A signal ends what runs, once, whatever a library makes of it; and cleaning up is not cut short."""
+"""A signal ends what runs, once, whatever a library makes of it, and lets it clean up."""
 
 from __future__ import annotations
 
