@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from teacache.base.device import free_memory_bytes, total_memory_bytes
 from teacache.checkpoint.configuration import read_json, whole_number
 from teacache.checkpoint.folder import weight_files, weight_shapes
+from teacache.sampling.room import decoding_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -94,8 +95,6 @@ def choose_offload(machine: Machine, needed: Needs, free: int) -> str:
 
 def needs(checkpoint: Path, size: VideoSize, guided: bool, dtype: torch.dtype) -> Needs:
     """What the stages take with a checkpoint, by its weights' shapes and the video's size."""
-    from teacache.sampling.room import decoding_bytes
-
     path, vae_path = (checkpoint / part / "config.json" for part in ("transformer", "vae"))
     config, vae_config = (read_json(each, "not a checkpoint") for each in (path, vae_path))
     patch, spatial = (

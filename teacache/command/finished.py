@@ -8,6 +8,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors.torch import load_file
+
 from teacache.base.console import Console, Stages
 from teacache.command.jobs import Job
 from teacache.command.order import Order
@@ -107,8 +109,6 @@ def kept_latents(
     found = next(find_latents(order.output_path, settings), None) if order.resume else None
     if found is None:
         return None
-    from safetensors.torch import load_file
-
     path, record = found
     console.say(f"latents     {path}")
     stages.include(record.seconds)

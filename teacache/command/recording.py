@@ -127,7 +127,6 @@ def command_of(job: Job, order: Order, settings: Settings, record: Path) -> str:
         **vars(order.limits),
         "image": settings.image,
         "seed": [job.seed],
-        "reuse": job.reuse,
         "lora": [f"{source}:{scale}" for source, scale in order.loras],
         "scheduler": order.scheduler,
         "ckpts_path": order.ckpts_path,

@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
 from teacache.base import interruption
 from teacache.base.device import is_out_of_memory
 from teacache.base.errors import OutputError, TeaCacheError, reason
@@ -54,8 +57,6 @@ class Slot:
         Args:
             kept: a file that an earlier run has written of them; then none is written.
         """
-        from safetensors.torch import save
-
         self._latents = kept
         self.fate_of_latents = "Nothing is kept"
         if kept is None:
@@ -130,8 +131,6 @@ def find_latents(folder: Path, settings: Settings) -> Iterator[tuple[Path, Recor
 
     Whether they are decoded in tiles makes no difference to them.
     """
-    from safetensors import SafetensorError, safe_open
-
     for where in (folder, Path(tempfile.gettempdir())):
         for path in sorted(where.glob(f"{settings.prefix}_*{LATENTS_ENDING}")):
             # Of an earlier version, cut short, or removed by another process meanwhile.

@@ -20,14 +20,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from support import CPU, PROMPT, ROOT, SIZE, handlers_given_back, main
 
-from teacache.base import device
 from teacache.base.errors import SamplingError
 from teacache.checkpoint.pipeline import load_pipeline
 from teacache.command import run
-from teacache.command.arguments import parse_arguments
 from teacache.command.main import main as command
-from teacache.command.memory import out_of_memory
-from teacache.command.order import Order
 from teacache.comparison.comparison import Comparison
 from teacache.inputs import conditioning
 from teacache.inputs import identity as faces
@@ -40,6 +36,7 @@ from teacache.sampling import sampler
 TINY = ("--ckpts_path", "tiny", "--rel_l1_thresh", 0, "--num_infer_steps", 4)
 SWEEP = (*TINY, "--rel_l1_thresh", 0, 0.2, "--num_frames", 1)
 NAME = "42_0.0_0000"
+STREAMED = "--offload blocks, --offload sequential"
 
 
 def kept_in(path: Path) -> str:
@@ -196,38 +193,14 @@ def test_an_interruption_that_gets_lost_is_found_again(capsys, tmp_path, monkeyp
     assert not denoised
 
 
-def test_finished_videos_of_a_sweep_stay(capsys, tmp_path, monkeypatch):
-    denoise, count = sampler.denoise, []
-
-    def second_one_is_interrupted(*args, **kwargs):
-        count.append(1)
-        if len(count) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return denoise(*args, **kwargs)
-
-    monkeypatch.setattr(sampler, "denoise", second_one_is_interrupted)
-    code, output, error = main(capsys, *SWEEP, "--output_path", tmp_path)
-    assert code == 130
-    assert error.endswith("interrupted\n")
-    assert "1 of 2 videos: see --resume" in output
-    assert {path.name for path in tmp_path.iterdir()} == {
-        *("42_0.0_0000.mp4", "42_0.0_0000.json"),
-        *("sweep_42_0000.json", "sweep_42_0000.md"),  # and nothing that takes seconds to draw
-    }
-
-
 @pytest.mark.parametrize(
     ("where", "stage", "advice"),
     [
         ((faces, "load_face_models"), "identity", "No further flag takes less"),
         ((conditioning, "embed_text"), "text", "--offload sequential"),
-        ((run, "load"), "loading", "--offload blocks, --offload sequential"),
-        (
-            (sampler, "prepare"),
-            "encoding",
-            "--vae_tiling, --offload blocks, --offload sequential",
-        ),
-        ((sampler, "denoise"), "denoising", "--offload blocks, --offload sequential"),
+        ((run, "load"), "loading", STREAMED),
+        ((sampler, "prepare"), "encoding", f"--vae_tiling, {STREAMED}"),
+        ((sampler, "denoise"), "denoising", STREAMED),
     ],
 )
 def test_out_of_memory(capsys, tmp_path, monkeypatch, tiny, where, stage, advice):
@@ -240,22 +213,6 @@ def test_out_of_memory(capsys, tmp_path, monkeypatch, tiny, where, stage, advice
     order = "Try, in this order: " if "--" in advice else ""
     assert error == f"error: out of memory while {stage} (asked for 2.50 GiB). {order}{advice}\n"
     assert list((tmp_path / "out").iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory"),
-        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
-        RuntimeError("CUDA error: out of memory"),
-        OSError(12, "Cannot allocate memory"),
-    ],
-)
-def test_what_takes_less_memory(error):
-    machine = Order.of(parse_arguments(["--compile"])).machine
-    assert device.is_out_of_memory(error)
-    told = out_of_memory(error, "decoding", machine)
-    assert told == "out of memory while decoding. Try, in this order: --vae_tiling"
 
 
 @pytest.mark.parametrize(
@@ -377,12 +334,12 @@ def mounted(tmp_path):
 def test_a_folder_that_is_not_to_be_written_to(capsys, mounted):
     """Read-only, since permissions do not stop root, as whom this may run."""
     folder = mounted("ro")
-    code, output, error = main(capsys, *TINY, "--output_path", folder)
-    assert (code, output) == (2, "")
-    assert error == f"error: --output_path {folder} cannot be written to\n"
-    code, output, error = main(capsys, *TINY, "--output_path", folder / "below")
-    assert (code, output) == (2, "")
-    assert error == f"error: --output_path {folder}/below cannot be made: Read-only file system\n"
+    for path, complaint in (
+        (folder, "cannot be written to"),
+        (folder / "below", "cannot be made: Read-only file system"),
+    ):
+        said = main(capsys, *TINY, "--output_path", path)
+        assert said == (2, "", f"error: --output_path {path} {complaint}\n")
 
 
 def test_a_disk_that_fills_up(capsys, mounted, tmp_path, monkeypatch, whole):
