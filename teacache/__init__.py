@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from teacache.inputs.identity import find_identity, load_face_models
     from teacache.inputs.photograph import load_image
 
+__version__ = "1.0.0"
 __all__ = [
     "COGVIDEOX_5B",
     "Coefficients",

@@ -21,7 +21,6 @@ SETTINGS = Settings(
     width=112,
     height=96,
     num_frames=13,
-    fps=8,
     device="cpu",
     dtype="float32",
     offload="none",
@@ -30,7 +29,6 @@ SETTINGS = Settings(
     compile=False,
     quantize=None,
     approximations=[],
-    reuse_conditioning=True,
     coefficients={"values": [0, 0, 0, 1, 0], "fitted_range": None, "source": "p(x) = x"},
 )
 RECORD = Record(

@@ -9,8 +9,28 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 from teacache.base import interruption
+
+# Of a run, in their order. What to do where memory runs out in one, `teacache.command.memory` says.
+Stage = Literal[
+    "checkpoint",
+    "torch",
+    "image",
+    "download",
+    "schedule",
+    "diffusers",
+    "identity",
+    "text",
+    "loading",
+    "compiling",
+    "encoding",
+    "denoising",
+    "decoding",
+    "writing",
+    "quality",
+]
 
 
 def print_now(line: str) -> None:
@@ -36,7 +56,7 @@ class Console:
 
     def __init__(self, quiet: bool):
         self.quiet = quiet
-        self.under_way = ""
+        self.under_way: Stage | None = None
 
     def say(self, line: str) -> None:
         """A line for the user; nothing where it is quiet."""
@@ -94,8 +114,8 @@ class Stages:
         self._before = sum(self.seconds.values())
 
     @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time the block as the stage `name`."""
+    def stage(self, name: Stage) -> Iterator[None]:
+        """Time the block as a stage."""
         interruption.check()
         start = time.perf_counter()
         self._console.under_way = name
@@ -103,6 +123,12 @@ class Stages:
         interruption.check()
         self.seconds[name] = time.perf_counter() - start
         self._console.say(f"{name:<12}{self.seconds[name]:8.1f} s")
+
+    def include(self, seconds: dict[str, float]) -> None:
+        """Count what an earlier run has taken for the same video, as `with_total` returned it."""
+        earlier = dict(seconds)
+        self._before += earlier.pop("total")
+        self.seconds = {**earlier, **self.seconds}
 
     def with_total(self) -> dict[str, float]:
         """The seconds of each stage so far, and their `total` with what lay between them."""

@@ -14,8 +14,9 @@ from teacache.base.environment import prepare_environment
 from teacache.base.files import written_whole
 from teacache.base.interruption import run_command
 from teacache.base.quiet import silence_libraries
-from teacache.command import flags, readers
+from teacache.command import readers
 from teacache.command.arguments import OneLineParser
+from teacache.command.flags import FLAGS, add_flags
 from teacache.comparison.tables import markdown_table
 from teacache.parallel.launch import is_one_of_several, launch, rank, run_as_rank, world_size
 from teacache.results.output_folder import claimed_stem, prepare_folder
@@ -103,8 +104,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         help="sample each video on N GPUs, but the plain pipeline's on one (default: %(default)s)",
     )
     add("--rounds", type=readers.positive, default=3, metavar="N", help="(default: %(default)s)")
-    flags.add_device(parser)
-    flags.add_output_path(parser, "benchmark_{index:04d}.md and .json")
+    add_flags(parser, "device", "dtype")
+    FLAGS["output_path"].add_to(parser, "folder of benchmark_{index:04d}.md and .json")
     args = parser.parse_args(argv)
     if not args.ckpts_path and not args.random_weights:
         args.random_weights = "small"

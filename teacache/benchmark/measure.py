@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from diffusers import ConsisIDTransformer3DModel
 
 GUIDANCE_SCALE = 6.0
-FPS = 8
 SEED = 42
 
 
@@ -193,7 +192,7 @@ class Bench:
             with room, _timed(seconds, "decoding", self.device):
                 frames = sampler.decode(pipe, latents)
             with _timed(seconds, "writing", self.device):
-                write_video(frames, Path(folder) / "video.mp4", FPS)
+                write_video(frames, Path(folder) / "video.mp4")
             on_gpu = self.device.type == "cuda"
             peak = devices.peak_memory_bytes(self.device) if on_gpu else None
         return Measured(computed, reused, seconds, peak)

@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     add(
         "--draw",
         nargs=2,
-        type=readers.file,
+        type=readers.path,
         metavar="JSON",
         help="draw the figures of dpm and of ddim into --output, a .png; sample nothing",
     )

@@ -49,7 +49,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "output folder must be the same for all machines.",
         allow_abbrev=False,
     )
-    several = add_sampling(parser, "several videos")
+    several = add_sampling(parser)
     several.add_argument(
         "--gpus_per_video",
         dest="num_gpus",
@@ -64,7 +64,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         help="videos at a time (default: as many as the GPUs are enough for; without GPUs one for "
         "each machine)",
     )
-    parser.set_defaults(plan=False, latents=None, shard=None)
+    parser.set_defaults(plan=False, shard=None)
     args = parse_with(parser, argv)
     if args.device.startswith("cuda:"):
         parser.error(f"argument --device: which GPU is cuda:N is for Ray to choose: {args.device}")
@@ -156,21 +156,15 @@ def _report(dispatch: Dispatch, order: Order, console: Console) -> None:
     """What one process says at the end: of several videos the report, of one its summary."""
     if not dispatch.finished:
         return
-    from teacache.checkpoint.size import VideoSize
     from teacache.command.report import write_report
-    from teacache.comparison.comparison import Comparison, read_baseline
+    from teacache.comparison.comparison import Comparison
     from teacache.results.record import summary
 
     if len(order.jobs) == 1:
         (answer,) = dispatch.finished.values()
         console.say(summary(answer.path, answer.record))
         return
-    baseline = None
-    if order.baseline:
-        form = next(iter(dispatch.finished.values())).record.settings
-        size = VideoSize(form.width, form.height, form.num_frames)
-        baseline = read_baseline(order.baseline, size)
-    comparison = Comparison(len(order.jobs), baseline, load_analyser=lambda: None)
+    comparison = Comparison(len(order.jobs), load_analyser=lambda: None)
     for place, answer in dispatch.finished.items():
         comparison.add_earlier(place, answer.path, answer.record)
     write_report(comparison, order, len(order.jobs), console)

@@ -96,8 +96,8 @@ class Worker:
         check_space(self.order.output_path, size.width * size.height, size.num_frames, videos)
         with self.stages.stage("diffusers"):
             from teacache.command.run import comparison_of
-        if videos > 1 or self.order.baseline:
-            self._comparison = comparison_of(self.order, self.ready, videos=None)
+        if videos > 1:
+            self._comparison = comparison_of(self.ready, videos=None)
         self._ranks = self._together(self._find_helpers)
         return None, warnings
 

@@ -7,8 +7,7 @@ import secrets
 from typing import NoReturn
 
 from teacache.base.errors import one_line, without_credentials
-from teacache.command import flags, readers
-from teacache.command.repeating import arguments_of
+from teacache.command import flags
 
 DEFAULT_IMAGE = (
     "https://github.com/PKU-YuanGroup/ConsisID/blob/main/asserts/example_images/2.png?raw=true"
@@ -30,8 +29,7 @@ TINY_PROMPT = "An astronaut comes closer in front of a blue background in bright
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; exit with 2 and one line where an argument is wrong.
 
-    Fills in defaults that depend on other arguments. With `--latents`, `ckpts_path` and `fps` may
-    be None: use the record's.
+    Fills in defaults that depend on other arguments.
     """
     return parse_with(build_parser(), argv)
 
@@ -39,27 +37,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def parse_with(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """The same with the parser of another command that samples videos, see `add_sampling`."""
     args = parser.parse_args(argv)
-    if getattr(args, "from_record", None):
-        parser.set_defaults(**arguments_of(args.from_record, args))
-        args = parser.parse_args(argv)
     args.drawn = "random" in args.seed
-    if args.drawn and getattr(args, "shard", None):
+    if args.drawn and args.shard:
         parser.error("argument --seed: random would be another seed in each --shard")
     args.seed = [secrets.randbelow(2**32) if seed == "random" else seed for seed in args.seed]
-    for other in (
-        "plan",
-        "jobs",
-        "resume",
-        "shard",
-        "baseline",
-        "rel_l1_thresh",
-        "schedule",
-        "computed_steps",
-    ):
-        if args.latents and getattr(args, other):
-            parser.error(f"argument --{other}: not allowed with argument --latents")
-    if args.latents and args.num_gpus > 1:
-        parser.error("argument --num_gpus: not allowed with argument --latents")
     if args.rel_l1_thresh is None:
         if args.schedule or args.computed_steps:
             args.rel_l1_thresh = []
@@ -68,9 +49,6 @@ def parse_with(parser: argparse.ArgumentParser, argv: list[str] | None) -> argpa
             args.computed_steps = [n for n in flags.PLANNED_STEPS if n < args.num_infer_steps]
         else:
             args.rel_l1_thresh = [flags.DEFAULT_THRESHOLD]
-    if not args.latents:
-        args.ckpts_path = args.ckpts_path or flags.DEFAULT_CHECKPOINT
-        args.fps = args.fps or flags.DEFAULT_FPS
     choose_inputs(args)
     return args
 
@@ -97,33 +75,23 @@ def build_parser() -> argparse.ArgumentParser:
         description="Sample an identity-preserving video with ConsisID and TeaCache.",
         allow_abbrev=False,
     )
-    several = add_sampling(parser, "several videos, and what to expect of one")
-    flags.add_command(several)
+    add_sampling(parser)
+    _add_group(parser, flags.OWN_GROUP)
     return parser
 
 
-def add_sampling(parser: argparse.ArgumentParser, several: str) -> argparse._ActionsContainer:
+def add_sampling(parser: argparse.ArgumentParser) -> argparse._ActionsContainer:
     """Every argument of a command that samples videos.
 
-    Args:
-        several: title of the group of arguments for several videos.
-
     Returns:
-        that group, for what else belongs to it.
+        the last group, of the arguments for several videos, for what else belongs to it.
     """
-    flags.add_published(parser.add_argument_group("as published"))
-    video = parser.add_argument_group("the video")
-    flags.add_video(video)
-    video.add_argument(
-        "--fps",
-        type=readers.fps,
-        metavar="N",
-        help=f"frames a second (default: {flags.DEFAULT_FPS})",
-    )
-    flags.add_schedules(parser.add_argument_group("which steps are computed"))
-    machine = parser.add_argument_group("the machine")
-    flags.add_machine(machine)
-    flags.add_acceleration(machine)
-    group = parser.add_argument_group(several)
-    flags.add_sweep(group)
+    groups = [_add_group(parser, title) for title in flags.GROUPS if title != flags.OWN_GROUP]
+    return groups[-1]
+
+
+def _add_group(parser: argparse.ArgumentParser, title: str) -> argparse._ActionsContainer:
+    group = parser.add_argument_group(title)
+    for flag in flags.GROUPS[title]:
+        flag.add_to(group)
     return group

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from teacache.base.device import free_memory_bytes, total_memory_bytes
 from teacache.checkpoint.configuration import read_json, whole_number
 from teacache.checkpoint.folder import weight_files, weight_shapes
+from teacache.sampling.room import decoding_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -65,20 +66,20 @@ def fit_to_card(
         return dataclasses.replace(
             machine,
             offload="none" if machine.offload == "auto" else machine.offload,
-            vae_tiling=bool(machine.vae_tiling),
+            vae_tiling="on" if machine.vae_tiling == "on" else "off",
         ), ""
     free, total = free_memory_bytes(device), total_memory_bytes(device)
     needed = needs(checkpoint, size, guided, dtype)
-    offload, tiled = machine.offload, machine.vae_tiling
+    offload, tiling = machine.offload, machine.vae_tiling
     if offload == "auto":
         offload = choose_offload(machine, needed, free)
-    if tiled is None:
-        tiled = needed.decoding > free
-    decoder = "decoder in tiles, not bit for bit" if tiled else "decoder untiled"
+    if tiling == "auto":
+        tiling = "on" if needed.decoding > free else "off"
+    decoder = "decoder in tiles, not bit for bit" if tiling == "on" else "decoder untiled"
     line = (
         f"{'memory':<12}{total / GIB:8.1f} GiB, {free / GIB:.1f} free: {WHERE[offload]}, {decoder}"
     )
-    return dataclasses.replace(machine, offload=offload, vae_tiling=tiled), line
+    return dataclasses.replace(machine, offload=offload, vae_tiling=tiling), line
 
 
 def choose_offload(machine: Machine, needed: Needs, free: int) -> str:
@@ -94,8 +95,6 @@ def choose_offload(machine: Machine, needed: Needs, free: int) -> str:
 
 def needs(checkpoint: Path, size: VideoSize, guided: bool, dtype: torch.dtype) -> Needs:
     """What the stages take with a checkpoint, by its weights' shapes and the video's size."""
-    from teacache.sampling.room import decoding_bytes
-
     path, vae_path = (checkpoint / part / "config.json" for part in ("transformer", "vae"))
     config, vae_config = (read_json(each, "not a checkpoint") for each in (path, vae_path))
     patch, spatial = (

@@ -6,9 +6,11 @@ import contextlib
 import dataclasses
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from teacache.base.console import Console
-from teacache.base.errors import OutputError, reason
+from safetensors.torch import load_file
+
+from teacache.base.console import Console, Stages
 from teacache.command.jobs import Job
 from teacache.command.order import Order
 from teacache.command.preflight import Ready
@@ -16,7 +18,11 @@ from teacache.command.recording import settings_of
 from teacache.comparison.comparison import Comparison
 from teacache.results.lock import locked
 from teacache.results.record import Record, Settings, read_record
-from teacache.results.video import count_frames, write_gif
+from teacache.results.slot import find_latents
+from teacache.results.video import count_frames
+
+if TYPE_CHECKING:
+    import torch
 
 
 def find_finished(
@@ -51,13 +57,8 @@ def without_finished(
 ) -> list[Job]:
     """The jobs that no video, whole, in the output folder has the settings of; say which have.
 
-    Where GIFs are asked for, those that a video lacks are made.
-
     Args:
         places: of every job, in the order asked for.
-
-    Raises:
-        OutputError: where a GIF cannot be written.
     """
     left = []
     for job in order.jobs:
@@ -67,11 +68,6 @@ def without_finished(
             continue
         video, record = finished
         console.done(video, f"done before {video}")
-        if order.gif and not video.with_suffix(".gif").exists():
-            try:
-                write_gif(video, video.with_suffix(""))
-            except OSError as error:
-                raise OutputError(f"no GIF of {video} can be made: {reason(error)}") from error
         if comparison:
             comparison.add_earlier(places[job], video, record)
     return left
@@ -96,6 +92,28 @@ def left_to_do(job: Job, order: Order, ready: Ready, console: Console) -> Iterat
         elif not ours:
             console.say(f"seed {job.seed}, {job.which}: another process samples it")
         yield ours and not finished
+
+
+def kept_latents(
+    job: Job, order: Order, ready: Ready, stages: Stages, console: Console
+) -> tuple[torch.Tensor, Record, Path] | None:
+    """With `--resume`, latents of a job that an earlier run has denoised and not decoded.
+
+    Args:
+        stages: of the video, which get the seconds of that run.
+
+    Returns:
+        them, the record of their sampling with the settings of this run, and their file.
+    """
+    settings = settings_of(job, order, ready)
+    found = next(find_latents(order.output_path, settings), None) if order.resume else None
+    if found is None:
+        return None
+    path, record = found
+    console.say(f"latents     {path}")
+    stages.include(record.seconds)
+    latents = load_file(path)["latents"].to(ready.device)
+    return latents, dataclasses.replace(record, settings=settings), path
 
 
 def add_others(comparison: Comparison, places: dict[Job, int], order: Order, ready: Ready) -> int:

@@ -27,7 +27,7 @@ def load(
         ready.device,
         ready.dtype,
         offload=machine.offload,
-        vae_tiling=bool(machine.vae_tiling),
+        vae_tiling=machine.vae_tiling == "on",
         parts=parts,
         scheduler=order.scheduler,
     )

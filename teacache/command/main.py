@@ -1,4 +1,4 @@
-"""The command: three ways to go, and how each ends."""
+"""The command: two ways to go, and how each ends."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from teacache.base.console import Console, Stages
 from teacache.base.environment import prepare_environment
 from teacache.base.quiet import allow_any_encoding, silence_libraries
 from teacache.command.arguments import parse_arguments
-from teacache.command.order import LatentsOrder, Order
-from teacache.command.preflight import check_division, preflight, preflight_latents
-from teacache.command.ranks import help_denoising
+from teacache.command.order import Order
+from teacache.command.preflight import check_division, preflight
 from teacache.parallel.launch import is_one_of_several, launch, rank, run_as_rank, world_size
 
 
@@ -32,9 +31,10 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> None:
         if rank() > 0:
             if Order.of(args).jobs:
+                prepare_environment()
+                from teacache.command.ranks import help_denoising
+
                 help_denoising(args.device)
-        elif args.latents:
-            decode(LatentsOrder.of(args), console)
         elif args.plan:
             show_plan(Order.of(args))
         else:
@@ -73,15 +73,6 @@ def sample(order: Order, console: Console) -> None:
     with stages.stage("diffusers"):
         from teacache.command.run import run
     run(order, ready, stages, console)
-
-
-def decode(order: LatentsOrder, console: Console) -> None:
-    """Make the video of latents that an earlier run has kept."""
-    stages = Stages(console)
-    ready = preflight_latents(order, stages)
-    from teacache.command.decode import decode_latents
-
-    decode_latents(order, ready, stages, console)
 
 
 def show_plan(order: Order) -> None:

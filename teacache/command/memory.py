@@ -6,16 +6,16 @@ import contextlib
 import re
 from collections.abc import Iterator
 
-from teacache.base.console import Console
+from teacache.base.console import Console, Stage
 from teacache.base.device import is_out_of_memory, is_the_gpus
 from teacache.base.errors import DeviceError
 from teacache.command.order import Machine
 from teacache.parallel.launch import rank
 
 # The stages of a run in which a flag takes less memory: in others it is not worth a word.
-WITH_VAE = ("compiling", "encoding", "decoding")
-WITH_TRANSFORMER = ("loading", "compiling", "encoding", "denoising")
-OFFLOADED = {
+WITH_VAE: tuple[Stage, ...] = ("compiling", "encoding", "decoding")
+WITH_TRANSFORMER: tuple[Stage, ...] = ("loading", "compiling", "encoding", "denoising")
+OFFLOADED: dict[str, tuple[Stage, ...]] = {
     "blocks": WITH_TRANSFORMER,
     # The VAE is not beside the transformer then, nor the transformer beside the VAE.
     "model": ("compiling", "encoding", "denoising"),
@@ -41,17 +41,17 @@ def explained_out_of_memory(machine: Machine, console: Console) -> Iterator[None
         raise DeviceError(". ".join(sentences)) from error
 
 
-def out_of_memory(error: BaseException, stage: str, machine: Machine) -> str:
+def out_of_memory(error: BaseException, stage: Stage | None, machine: Machine) -> str:
     """What to do about it, in one line: the flags that take less, those first that cost little.
 
     Args:
-        stage: as `teacache.base.console.Stages` names it.
+        stage: that it ran out in; None before the first.
         machine: what has been tried already.
     """
     asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
     amount = f" (asked for {asked[1]})" if asked else ""
     flags = []
-    if stage in WITH_VAE and not machine.vae_tiling:
+    if stage in WITH_VAE and machine.vae_tiling != "on":
         flags.append("--vae_tiling")
     if is_the_gpus(error):
         steps: tuple[str, ...] = ("none", "blocks", "sequential")
@@ -64,4 +64,4 @@ def out_of_memory(error: BaseException, stage: str, machine: Machine) -> str:
         flags += [f"{alone}--offload {step}" for step in untried if stage in OFFLOADED[step]]
     advice = f"Try, in this order: {', '.join(flags)}" if flags else "No further flag takes less"
     where = f"rank {rank()} of {machine.num_gpus}: " if machine.num_gpus > 1 else ""
-    return f"{where}out of memory while {stage}{amount}. {advice}"
+    return f"{where}out of memory while {stage or 'starting'}{amount}. {advice}"

@@ -8,11 +8,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from teacache.base.errors import ArgumentError
 from teacache.command.jobs import CHOICES, FIELDS, Job, read_jobs
 from teacache.command.shards import Shard, part_of
 from teacache.core.rule import Coefficients, Limits
-from teacache.results.record import Record
 
 
 @dataclass(frozen=True)
@@ -23,14 +21,13 @@ class Format:
     height: int | None
     num_frames: int | None
     guidance_scale: float
-    fps: int
 
 
 @dataclass(frozen=True)
 class Machine:
     """What to compute on and how, by the names of the arguments.
 
-    `teacache.command.card` settles what is open: `auto` and None.
+    `teacache.command.card` settles what is `auto`.
     """
 
     device: str
@@ -40,7 +37,7 @@ class Machine:
     compile: bool
     quantize: str | None
     offload: str
-    vae_tiling: bool | None
+    vae_tiling: str
 
 
 @dataclass(frozen=True)
@@ -62,28 +59,17 @@ class Order:
     scheduler: str | None
     ckpts_path: str
     output_path: Path
-    baseline: Path | None
     resume: bool
-    reuse_conditioning: bool
     loras: tuple[tuple[str, float], ...]
-    gif: bool
-    repeated: Record | None
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Order:
         """What the parsed arguments ask for, see `teacache.command.arguments`.
 
         Raises:
-            ArgumentError: naming the line of `--jobs` and what is wrong with it; or where
-                `--baseline` is asked to be compared with several groups.
+            ArgumentError: naming the line of `--jobs` and what is wrong with it.
         """
         jobs = _jobs_of(args)
-        if args.baseline and len({job.group for job in jobs}) > 1:
-            raise ArgumentError(
-                f"--baseline {args.baseline} is one video, and cannot be compared with those of "
-                "several faces, prompts, seeds or numbers of steps: sample --rel_l1_thresh 0 with "
-                "them instead"
-            )
         return cls(
             jobs=tuple(part_of(jobs, args.shard)) if args.shard else jobs,
             all_jobs=jobs,
@@ -95,30 +81,9 @@ class Order:
             scheduler=args.scheduler,
             ckpts_path=args.ckpts_path,
             output_path=args.output_path,
-            baseline=args.baseline,
             resume=args.resume,
-            reuse_conditioning=args.reuse_conditioning,
             loras=tuple(args.lora),
-            gif=getattr(args, "gif", False),
-            repeated=getattr(args, "from_record", None),
         )
-
-
-@dataclass(frozen=True)
-class LatentsOrder:
-    """A video to be made of latents; what is None is their record's own."""
-
-    latents: Path
-    ckpts_path: str | None
-    fps: int | None
-    output_path: Path
-    machine: Machine
-
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> LatentsOrder:
-        """What the parsed arguments ask for."""
-        machine = Machine(**_named(Machine, args))
-        return cls(args.latents, args.ckpts_path, args.fps, args.output_path, machine)
 
 
 def in_order(jobs: list[Job], digests: dict[str, str]) -> list[Job]:

@@ -9,11 +9,10 @@ from teacache.checkpoint.folder import is_full_size
 from teacache.checkpoint.size import video_size
 from teacache.command.machine import choose_device, choose_dtype
 from teacache.command.order import Order
-from teacache.command.preflight import find_checkpoint, plan_jobs
-from teacache.command.ranks import ALONE, division_of
+from teacache.command.preflight import division_of, find_checkpoint, plan_jobs
 from teacache.comparison.tables import aligned
 from teacache.core.rule import Schedule
-from teacache.parallel.division import h100_seconds
+from teacache.parallel.division import ALONE, h100_seconds
 
 
 def show(order: Order) -> None:

@@ -8,14 +8,13 @@ known from the checkpoint alone; timesteps, schedules and attention need parts o
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from teacache.base.console import Stages
 from teacache.base.environment import prepare_environment
-from teacache.base.errors import ArgumentError, CheckpointError
+from teacache.base.errors import ArgumentError
 from teacache.checkpoint.configuration import read_json, whole_number
 from teacache.checkpoint.download import download_checkpoint
 from teacache.checkpoint.folder import (
@@ -26,21 +25,17 @@ from teacache.checkpoint.folder import (
 )
 from teacache.checkpoint.size import VideoSize, check_memory, video_size
 from teacache.command.jobs import Job
-from teacache.command.order import LatentsOrder, Machine, Order
-from teacache.command.ranks import division_of
-from teacache.command.repeating import check_repeated
+from teacache.command.order import Machine, Order
 from teacache.core.rule import Schedule, schedule
 from teacache.inputs.embedding_cache import fingerprint
 from teacache.inputs.photograph import load_image, pixels_sha256
-from teacache.parallel.division import Division
+from teacache.parallel.division import ALONE, Division, divide
 from teacache.results.output_folder import check_space, prepare_folder
 from teacache.results.video import check_encoder
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
-
-    from teacache.results.record import Record
 
 
 @dataclass(frozen=True)
@@ -125,7 +120,7 @@ def preflight(order: Order, stages: Stages) -> Ready:
     machine, memory = fit_to_card(machine, checkpoint, size, form.guidance_scale > 1, device, dtype)
     if order.loras and machine.offload == "sequential":
         raise ArgumentError("--lora does not go with --offload sequential: --offload blocks does")
-    ready = Ready(
+    return Ready(
         checkpoint=checkpoint,
         checkpoint_sha256=fingerprint(weight_files(checkpoint / "transformer"), times=False),
         images=images,
@@ -140,63 +135,6 @@ def preflight(order: Order, stages: Stages) -> Ready:
         division=division,
         schedules=schedules,
     )
-    if order.repeated:
-        check_repeated(order.repeated, ready, order.ckpts_path)
-    return ready
-
-
-class ReadyLatents(NamedTuple):
-    """What an order of `--latents` comes to.
-
-    latents: [1, latent frames, channels, height / 8, width / 8]; record: of their sampling, with
-    the settings that their video will have.
-    """
-
-    latents: torch.Tensor
-    record: Record
-    checkpoint: Path
-    device: torch.device
-    machine: Machine
-
-
-def preflight_latents(order: LatentsOrder, stages: Stages) -> ReadyLatents:
-    """The same for `--latents`, which needs neither an image nor a schedule."""
-    prepare_folder(order.output_path)
-    prepare_environment()
-    check_encoder()
-    with stages.stage("latents"):
-        from teacache.command.card import fit_to_card
-        from teacache.command.machine import choose_device
-        from teacache.results.slot import read_latents
-
-        latents, sampled = read_latents(order.latents)
-    settings = dataclasses.replace(
-        sampled.settings,
-        ckpts_path=order.ckpts_path or sampled.settings.ckpts_path,
-        fps=order.fps or sampled.settings.fps,
-        output_path=str(order.output_path),
-    )
-    check_space(order.output_path, settings.width * settings.height, settings.num_frames, videos=1)
-    with stages.stage("checkpoint"):
-        checkpoint = find_whole_checkpoint(settings.ckpts_path)
-        if checkpoint is None:
-            raise CheckpointError(
-                f"--latents needs a checkpoint: {settings.ckpts_path} is not here"
-            )
-    machine = dataclasses.replace(order.machine, offload="none")  # the VAE is alone there
-    device = choose_device(machine.device, is_full_size(checkpoint))
-    size = VideoSize(settings.width, settings.height, settings.num_frames)
-    machine, _ = fit_to_card(machine, checkpoint, size, False, device, latents.dtype)
-    settings = dataclasses.replace(settings, vae_tiling=bool(machine.vae_tiling))
-    path = checkpoint / "vae" / "config.json"
-    channels = whole_number(path, read_json(path, "no VAE"), "latent_channels", 16)
-    if latents.shape[2] != channels:
-        raise ArgumentError(
-            f"--latents {order.latents} have {latents.shape[2]} channels, and the VAE of "
-            f"{checkpoint} decodes {channels}"
-        )
-    record = dataclasses.replace(sampled, settings=settings)
-    return ReadyLatents(latents, record, checkpoint, device, machine)
 
 
 def check_division(order: Order) -> None:
@@ -209,6 +147,35 @@ def check_division(order: Order) -> None:
         form = order.format
         size = video_size(checkpoint, form.width, form.height, form.num_frames)
         division_of(order, checkpoint, size)
+
+
+def division_of(order: Order, checkpoint: Path, size: VideoSize) -> Division:
+    """How the order's GPUs share the denoising of a video.
+
+    Raises:
+        ArgumentError: where they cannot, naming the nearest numbers that can.
+    """
+    machine = order.machine
+    if machine.num_gpus == 1:
+        return ALONE
+    if machine.offload not in ("auto", "none"):
+        raise ArgumentError(
+            f"--num_gpus {machine.num_gpus} does not go with --offload {machine.offload}: each GPU "
+            "has the whole transformer"
+        )
+    path, vae_path = checkpoint / "transformer" / "config.json", checkpoint / "vae" / "config.json"
+    config, vae = (read_json(each, "not a checkpoint") for each in (path, vae_path))
+    patch = whole_number(path, config, "patch_size", 2)
+    ratio = whole_number(vae_path, vae, "temporal_compression_ratio", 4)
+    spatial = 2 ** (len(vae.get("block_out_channels", [128, 256, 256, 512])) - 1)
+    frames = (size.num_frames - 1) // ratio + 1
+    return divide(
+        machine.num_gpus,
+        guided=order.format.guidance_scale > 1,
+        heads=whole_number(path, config, "num_attention_heads", 30),
+        text=whole_number(path, config, "max_text_seq_length", 226),
+        video=frames * (size.height // spatial // patch) * (size.width // spatial // patch),
+    )
 
 
 def find_whole_checkpoint(name: str) -> Path | None:

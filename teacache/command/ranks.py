@@ -9,28 +9,28 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+from torch.utils._pytree import tree_map_only
+
 from teacache.base.console import Console, Stages
-from teacache.base.environment import prepare_environment
-from teacache.base.errors import ArgumentError
-from teacache.checkpoint.configuration import read_json, whole_number
-from teacache.checkpoint.size import VideoSize
+from teacache.command.loading import load
+from teacache.command.machine import choose_device
+from teacache.command.memory import explained_out_of_memory
 from teacache.command.order import Order
+from teacache.command.preflight import Ready
+from teacache.core import team
+from teacache.core.forward import apply_teacache
 from teacache.core.rule import Schedule
-from teacache.parallel.division import Division, divide
+from teacache.inputs.text import Text
+from teacache.parallel import group
+from teacache.parallel.division import ALONE
+from teacache.sampling import sampler
+from teacache.sampling.sampler import Start
 
 if TYPE_CHECKING:
-    import torch
     from diffusers import ConsisIDTransformer3DModel
-
-    from teacache.command.preflight import Ready
-    from teacache.core.team import Team
-    from teacache.inputs.text import Text
-    from teacache.sampling.sampler import Start
-
-ALONE = Division(1, 1)
 
 
 class Video(NamedTuple):
@@ -42,73 +42,36 @@ class Video(NamedTuple):
     num_infer_steps: int
 
 
-def division_of(order: Order, checkpoint: Path, size: VideoSize) -> Division:
-    """How the order's GPUs share the denoising of a video.
-
-    Raises:
-        ArgumentError: where they cannot, naming the nearest numbers that can.
-    """
-    machine = order.machine
-    if machine.num_gpus == 1:
-        return ALONE
-    if machine.offload not in ("auto", "none"):
-        raise ArgumentError(
-            f"--num_gpus {machine.num_gpus} does not go with --offload {machine.offload}: each GPU "
-            "has the whole transformer"
-        )
-    path, vae_path = checkpoint / "transformer" / "config.json", checkpoint / "vae" / "config.json"
-    config, vae = (read_json(each, "not a checkpoint") for each in (path, vae_path))
-    patch = whole_number(path, config, "patch_size", 2)
-    ratio = whole_number(vae_path, vae, "temporal_compression_ratio", 4)
-    spatial = 2 ** (len(vae.get("block_out_channels", [128, 256, 256, 512])) - 1)
-    frames = (size.num_frames - 1) // ratio + 1
-    return divide(
-        machine.num_gpus,
-        guided=order.format.guidance_scale > 1,
-        heads=whole_number(path, config, "num_attention_heads", 30),
-        text=whole_number(path, config, "max_text_seq_length", 226),
-        video=frames * (size.height // spatial // patch) * (size.width // spatial // patch),
-    )
-
-
 class Ranks:
     """The other ranks, as the first one speaks to them; where it is alone, nobody listens."""
 
     def __init__(self, ready: Ready):
         self._division, self._device = ready.division, ready.device
-        self._alone = self._division == ALONE
+        self._alone = ready.division == ALONE
         if not self._alone:
-            from teacache.parallel import group
-
             group.connect(self._device)
 
     def begin(self, order: Order, ready: Ready) -> None:
         """Let the others load what they need: what this one has found out, they need not."""
         if not self._alone:
-            from teacache.parallel import group
-
             group.tell((order, dataclasses.replace(ready, images={}, digests={})))
 
-    def join(self, transformer: ConsisIDTransformer3DModel) -> Team:
+    def join(self, transformer: ConsisIDTransformer3DModel) -> team.Team:
         """Make a team of all ranks; the others do so once they have loaded the transformer."""
-        from teacache.core import team
-
-        return team.ALONE if self._alone else _join(transformer, self._division, self._device)
+        if self._alone:
+            return team.ALONE
+        return group.join(transformer, self._division, self._device)
 
     def denoise(
         self, schedule: Schedule | None, start: Start, text: Text, num_infer_steps: int
     ) -> None:
         """Let the others denoise the video that this one is about to."""
         if not self._alone:
-            from teacache.parallel import group
-
             group.tell(Video(schedule, *_moved((start, text), "cpu"), num_infer_steps))
 
     def end(self) -> None:
         """Let the others end: no video follows."""
         if not self._alone:
-            from teacache.parallel import group
-
             group.tell(None)
             group.disconnect()
 
@@ -119,11 +82,6 @@ def help_denoising(device_name: str) -> None:
     Raises:
         DeviceError: for what its machine lacks.
     """
-    prepare_environment()
-    from teacache.command.machine import choose_device
-    from teacache.command.memory import explained_out_of_memory
-    from teacache.parallel import group
-
     console = Console(quiet=True)
     device = own_device(choose_device(device_name))
     group.connect(device)
@@ -137,23 +95,16 @@ def help_denoising(device_name: str) -> None:
 
 def own_device(device: torch.device) -> torch.device:
     """This rank's GPU, of those that it sees: all of them, or by a launcher's doing its own."""
-    import torch
-
     if device.type != "cuda" or torch.cuda.device_count() == 1:
         return device
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def _denoise_all(order: Order, ready: Ready, stages: Stages) -> None:
-    from teacache.command.loading import load
-    from teacache.core.forward import apply_teacache
-    from teacache.parallel import group
-    from teacache.sampling import sampler
-
     with stages.stage("loading"):
         pipe = load(order, ready, parts=("transformer",))
     with apply_teacache(pipe) as handle, stages.stage("denoising"):
-        handle.team = _join(pipe.transformer, ready.division, ready.device)
+        handle.team = group.join(pipe.transformer, ready.division, ready.device)
         while (video := group.listen()) is not None:
             handle.follow(video.schedule)
             start, text = _moved((video.start, video.text), ready.device)
@@ -167,19 +118,8 @@ def _denoise_all(order: Order, ready: Ready, stages: Stages) -> None:
             )
 
 
-def _join(
-    transformer: ConsisIDTransformer3DModel, division: Division, device: torch.device
-) -> Team:
-    from teacache.parallel import group
-
-    return group.join(transformer, division, device)
-
-
 def _moved(inputs: tuple[Start, Text], device: Any) -> tuple[Start, Text]:
     """Start and text with their tensors on a device; the generator's state is always the host's."""
-    import torch
-    from torch.utils._pytree import tree_map_only
-
     start, text = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), inputs)
     identity = start.identity._replace(face=None)  # of which only the latents are needed
     state = inputs[0].generator_state

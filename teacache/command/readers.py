@@ -13,7 +13,7 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -21,7 +21,6 @@ from urllib.parse import urlsplit
 from teacache.base.errors import ArgumentError
 from teacache.command.shards import Shard
 from teacache.core.rule import UNBOUNDED, Coefficients
-from teacache.results.record import Record
 
 DEGREE = 4  # of the rescaling polynomial
 # What `teacache.fit` writes beside the coefficients, and the sampler does not read.
@@ -56,7 +55,7 @@ def prompt(value: str) -> str:
 
 def name(value: str) -> str:
     """A path, or another name of the thing, that is not empty and can be written down again."""
-    return text(_at_home(_not_empty(value)))
+    return text(_path(value))
 
 
 def path(value: str) -> Path:
@@ -64,37 +63,14 @@ def path(value: str) -> Path:
     return Path(name(value))
 
 
-def _not_empty(value: str) -> str:
-    """Refuse the empty string: an unset shell variable is one, and Path('') the current folder."""
+def _path(value: str) -> str:
+    """With the home directory for a leading `~`, which bash leaves after an `=`.
+
+    Not the empty string: an unset shell variable is one, and Path('') is the current folder.
+    """
     if not value:
         raise argparse.ArgumentTypeError("is empty")
-    return value
-
-
-def _at_home(value: str) -> str:
-    """With the home directory for a leading `~` or `~user`, which bash leaves after an `=`.
-
-    Where there is no such user it stays, as in bash.
-    """
     return os.path.expanduser(value)
-
-
-@contextlib.contextmanager
-def _refused_by_the_system(name: str) -> Iterator[None]:
-    """Say what the system says of a name that it cannot look for, such as one too long."""
-    try:
-        yield
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{name[:80]}: {error.strerror}") from error
-
-
-def file(value: str) -> Path:
-    """A path at which there is a file."""
-    found = Path(_at_home(_not_empty(value)))
-    with _refused_by_the_system(value):
-        if not found.is_file():
-            raise argparse.ArgumentTypeError(f"{value}: there is no such file")
-    return found
 
 
 def image(value: str) -> str:
@@ -103,22 +79,17 @@ def image(value: str) -> str:
     What is wrong with a URL is told with the whole of it: whoever prints it masks credentials.
     """
     source = name(value)
-    path = Path(source)
     if "://" in source:
-        try:
-            scheme, host = urlsplit(source).scheme.lower(), urlsplit(source).hostname
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{source}: {error}") from error
-        if scheme not in ("http", "https"):
-            raise argparse.ArgumentTypeError(f"{source} is neither http nor https")
-        if not host:
-            raise argparse.ArgumentTypeError(f"{source} names no host")
-    elif source != "astronaut":
-        with _refused_by_the_system(source):
-            if path.is_dir():
-                raise argparse.ArgumentTypeError(f"{source} is a folder, not an image")
-            if not path.exists():
-                raise argparse.ArgumentTypeError(f"{source}: there is no such file")
+        with contextlib.suppress(ValueError):
+            url = urlsplit(source)
+            if url.scheme in ("http", "https") and url.hostname:
+                return source
+        raise argparse.ArgumentTypeError(f"{source} is no http or https URL")
+    if source != "astronaut":
+        if os.path.isdir(source):
+            raise argparse.ArgumentTypeError(f"{source} is a folder, not an image")
+        if not os.path.exists(source):
+            raise argparse.ArgumentTypeError(f"{source[:80]}: there is no such file")
     return source
 
 
@@ -131,11 +102,6 @@ def not_negative(text: str) -> float:
 def positive(text: str) -> int:
     """A whole number, 1 or more."""
     return _number(text, int, lambda n: n >= 1, "a whole number, 1 or more")
-
-
-def fps(text: str) -> int:
-    """Frames a second, no more than any video has: an mp4 ends at some ten thousand."""
-    return _number(text, int, lambda n: 1 <= n <= 1000, "a whole number from 1 to 1000")
 
 
 def seed(text: str) -> int:
@@ -155,15 +121,6 @@ def lora(text: str) -> tuple[str, float]:
         if colon and source and math.isfinite(float(scale)):
             return source, float(scale)
     return text, 1.0
-
-
-def record(value: str) -> Record:
-    """A video's record."""
-    data = _json_file(value)
-    try:
-        return Record.from_json(data)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{value} is no record of a video: {error}") from error
 
 
 def _number(
@@ -223,7 +180,7 @@ def coefficients(value: str) -> Coefficients:
 
 def _json_file(value: str) -> object:
     try:
-        content = Path(_at_home(_not_empty(value))).read_text(encoding="utf-8-sig")
+        content = Path(_path(value)).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{value} cannot be read: {error.strerror}") from error
     except ValueError as error:  # not UTF-8, or a path that no file can have
@@ -264,12 +221,8 @@ def coefficients_of(data: object) -> Coefficients:
 
 
 def _finite_numbers(value: object, key: str, count: int) -> tuple[float, ...]:
-    numbers = value if isinstance(value, list) else []
-    usable = [n for n in numbers if isinstance(n, (int, float)) and not isinstance(n, bool)]
-    try:
-        finite = all(map(math.isfinite, usable))
-    except OverflowError:  # a whole number beyond all floats
-        finite = False
-    if len(numbers) != count or len(usable) != count or not finite:
-        raise ArgumentError(f"{key} must be a list of {count} finite numbers, found {value!r}")
-    return tuple(float(number) for number in usable)
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        numbers = tuple(map(float, value if isinstance(value, list) else ()))
+        if len(numbers) == count and all(map(math.isfinite, numbers)):
+            return numbers
+    raise ArgumentError(f"{key} must be a list of {count} finite numbers, found {value!r}")

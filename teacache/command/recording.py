@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
+from pathlib import Path
+
 from teacache.base.console import Stages
 from teacache.base.device import device_name, dtype_name, peak_memory_bytes, peak_reserved_bytes
 from teacache.base.errors import without_credentials
+from teacache.command.arguments import parse_arguments
+from teacache.command.flags import FLAGS
 from teacache.command.jobs import Job
 from teacache.command.order import Order
 from teacache.command.preflight import Ready
+from teacache.core.rule import COGVIDEOX_5B
 from teacache.results.record import Record, Settings, finite, median_seconds, versions
 from teacache.sampling import attention
 
@@ -37,16 +44,14 @@ def settings_of(job: Job, order: Order, ready: Ready) -> Settings:
         width=ready.size.width,
         height=ready.size.height,
         num_frames=ready.size.num_frames,
-        fps=form.fps,
         device=str(ready.device),
         dtype=dtype_name(ready.dtype),
         offload=machine.offload,
-        vae_tiling=bool(machine.vae_tiling),
+        vae_tiling=machine.vae_tiling == "on",
         attention=attention.short_name(ready.backend),
         compile=machine.compile,
         quantize=machine.quantize,
         approximations=approximations,
-        reuse_conditioning=order.reuse_conditioning,
         coefficients=order.coefficients.as_json(),
         retain_first=order.limits.retain_first,
         retain_last=order.limits.retain_last,
@@ -65,7 +70,7 @@ def settings_of(job: Job, order: Order, ready: Ready) -> Settings:
 def record_of(
     job: Job, order: Order, ready: Ready, step_seconds: list[float], stages: Stages
 ) -> Record:
-    """The record of a video so far.
+    """The record of a video whose latents are there.
 
     Args:
         step_seconds: of each denoising step.
@@ -87,3 +92,55 @@ def record_of(
         device_name=device_name(ready.device),
         versions=versions(),
     )
+
+
+def completed(
+    record: Record, job: Job, order: Order, ready: Ready, stages: Stages, video: Path
+) -> Record:
+    """The record once the frames are there too.
+
+    Args:
+        video: its path, beside which the record will lie.
+    """
+    return dataclasses.replace(
+        record,
+        seconds=stages.with_total(),
+        peak_memory_bytes=peak_memory_bytes(ready.device),
+        peak_reserved_bytes=peak_reserved_bytes(ready.device),
+        command=command_of(job, order, record.settings, video.with_suffix(".json")),
+    )
+
+
+def command_of(job: Job, order: Order, settings: Settings, record: Path) -> str:
+    """A shell command that makes one video again: the flags that differ from their defaults.
+
+    Credentials in the URL of an image are masked. Whether the VAE was tiled depends on how much
+    memory was free: that it was is always said.
+
+    Args:
+        record: the video's, from which listed steps and coefficients are read.
+    """
+    values: dict[str, object] = {
+        **vars(job),
+        **vars(order.format),
+        **vars(order.machine),
+        **vars(order.limits),
+        "image": settings.image,
+        "seed": [job.seed],
+        "lora": [f"{source}:{scale}" for source, scale in order.loras],
+        "scheduler": order.scheduler,
+        "ckpts_path": order.ckpts_path,
+        "output_path": order.output_path,
+        "vae_tiling": "on" if settings.vae_tiling else order.machine.vae_tiling,
+        "schedule": record if job.steps is not None else None,
+        "coefficients": record if order.coefficients != COGVIDEOX_5B else COGVIDEOX_5B,
+    }
+    defaults = vars(parse_arguments(["--ckpts_path", order.ckpts_path]))
+    defaults["ckpts_path"] = FLAGS["ckpts_path"].default
+    defaults["reuse"] = "residual" if job.computed_steps is None else "forecast"
+    words = ["python3", "teacache_sample_video.py"]
+    for name, flag in FLAGS.items():
+        value = values.get(name)
+        if value is not None and value != defaults[name] and [value] != defaults[name]:
+            words += flag.words(value)
+    return shlex.join(words)

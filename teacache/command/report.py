@@ -21,9 +21,7 @@ def write_report(comparison: Comparison, order: Order, videos: int, console: Con
     """Write the report of a sweep, as far as it got, and show its table."""
     try:
         # Decoding videos to compare them, drawing and encoding take seconds: not after a signal.
-        table, files = comparison.report(
-            order.output_path, order.format.fps, in_full=not stop_requested()
-        )
+        table, files = comparison.report(order.output_path, in_full=not stop_requested())
     except OSError as error:
         logger.warning("the sweep's report cannot be written: %s", reason(error))
         return

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, NamedTuple
 from teacache.base.console import Console, Stages
 from teacache.base.files import cache_folder
 from teacache.checkpoint.folder import is_full_size
-from teacache.command.finished import add_others, left_to_do, without_finished
+from teacache.command.finished import add_others, kept_latents, left_to_do, without_finished
 from teacache.command.jobs import Job
 from teacache.command.loading import load
 from teacache.command.memory import explained_out_of_memory
 from teacache.command.order import Order, in_order
 from teacache.command.preflight import Ready
 from teacache.command.ranks import Ranks
-from teacache.command.recording import record_of
+from teacache.command.recording import completed, record_of
 from teacache.command.report import write_report, write_report_of_shards
-from teacache.comparison.comparison import Comparison, read_baseline
+from teacache.comparison.comparison import Comparison
 from teacache.core.forward import apply_teacache
 from teacache.core.handle import TeaCacheHandle
 from teacache.inputs.conditioning import Conditioning
@@ -32,6 +32,7 @@ from teacache.sampling import acceleration, sampler
 from teacache.sampling.room import Room
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import ConsisIDPipeline
     from PIL import Image
 
@@ -51,10 +52,10 @@ class Sampled(NamedTuple):
 
 
 def run(order: Order, ready: Ready, stages: Stages, console: Console) -> None:
-    """Sample every video of an order; several of them, or one with a baseline, are compared."""
+    """Sample every video of an order; several of them are compared."""
     jobs, comparison, to_do = order.all_jobs, None, list(order.jobs)
-    if len(jobs) > 1 or order.baseline:
-        comparison = comparison_of(order, ready, len(jobs))
+    if len(jobs) > 1:
+        comparison = comparison_of(ready, len(jobs))
     places = {job: place for place, job in enumerate(jobs)}
     if order.resume:
         to_do = without_finished(places, order, ready, console, comparison)
@@ -79,17 +80,13 @@ def run(order: Order, ready: Ready, stages: Stages, console: Console) -> None:
             write_report(comparison, order, len(jobs), console)
 
 
-def comparison_of(order: Order, ready: Ready, videos: int | None) -> Comparison:
-    """What several videos are compared by, or one with a baseline.
+def comparison_of(ready: Ready, videos: int | None) -> Comparison:
+    """What several videos are compared by.
 
     Args:
         videos: how many are expected, see `Comparison`.
     """
-    return Comparison(
-        videos=videos,
-        baseline=read_baseline(order.baseline, ready.size) if order.baseline else None,
-        load_analyser=lambda: load_analyser(ready.checkpoint),
-    )
+    return Comparison(videos, load_analyser=lambda: load_analyser(ready.checkpoint))
 
 
 def sampled(
@@ -163,7 +160,25 @@ class Loaded:
         Args:
             last: whether no other follows, see `teacache.sampling.room.Room`.
         """
-        pipe, order, own = self.pipe, self.order, Stages(self.console, shared=self.stages)
+        order, own = self.order, Stages(self.console, shared=self.stages)
+        latents, record, kept = kept_latents(job, order, ready, own, self.console) or (
+            *self._denoise(job, ready, identity, text, own),
+            None,
+        )
+        with claimed_slot(order.output_path, record.settings.prefix) as slot:
+            slot.keep(latents, record, kept)
+            with own.stage("decoding"), self.room.to_decode(last):
+                frames = sampler.decode(self.pipe, latents)
+            with own.stage("writing"):
+                slot.write(frames)
+            record = completed(record, job, order, ready, own, slot.video)
+            slot.finish(record)
+        return Sampled(job, slot.video, record, frames, identity)
+
+    def _denoise(
+        self, job: Job, ready: Ready, identity: Identity, text: Text, own: Stages
+    ) -> tuple[torch.Tensor, Record]:
+        """The latents of a job's video, and the record so far."""
         with own.stage("encoding"):
             start = self._start_of(job, ready, identity)
         self.handle.follow(ready.schedules[job])
@@ -171,24 +186,15 @@ class Loaded:
         bar = self.console.bar(job.num_infer_steps, self.handle.counts)
         with own.stage("denoising"), bar as on_step:
             latents, step_seconds = sampler.denoise(
-                pipe,
+                self.pipe,
                 start,
                 text,
                 ready.size,
                 num_infer_steps=job.num_infer_steps,
-                guidance_scale=order.format.guidance_scale,
+                guidance_scale=self.order.format.guidance_scale,
                 on_step=on_step,
             )
-        record = record_of(job, order, ready, step_seconds, own)
-        with claimed_slot(order.output_path, record.settings.prefix) as slot:
-            slot.keep(latents, record)
-            with own.stage("decoding"), self.room.to_decode(last):
-                frames = sampler.decode(pipe, latents)
-            with own.stage("writing"):
-                slot.write(frames, order.format.fps, gif=order.gif)
-            record = record_of(job, order, ready, step_seconds, own)
-            slot.finish(record)
-        return Sampled(job, slot.video, record, frames, identity)
+        return latents, record_of(job, self.order, ready, step_seconds, own)
 
     def _start_of(self, job: Job, ready: Ready, identity: Identity) -> sampler.Start:
         """The start of a video; the one before is dropped first, and kept where it is the same."""
@@ -206,7 +212,7 @@ def condition(
     Args:
         skip_failures: leave images without a face out, instead of raising.
     """
-    cache = EmbeddingCache(cache_folder() / "embeddings") if order.reuse_conditioning else None
+    cache = EmbeddingCache(cache_folder() / "embeddings")
     conditioning = Conditioning(
         ready.checkpoint, ready.device, ready.dtype, ready.machine.offload, cache
     )

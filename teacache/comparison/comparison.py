@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from teacache.base.errors import ArgumentError, reason
+from teacache.base.errors import reason
 from teacache.base.files import with_ending, written_whole
 from teacache.comparison import quality, tables
 from teacache.results import video
@@ -26,7 +26,6 @@ from teacache.results.record import Quality, Record, write_json
 if TYPE_CHECKING:
     from PIL import Image
 
-    from teacache.checkpoint.size import VideoSize
     from teacache.inputs.identity import Identity
 
 logger = logging.getLogger(__name__)
@@ -59,19 +58,12 @@ class Comparison:
     Args:
         videos: how many are expected, or None where nobody knows; of a long list only the frames
             that are still needed stay in memory.
-        baseline: `--baseline`'s frames, [frames, height, width, 3], for a group that has no video
-            of threshold 0; or None.
         load_analyser: loads insightface's detector and recogniser, when the first video comes.
     """
 
-    def __init__(
-        self,
-        videos: int | None,
-        baseline: np.ndarray | None,
-        load_analyser: Callable[[], Any],
-    ):
+    def __init__(self, videos: int | None, load_analyser: Callable[[], Any]):
         self.videos: list[Finished] = []
-        self._expected, self._baseline = videos, baseline
+        self._expected = videos
         self._analyser = functools.cache(load_analyser)
         self._decoded: tuple[Path, np.ndarray] | None = None
 
@@ -113,7 +105,7 @@ class Comparison:
         """A video that an earlier run has made. Its record stays as it is."""
         self.videos.append(Finished(place, path, record, None))
 
-    def report(self, folder: Path, fps: int, in_full: bool) -> tuple[str, list[Path]]:
+    def report(self, folder: Path, in_full: bool) -> tuple[str, list[Path]]:
         """Write the sweep's .md and .json, and the .png and .mp4 of one not too long for them.
 
         Args:
@@ -152,14 +144,11 @@ class Comparison:
                     draw_sweep(rows, records, path)
                 with written(".mp4") as path:
                     frames = [finished.frames_or_decoded() for finished in videos]
-                    write_grid(frames, [tables.label(row) for row in rows], path, fps)
+                    write_grid(frames, [tables.label(row) for row in rows], path)
         return tables.terminal_table(rows), files
 
     def _baseline_of(self, record: Record) -> tuple[np.ndarray | None, bool]:
-        """Frames to compare a video with, and whether an mp4 was decoded for them.
-
-        Those of threshold 0 in its group, else those of `--baseline`.
-        """
+        """Frames of threshold 0 in a video's group, and whether an mp4 was decoded for them."""
         if record.settings.rel_l1_thresh == 0:
             return None, False
         for other in self.videos:
@@ -170,7 +159,7 @@ class Comparison:
                 if self._decoded is None or self._decoded[0] != other.path:
                     self._decoded = other.path, other.frames_or_decoded()
                 return self._decoded[1], True
-        return self._baseline, self._baseline is not None
+        return None, False
 
     def _compare_late(self, finished: Finished) -> None:
         """Compare what is not compared yet: a video from an earlier run, or of an interrupted one.
@@ -183,23 +172,3 @@ class Comparison:
             figures = quality.compare(finished.frames_or_decoded(), baseline)
             found = {**found, **figures, "decoded": True}
         finished.record = dataclasses.replace(finished.record, quality=found)
-
-
-def read_baseline(path: Path, size: VideoSize) -> np.ndarray:
-    """The frames of an earlier video, [frames, height, width, 3].
-
-    Raises:
-        ArgumentError: where it is no video, or not of the size that is sampled.
-    """
-    try:
-        # Before it is decoded: it may be long and large.
-        found = video.probe(path)
-        if found == size:
-            return video.read_video(path).frames
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ArgumentError(f"--baseline {path} cannot be read as a video") from error
-    width, height, num_frames = found
-    raise ArgumentError(
-        f"--baseline {path} has {num_frames} frames of {width}x{height}, "
-        f"this run samples {size.num_frames} of {size.width}x{size.height}"
-    )

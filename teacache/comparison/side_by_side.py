@@ -15,7 +15,7 @@ GRID_WIDTH = 1920
 CELL_WIDTH = (320, 160)  # a small video is enlarged to the first; none shrinks below the second
 
 
-def write_grid(videos: list[np.ndarray], labels: list[str], path: Path, fps: int) -> None:
+def write_grid(videos: list[np.ndarray], labels: list[str], path: Path) -> None:
     """Write videos side by side, each below its label.
 
     Args:
@@ -41,7 +41,7 @@ def write_grid(videos: list[np.ndarray], labels: list[str], path: Path, fps: int
             cell = _resized(video[min(n, len(video) - 1)], cell_width, cell_height)
             page[top : top + cell_height, left : left + cell_width] = cell
         frames.append(page)
-    write_video([_as_image(page) for page in frames], path, fps)
+    write_video([_as_image(page) for page in frames], path)
 
 
 def _caption(label: str, width: int) -> np.ndarray:

@@ -160,7 +160,7 @@ def markdown_table(lines: list[list[str]]) -> str:
 def _remarks(rows: list[Row]) -> list[str]:
     return [
         "Seconds are those of denoising and decoding. PSNR, SSIM and LPIPS compare with the video "
-        "of threshold 0, or with --baseline, frame by frame before compression; identity is "
+        "of threshold 0, frame by frame before compression; identity is "
         "ArcFace's cosine similarity to the face in the photograph. Each is the mean over the "
         "frames, and the worst.",
         *_absences(rows),

@@ -13,8 +13,9 @@ from teacache.base.files import written_whole
 from teacache.base.interruption import run_command
 from teacache.base.quiet import silence_libraries
 from teacache.checkpoint.configuration import read_json
-from teacache.command import flags, readers
+from teacache.command import readers
 from teacache.command.arguments import OneLineParser, build_parser, choose_inputs
+from teacache.command.flags import add_flags
 from teacache.command.order import Order
 from teacache.command.preflight import Ready, preflight
 from teacache.results.record import versions, write_json
@@ -39,10 +40,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "with every step computed.",
         allow_abbrev=False,
     )
-    for add in (flags.add_inputs, flags.add_jobs, flags.add_video):
-        add(parser)
-    for add in (flags.add_device, flags.add_offload, flags.add_attention):
-        add(parser)
+    add_flags(parser, "ckpts_path", "image", "prompt", "seed", "num_infer_steps", "jobs")
+    add_flags(parser, "negative_prompt", "guidance_scale", "lora", "scheduler")
+    add_flags(parser, "num_frames", "height", "width", "device", "dtype", "offload", "attention")
     what = "the file for --coefficients, a .json"
     parser.add_argument("--output", type=readers.path, required=True, metavar="FILE", help=what)
     # What else a video is asked for with: as the sampler's command has it, every step computed.
@@ -50,8 +50,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.output.suffix != ".json":
         parser.error(f"argument --output: {args.output} does not end in .json")
-    args.ckpts_path = args.ckpts_path or flags.DEFAULT_CHECKPOINT
-    args.fps = flags.DEFAULT_FPS
     args.output_path = args.output.parent
     choose_inputs(args)
     return args

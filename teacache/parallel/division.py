@@ -30,6 +30,9 @@ class Division(NamedTuple):
         return f"{self.halves * self.parts} GPUs: {said}"
 
 
+ALONE = Division(1, 1)
+
+
 def divide(num_gpus: int, guided: bool, heads: int, text: int, video: int) -> Division:
     """The division for so many GPUs: guidance first, which costs no communication, then tokens.
 

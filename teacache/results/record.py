@@ -15,6 +15,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypedDict
 
+from teacache import __version__
 from teacache.base.files import written_whole
 
 
@@ -63,7 +64,6 @@ class Settings:
     width: int
     height: int
     num_frames: int
-    fps: int
     device: str
     dtype: str
     offload: str = field(compare=False)  # every way of it computes the same
@@ -72,7 +72,6 @@ class Settings:
     compile: bool
     quantize: str | None
     approximations: list[str] = field(compare=False)  # of what is compared by itself
-    reuse_conditioning: bool = field(compare=False)
     coefficients: dict[str, Any]
     # Those of earlier versions, whose records lack them.
     retain_first: int = 1
@@ -87,17 +86,6 @@ class Settings:
     division: str | None = None  # of a denoising step among them
     lora: list[str] = field(default_factory=list)
     checkpoint_sha256: str | None = field(default=None, compare=False)
-
-    def as_comment(self) -> dict[str, Any]:
-        """What the video itself says of them: what makes it, without folders of this machine."""
-        every = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
-        for name in ("num_gpus", "division", "compile", "device"):  # these make no other video
-            del every[name]
-        every["coefficients"] = self.coefficients.get("source")
-        for name in ("image", "ckpts_path"):
-            if "://" not in every[name] and Path(every[name]).is_absolute():
-                every[name] = Path(every[name]).name
-        return {"made_by": "teacache_sample_video.py", **every}
 
     @property
     def prefix(self) -> str:
@@ -128,7 +116,7 @@ class Record:
     """Settings and what happened.
 
     Distances that are not finite are null, which JSON can hold; their steps are among the
-    `extrapolated_steps`. The seconds of a step are medians.
+    `extrapolated_steps`. The seconds of a step are medians. The command makes the video again.
     """
 
     settings: Settings
@@ -146,6 +134,7 @@ class Record:
     versions: dict[str, str]
     quality: Quality | None = None
     peak_reserved_bytes: int | None = None
+    command: str | None = None
 
     @property
     def latency(self) -> float:
@@ -209,7 +198,10 @@ def write_json(data: dict[str, Any], path: Path) -> None:
 def versions() -> dict[str, str]:
     """The versions that figures and bits depend on most."""
     packages = ("torch", "diffusers", "transformers")
-    return {package: importlib.metadata.version(package) for package in packages}
+    return {
+        "teacache": __version__,
+        **{package: importlib.metadata.version(package) for package in packages},
+    }
 
 
 def median_seconds(step_seconds: Sequence[float], steps: Sequence[int]) -> float | None:

@@ -7,19 +7,23 @@ the out-of-memory killer too; they are removed once video and record are there.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
 from teacache.base import interruption
 from teacache.base.device import is_out_of_memory
-from teacache.base.errors import ArgumentError, OutputError, TeaCacheError, reason
+from teacache.base.errors import OutputError, TeaCacheError, reason
 from teacache.base.files import with_ending, written_whole
 from teacache.results.output_folder import LATENTS_ENDING, claimed_stem
-from teacache.results.record import Record
-from teacache.results.video import add_comment, write_gif, write_video
+from teacache.results.record import Record, Settings
+from teacache.results.video import write_video
 
 if TYPE_CHECKING:
     import torch
@@ -38,45 +42,44 @@ class Slot:
         fate_of_latents: what to say of the latents where there is no video; empty before any.
     """
 
-    def __init__(self, stem: Path, mp4: Path, json_file: Path, fate_of_latents: str):
+    def __init__(self, stem: Path, mp4: Path, json_file: Path):
         self.video = with_ending(stem, ".mp4")
-        self.fate_of_latents = fate_of_latents
+        self.fate_of_latents = ""
         self._stem, self._mp4, self._json = stem, mp4, json_file
         self._latents: Path | None = None
         self._record: Record | None = None
 
-    def keep(self, latents: torch.Tensor, record: Record) -> None:
+    def keep(self, latents: torch.Tensor, record: Record, kept: Path | None = None) -> None:
         """Write the latents where they outlive this process, with the record so far.
 
         That is in the output folder, or where it is full or gone, in the system's temporary one.
-        """
-        from safetensors.torch import save
 
-        named = {"latents": latents.contiguous().cpu()}
-        content = save(named, metadata={"record": json.dumps(record.as_json())})
+        Args:
+            kept: a file that an earlier run has written of them; then none is written.
+        """
+        self._latents = kept
         self.fate_of_latents = "Nothing is kept"
-        with contextlib.suppress(OSError):
-            self._latents = _written(self._stem, content)
+        if kept is None:
+            named = {"latents": latents.contiguous().cpu()}
+            content = save(named, metadata={"record": json.dumps(record.as_json())})
+            with contextlib.suppress(OSError):
+                self._latents = _written(self._stem, content)
         if self._latents is None:
             prefix, _ = self._stem.name.rsplit("_", 1)
             elsewhere = claimed_stem(Path(tempfile.gettempdir()), prefix)
             with contextlib.suppress(OSError), elsewhere as stem:
                 self._latents = _written(stem, content)
         if self._latents:
-            self.fate_of_latents = f"The latents are kept, try again with --latents {self._latents}"
+            self.fate_of_latents = (
+                f"The latents are kept in {self._latents}, try again with --resume"
+            )
 
-    def write(self, frames: list[Image.Image], fps: int, gif: bool = False) -> None:
-        """Encode the frames, for `finish` to give the video its name; with a GIF beside it."""
-        write_video(frames, self._mp4, fps)
-        if gif:
-            write_gif(self._mp4, self._stem)
+    def write(self, frames: list[Image.Image]) -> None:
+        """Encode the frames, for `finish` to give the video its name."""
+        write_video(frames, self._mp4)
 
     def finish(self, record: Record) -> None:
-        """Write the record, and its settings into the video itself.
-
-        At the end of the block both files get their names, or neither.
-        """
-        add_comment(self._mp4, json.dumps(record.settings.as_comment(), ensure_ascii=False))
+        """Write the record. At the end of the block both files get their names, or neither."""
         record.write(self._json)
         self._record = record
 
@@ -85,15 +88,12 @@ class Slot:
         if self._latents is None or self._record is None:
             return
         self._latents.unlink(missing_ok=True)
-        settings = self._record.settings
-        for path in self._stem.parent.glob(f"{settings.prefix}_*{LATENTS_ENDING}"):
-            with contextlib.suppress(ArgumentError):  # of an earlier version, or cut short
-                if read_latents(path)[1].settings == settings:
-                    path.unlink(missing_ok=True)
+        for path, _ in find_latents(self._stem.parent, self._record.settings):
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def claimed_slot(folder: Path, prefix: str, fate_of_latents: str = "") -> Iterator[Slot]:
+def claimed_slot(folder: Path, prefix: str) -> Iterator[Slot]:
     """Hold a slot for as long as the block runs, which writes its video and record.
 
     What ends the block early says where the latents are: what a user can act on, in the one line of
@@ -101,7 +101,6 @@ def claimed_slot(folder: Path, prefix: str, fate_of_latents: str = "") -> Iterat
 
     Args:
         prefix: of the name, `folder/{prefix}_{index:04d}`.
-        fate_of_latents: what to say of latents that `keep` has not written.
 
     Raises:
         OutputError: where the video or its record cannot be written.
@@ -110,10 +109,10 @@ def claimed_slot(folder: Path, prefix: str, fate_of_latents: str = "") -> Iterat
         slot = None
         try:
             with written_whole(stem, ".mp4", ".json") as (mp4, json_file):
-                slot = Slot(stem, mp4, json_file, fate_of_latents)
+                slot = Slot(stem, mp4, json_file)
                 yield slot
         except BaseException as error:
-            fate = slot.fate_of_latents if slot else fate_of_latents
+            fate = slot.fate_of_latents if slot else ""
             # An interruption stays one, whatever a library has made of it.
             foreseen = (
                 isinstance(error, (OSError, TeaCacheError)) and not interruption.stop_requested()
@@ -127,27 +126,20 @@ def claimed_slot(folder: Path, prefix: str, fate_of_latents: str = "") -> Iterat
         slot.remove_latents()
 
 
-def read_latents(path: Path) -> tuple[torch.Tensor, Record]:
-    """What a slot has kept: latents, and the record of their sampling.
+def find_latents(folder: Path, settings: Settings) -> Iterator[tuple[Path, Record]]:
+    """The files of latents that `Slot.keep` has written of a video, each with the record in it.
 
-    Raises:
-        ArgumentError: where the file is missing, or another.
+    Whether they are decoded in tiles makes no difference to them.
     """
-    from safetensors import SafetensorError, safe_open
-
-    wrong = f"--latents {path} holds no latents of this command's"
-    try:
-        with safe_open(path, framework="pt") as file:
-            latents, data = file.get_tensor("latents"), json.loads(file.metadata()["record"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ArgumentError(wrong) from error
-    try:
-        record = Record.from_json(data)
-    except ValueError as error:
-        raise ArgumentError(f"{wrong}: {error}") from error
-    if latents.ndim != 5 or len(latents) != 1:
-        raise ArgumentError(f"{wrong}: of shape {list(latents.shape)}")
-    return latents, record
+    for where in (folder, Path(tempfile.gettempdir())):
+        for path in sorted(where.glob(f"{settings.prefix}_*{LATENTS_ENDING}")):
+            # Of an earlier version, cut short, or removed by another process meanwhile.
+            with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError, ValueError):
+                with safe_open(path, framework="pt") as file:
+                    record = Record.from_json(json.loads(file.metadata()["record"]))
+                found = dataclasses.replace(record.settings, vae_tiling=settings.vae_tiling)
+                if found == settings:
+                    yield path, record
 
 
 def _written(stem: Path, content: bytes) -> Path:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from teacache.base.errors import OutputError
-from teacache.base.files import written_whole
 from teacache.base.quiet import silent_programs
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
+FPS = 8  # frames a second, those that the model was trained on
 FULL_BYTES = 2**16  # Below this much free space, report a full disk as the cause.
 
 
@@ -29,7 +29,7 @@ class Video(NamedTuple):
     fps: float
 
 
-def write_video(frames: list[Image.Image], path: Path, fps: int) -> None:
+def write_video(frames: list[Image.Image], path: Path) -> None:
     """Encode frames as H.264 in yuv420p, with the encoder settings of the published sampler.
 
     Raises:
@@ -40,7 +40,7 @@ def write_video(frames: list[Image.Image], path: Path, fps: int) -> None:
 
     with silent_programs() as last_said:
         with contextlib.suppress(OSError):  # a pipe to an encoder that has ended: it tells why
-            export_to_video(frames, _unmistakable(path), fps=fps)
+            export_to_video(frames, _unmistakable(path), fps=FPS)
         written = count_frames(path)
         if written != len(frames):
             # ffmpeg names the part of it that speaks: [out#0/mp4 @ 0x55d0c8a1] ...
@@ -50,68 +50,6 @@ def write_video(frames: list[Image.Image], path: Path, fps: int) -> None:
             if shutil.disk_usage(path.parent).free < FULL_BYTES:
                 complaint = os.strerror(errno.ENOSPC)  # ffmpeg's last line need not mention it
             raise OSError(f"the encoder wrote {written} of {len(frames)} frames: {complaint}")
-
-
-def add_comment(path: Path, text: str) -> None:
-    """Let a video say something about itself, which ffprobe shows; the frames stay as they are.
-
-    Raises:
-        OSError: where it cannot be written.
-    """
-    import imageio_ffmpeg
-
-    beside = path.with_name(f"{path.stem}.commented.mp4")
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-y"]
-    command += ["-i", _unmistakable(path), "-c", "copy", "-metadata", f"comment={text}"]
-    try:
-        _run([*command, _unmistakable(beside)])
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def read_comment(path: Path) -> str:
-    """What a video says about itself; empty where it says nothing, or is no video."""
-    import imageio_ffmpeg
-
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error"]
-    try:
-        told = _run([*command, "-i", _unmistakable(path), "-f", "ffmetadata", "-"])
-    except OSError:
-        return ""
-    found = re.search(r"^comment=((?:[^\\\n]|\\.)*)$", told, flags=re.MULTILINE | re.DOTALL)
-    return re.sub(r"\\(.)", r"\1", found[1], flags=re.DOTALL) if found else ""
-
-
-def write_gif(video: Path, stem: Path) -> None:
-    """Make an animated GIF of a video, with a palette of its own, at its frame rate.
-
-    Args:
-        stem: the GIF's name without its ending; it is there once it is whole.
-
-    Raises:
-        OSError: where it cannot be written.
-    """
-    import imageio_ffmpeg
-
-    palette = "split[a][b];[a]palettegen=stats_mode=diff[p];[b][p]paletteuse=diff_mode=rectangle"
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-y"]
-    command += ["-i", _unmistakable(video), "-vf", palette, "-loop", "0", "-f", "gif"]
-    with written_whole(stem, ".gif") as (gif,):
-        _run([*command, _unmistakable(gif)])
-
-
-def _run(command: list[str]) -> str:
-    """What ffmpeg writes to standard output.
-
-    Raises:
-        OSError: with its last line, where it fails.
-    """
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
-    if done.returncode:
-        lines = done.stderr.decode(errors="replace").strip().splitlines()
-        raise OSError(lines[-1] if lines else f"ffmpeg ends with code {done.returncode}")
-    return done.stdout.decode("utf-8", errors="replace")
 
 
 def count_frames(path: Path) -> int:
@@ -153,17 +91,3 @@ def read_video(path: Path) -> Video:
 
     with imageio.get_reader(_unmistakable(path), "ffmpeg") as reader:
         return Video(np.stack(list(reader.iter_data())), reader.get_meta_data()["fps"])
-
-
-def probe(path: Path) -> tuple[int, int, int]:
-    """A video's width, height and number of frames, of which none is kept in memory.
-
-    Raises:
-        OSError, RuntimeError: where it cannot be read as a video.
-    """
-    from imageio_ffmpeg import count_frames_and_secs, read_frames
-
-    name = _unmistakable(path)
-    with contextlib.closing(read_frames(name)) as reader:
-        width, height = next(reader)["size"]
-    return width, height, count_frames_and_secs(name)[0]

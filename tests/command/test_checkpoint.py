@@ -316,14 +316,15 @@ def test_what_is_no_checkpoint_is_named_as_what_it_is(capsys, tmp_path, tiny):
     assert "is a single file with weights" in error
 
 
-def test_a_run_writes_nothing_into_the_checkpoint(capsys, tmp_path, tiny):
+def test_a_run_writes_nothing_into_the_checkpoint(capsys, tmp_path, monkeypatch, tiny):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # no embeddings of other tests
     folder = tmp_path / "mine"
     shutil.copytree(tiny, folder)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     code, *_ = main(
         capsys,
         *("--ckpts_path", folder, "--image", "astronaut", "--num_frames", 1),
-        *("--num_infer_steps", 2, "--no_reuse_conditioning", "--output_path", tmp_path / "out"),
+        *("--num_infer_steps", 2, "--output_path", tmp_path / "out"),
     )
     assert code == 0
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
@@ -408,15 +409,18 @@ def configured(**changed):
         ("model_index.json", configured(scheduler=["diffusers", "Foo"]), "as scheduler, not"),
     ],
 )
-def test_files_that_are_there_and_wrong_are_one_line(capsys, tmp_path, tiny, name, damage, told):
+def test_files_that_are_there_and_wrong_are_one_line(
+    capsys, tmp_path, monkeypatch, tiny, name, damage, told
+):
     """Also those that the libraries would fill up with random numbers, and go on."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # no embeddings of other tests
     folder = tmp_path / "mine"
     shutil.copytree(tiny, folder)
     damage(folder / name)
     code, _, error = main(
         capsys,
         *("--ckpts_path", folder, "--image", "astronaut", "--num_infer_steps", 2),
-        *("--rel_l1_thresh", 0, "--no_reuse_conditioning", "--output_path", tmp_path / "out"),
+        *("--rel_l1_thresh", 0, "--output_path", tmp_path / "out"),
     )
     assert code == 2, error
     assert error.startswith(f"error: {folder}")

@@ -89,12 +89,6 @@ def test_what_does_not_divide_is_refused_before_any_rank_begins(
     assert not out.exists()
 
 
-def test_latents_need_one_gpu(capsys):
-    with pytest.raises(SystemExit):
-        main(["--latents", str(ROOT / "README.md"), "--num_gpus", "2"])
-    assert "--num_gpus: not allowed with argument --latents" in capsys.readouterr().err
-
-
 def test_bad_input_that_the_first_rank_finds_ends_all(tmp_path):
     run = ended("--num_gpus", 2, "--image", "README.md", "--output_path", tmp_path)
     assert run.returncode == 2

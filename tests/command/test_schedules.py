@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -44,6 +45,12 @@ def planned(output: str) -> dict[str, list[int]]:
     return found
 
 
+def again(capsys, video: Path, folder: Path) -> None:
+    """Run the command of a video's record, into another folder."""
+    command = json.loads(video.with_suffix(".json").read_text())["command"]
+    assert main(capsys, *shlex.split(command)[2:], "--output_path", folder)[0] == 0
+
+
 def test_plan_sampler_and_record_agree(capsys, tmp_path):
     arguments = (*SMALL, "--schedule", *lists(tmp_path, [5, 3], [0, 2, 5, 6, 7]))
     code, output, _ = main(capsys, *arguments, "--plan")
@@ -60,12 +67,10 @@ def test_plan_sampler_and_record_agree(capsys, tmp_path):
         record = found[f"42_{name.replace(' ', '')}_0000"]
         assert record["computed_steps"] == record["selected_steps"] == steps
         assert (record["schedule"], record["rel_l1_thresh"]) == (name, None)
-    # The record of one lists the steps of another, which is then the same to the byte.
-    again = tmp_path / "out" / "42_listed5_0000.json"
-    code, _, _ = main(capsys, *SMALL, "--schedule", again, "--output_path", tmp_path / "again")
-    assert code == 0
-    listed = tmp_path / "again" / "42_listed5_0000.mp4"
-    assert encoded(listed) == encoded(again.with_suffix(".mp4"))
+    # The record's command takes the steps from the record, and the video is the same to the byte.
+    listed = tmp_path / "out" / "42_listed5_0000.mp4"
+    again(capsys, listed, tmp_path / "again")
+    assert encoded(tmp_path / "again" / listed.name) == encoded(listed)
 
 
 def test_a_sweep_over_schedules_of_either_kind(capsys, tmp_path):
@@ -152,10 +157,7 @@ def test_a_sweep_of_a_threshold_and_a_forecast(capsys, tmp_path):
     assert [row["schedule"] or row["rel_l1_thresh"] for row in rows] == [0.0, 0.2, "forecast 4"]
     # The same as residual is another video; repeated from the record it is the same one.
     video = out / "42_forecast4_0000.mp4"
-    code, _, _ = main(
-        capsys, "--from_record", video.with_suffix(".json"), "--output_path", tmp_path / "again"
-    )
-    assert code == 0
+    again(capsys, video, tmp_path / "again")
     assert (tmp_path / "again" / video.name).read_bytes() == video.read_bytes()
     assert records(tmp_path / "again")["42_forecast4_0000"]["reuse"] == "forecast"
     code, output, _ = main(
@@ -184,10 +186,7 @@ def test_another_scheduler_is_another_video(capsys, tmp_path):
         assert records(tmp_path / name)["42_forecast4_0000"]["scheduler"] == name
     dpm, ddim = (tmp_path / name / "42_forecast4_0000.mp4" for name in ("dpm", "ddim"))
     assert encoded(dpm) != encoded(ddim)
-    code, _, _ = main(
-        capsys, "--from_record", ddim.with_suffix(".json"), "--output_path", tmp_path / "again"
-    )
-    assert code == 0
+    again(capsys, ddim, tmp_path / "again")
     assert (tmp_path / "again" / ddim.name).read_bytes() == ddim.read_bytes()
 
 

@@ -48,7 +48,7 @@ def test_folders_that_ffmpeg_or_imageio_could_take_for_something_else(
     monkeypatch.chdir(tmp_path)
     path = tmp_path.joinpath(folder).relative_to(tmp_path) / "video.mp4"
     path.parent.mkdir()
-    video.write_video(noise_frames(5), path, fps=8)
+    video.write_video(noise_frames(5), path)
     assert video.count_frames(path) == 5
     assert video.read_video(path).frames.shape == (5, 48, 64, 3)
     assert [p.name for p in tmp_path.iterdir()] == [path.parent.name]

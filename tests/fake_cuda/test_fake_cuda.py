@@ -87,15 +87,17 @@ def test_kept_latents_become_a_video(sample, tmp_path):
     out = tmp_path / "out"
     sample()
     record = read_record(out / "42_0.4_0000.json")
+    for path in out.glob("42*"):
+        path.unlink()
     latents = torch.randn(1, 7, 16, record.settings.height // 8, record.settings.width // 8)
-    with contextlib.suppress(KeyboardInterrupt), claimed_slot(out, "killed") as slot:
+    with contextlib.suppress(KeyboardInterrupt), claimed_slot(out, "42_0.4") as slot:
         slot.keep(latents.to(torch.bfloat16), record)
         raise KeyboardInterrupt
-    (kept,) = out.glob("killed*")
-    _, log = run("--latents", kept, "--output_path", out)
-    assert (out / "42_0.4_0001.mp4").stat().st_size > 0
+    output, log = sample("--resume")
+    assert "denoising" not in output
+    assert (out / "42_0.4_0000.mp4").stat().st_size > 0
     assert {where.partition("sampling/")[2] for where in log if "sampling/" in where} <= OF_A_VIDEO
-    assert read_record(out / "42_0.4_0001.json").settings.vae_tiling is False
+    assert [path.name for path in out.glob("*latents*")] == []
 
 
 def test_the_pretence_has_cudas_rules():

@@ -166,11 +166,12 @@ def blind(tiny, tmp_path_factory):
 
 
 def command(capsys, checkpoint, image, tmp_path):
-    return main(
-        capsys,
-        *("--ckpts_path", checkpoint, "--image", image, "--num_infer_steps", 1, "--num_frames", 1),
-        *("--no_reuse_conditioning", "--output_path", tmp_path / "out"),
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # no embeddings of other tests
+        return main(
+            *(capsys, "--ckpts_path", checkpoint, "--image", image, "--num_infer_steps", 1),
+            *("--num_frames", 1, "--output_path", tmp_path / "out"),
+        )
 
 
 def test_no_face(capsys, tmp_path, blind):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from teacache.base import device
 from teacache.benchmark.random_weights import FULL, FULL_VAE
 from teacache.checkpoint.size import VideoSize
 from teacache.command import card
@@ -48,7 +49,7 @@ def machine(*arguments):
         (11.3, (), "blocks", True),
         (7.6, (), "sequential", True),
         (79.0, ("--offload", "sequential", "--vae_tiling"), "sequential", True),
-        (11.3, ("--offload", "none", "--no_vae_tiling"), "none", False),
+        (11.3, ("--offload", "none", "--vae_tiling", "off"), "none", False),
         (11.3, ("--quantize", "fp8"), "model", True),
         (7.6, ("--compile",), "blocks", True),
         (15.2, ("--num_gpus", 2), "none", False),
@@ -61,7 +62,7 @@ def test_what_a_card_gets(full, monkeypatch, free, arguments, offload, tiled):
     settled, line = card.fit_to_card(
         machine(*arguments), full, FULL_SIZE, True, cuda, torch.bfloat16
     )
-    assert (settled.offload, settled.vae_tiling) == (offload, tiled)
+    assert (settled.offload, settled.vae_tiling) == (offload, "on" if tiled else "off")
     assert line.startswith(f"memory{free + 0.5:14.1f} GiB, {free:.1f} free: {card.WHERE[offload]}")
     assert ("not bit for bit" in line) == tiled
 
@@ -79,7 +80,7 @@ def test_a_cpu_has_nothing_to_choose(full):
     settled, line = card.fit_to_card(
         machine(), full, FULL_SIZE, True, torch.device("cpu"), torch.float32
     )
-    assert (settled.offload, settled.vae_tiling, line) == ("none", False, "")
+    assert (settled.offload, settled.vae_tiling, line) == ("none", "off", "")
 
 
 def test_the_numbers_of_a_checkpoint(tiny, pipe):
@@ -112,3 +113,15 @@ def test_only_what_helps_is_advised(arguments, stage, flags):
     )
     error = torch.OutOfMemoryError("CUDA out of memory")
     assert out_of_memory(error, stage, settled).endswith(f"Try, in this order: {flags}")
+
+
+def test_memory_that_runs_out_is_known_by_its_error():
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("CUDA error: out of memory"),
+        OSError(12, "Cannot allocate memory"),
+    ):
+        assert device.is_out_of_memory(error)
+        told = out_of_memory(error, "decoding", machine("--compile"))
+        assert told == "out of memory while decoding. Try, in this order: --vae_tiling"

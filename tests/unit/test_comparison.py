@@ -123,7 +123,7 @@ def test_grid_places_every_video_below_its_label(tmp_path):
     colours = [(200, 30, 30), (30, 200, 30), (30, 30, 200)]
     videos = [np.full((4, 96, 144, 3), colour, np.uint8) for colour in colours]
     videos[2] = videos[2][:2]  # an earlier, shorter one
-    write_grid(videos, ["one\nline", "two", "three"], tmp_path / "grid.mp4", fps=8)
+    write_grid(videos, ["one\nline", "two", "three"], tmp_path / "grid.mp4")
     grid = read_video(tmp_path / "grid.mp4").frames
     assert grid.shape == (4, 512, 640, 3)
     for n, colour in enumerate(colours):
@@ -132,5 +132,5 @@ def test_grid_places_every_video_below_its_label(tmp_path):
         assert np.abs(middle - colour).max() < 12, "H.264 and 4:2:0 move flat colours a little"
         assert grid[0, top : top + 48, left : left + 320].max() > 200, "its label is there"
     assert grid[0, 256 + 150, 320 + 160].max() < 12, "the fourth cell is empty"
-    write_video([Image.fromarray(videos[0][0])], tmp_path / "one.mp4", fps=8)
+    write_video([Image.fromarray(videos[0][0])], tmp_path / "one.mp4")
     assert len(read_video(tmp_path / "one.mp4").frames) == 1

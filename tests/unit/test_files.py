@@ -136,7 +136,7 @@ def test_video_there_and_back(tmp_path):
         Image.fromarray(np.stack([column * 2, row * 3, 0 * row + 20 * n], -1).astype(np.uint8))
         for n in range(9)
     ]
-    write_video(frames, tmp_path / "video.mp4", fps=8)
+    write_video(frames, tmp_path / "video.mp4")
     video = read_video(tmp_path / "video.mp4")
     assert video.frames.shape == (9, 64, 96, 3)
     assert video.fps == 8

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import shlex
 import time
 
 import pytest
+from records import record_of_a_video
 
-from teacache.base.errors import ArgumentError
+from teacache.base.errors import ArgumentError, without_credentials
 from teacache.command.arguments import parse_arguments
 from teacache.command.jobs import Job
 from teacache.command.order import Order, in_order
+from teacache.command.recording import command_of
 
 DIGESTS = {"astronaut": "4a"}
 COMMON = ["--ckpts_path", "tiny", "--prompt", "a man"]
@@ -100,6 +105,55 @@ def test_what_a_schedule_is_called(arguments, names):
     found = jobs(*arguments)
     assert [job.which for job in found] == names
     assert all(job.reuse == "residual" for job in found if job.rel_l1_thresh == 0)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("--seed", "random", "--rel_l1_thresh", 0),
+        ('--prompt=-a man\'s "hat"\n$HOME é', "--lora", "a/b:0.5", "--lora", "c", "--compile"),
+        ("--rel_l1_thresh", 0.25, "--reuse", "forecast", "--vae_tiling", "--guidance_scale", 1),
+        ("--computed_steps", 12, "--height", 96, "--scheduler", "ddim", "--vae_tiling", "off"),
+        ("--computed_steps", 12, "--reuse", "residual", "--max_reuse", 3, "--negative_prompt", "x"),
+        ("--schedule", "RECORD", "--retain_last", 3, "--quantize", "fp8", "--num_gpus", 2),
+        ("--coefficients", "RECORD", "--num_infer_steps", 9, "--dtype", "float16"),
+        ("--image", "https://me:secret@host/a.png?key=secret&raw=true", "--output_path", "a b"),
+    ],
+)
+def test_a_command_asks_for_the_same_video(tmp_path, arguments):
+    """The record's: parsed again it is the same job, on the same machine, into the same folder."""
+    path = tmp_path / "record.json"
+    own = {"values": [0.0, 0.0, 0.0, 0.0, 0.01], "source": "own"}
+    path.write_text(json.dumps({"computed_steps": [0, 3, 49], "coefficients": own}))
+    words = [path if word == "RECORD" else word for word in arguments]
+    order = Order.of(parse_arguments([*COMMON, "--device", "cuda:1", *map(str, words)]))
+    (job,) = order.jobs
+    shown = without_credentials(job.image)
+    settings = record_of_a_video(image=shown).settings
+    command = command_of(job, order, settings, path)
+    program, script, *again = shlex.split(command)
+    assert (program, script) == ("python3", "teacache_sample_video.py")
+    assert "secret" not in command
+    same = dataclasses.replace(job, image=shown)
+    assert Order.of(parse_arguments(again)) == dataclasses.replace(
+        order, jobs=(same,), all_jobs=(same,)
+    )
+
+
+def test_a_command_of_one_of_many_videos(tmp_path):
+    """Fields of the line are in it, the flags for several videos are not; nor are defaults."""
+    (tmp_path / "jobs.jsonl").write_text('{"prompt": "a girl", "computed_steps": 8}\n{"seed": 3}')
+    order = Order.of(
+        parse_arguments(["--ckpts_path", "tiny", "--jobs", str(tmp_path / "jobs.jsonl")])
+    )
+    settings = record_of_a_video(image="astronaut").settings
+    first, second = (command_of(job, order, settings, tmp_path) for job in order.jobs)
+    begin = "python3 teacache_sample_video.py --ckpts_path tiny"
+    assert first == f"{begin} --prompt 'a girl' --computed_steps 8"
+    assert second == f"{begin} --seed 3"
+    tiled = dataclasses.replace(settings, vae_tiling=True)
+    assert command_of(order.jobs[1], order, tiled, tmp_path) == f"{second} --vae_tiling on"
 
 
 def test_text_comes_through_whole(tmp_path):

@@ -10,7 +10,8 @@ import pytest
 from support import ROOT
 
 from teacache.cluster.__main__ import RAY
-from teacache.command.arguments import build_parser, parse_arguments
+from teacache.command.arguments import build_parser
+from teacache.command.flags import FLAGS, table
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ROOMS = {path: path.read_text(encoding="utf-8") for path in (ROOT / "teacache").glob("*/README.md")}
@@ -24,26 +25,11 @@ def section(text: str, title: str) -> str:
     return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
-def rows() -> dict[str, list[str]]:
-    """The cells of each argument's row in the tables of arguments, by its name."""
-    found = {}
-    for line in section(ROOMS[ROOT / "teacache/command/README.md"], "Arguments").splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
-        for name in re.findall(r"--[a-z_0-9]+", cells[0]):
-            found[name] = cells
-    return found
-
-
-def test_the_tables_name_every_argument_and_no_other():
+def test_the_tables_are_those_of_the_flags():
+    arguments = section(ROOMS[ROOT / "teacache/command/README.md"], "Arguments")
+    assert arguments.strip() == table()
     options = {option for action in build_parser()._actions for option in action.option_strings}
-    assert set(rows()) == options - {"-h", "--help"}
-
-
-@pytest.mark.parametrize("name", ["seed", "num_infer_steps", "guidance_scale", "fps", "device"])
-def test_the_tables_name_the_defaults(name):
-    default = vars(parse_arguments([]))[name]
-    default = default[0] if isinstance(default, list) else default
-    assert rows()[f"--{name}"][1].strip("`") == str(default)
+    assert options == {f"--{name}" for name in FLAGS} | {"-h", "--help"}
 
 
 def test_the_rooms_are_those_of_the_package():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from teacache.base.errors import ArgumentError
 from teacache.command.arguments import parse_arguments
 from teacache.command.jobs import Job
 from teacache.command.order import Order
@@ -63,9 +62,3 @@ def test_a_shard_that_is_none(capsys, value, complaint):
         parse_arguments([f"--shard={value}"])
     assert end.value.code == 2
     assert complaint in capsys.readouterr().err
-
-
-def test_a_baseline_is_of_one_group_over_all_shards(tmp_path):
-    (tmp_path / "a.mp4").touch()
-    with pytest.raises(ArgumentError, match="is one video"):
-        order("--seed", 1, 2, "--shard", "0/2", "--baseline", tmp_path / "a.mp4")
