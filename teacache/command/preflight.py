@@ -233,7 +233,7 @@ def find_checkpoint(name: str) -> Path | None:
         CheckpointError: where it is none of these.
     """
     if name == "tiny":
-        from teacache.embedded.build import cached_tiny_checkpoint
+        from teacache.embedded.cached import cached_tiny_checkpoint
 
         return cached_tiny_checkpoint()
     return local_checkpoint(name)
