@@ -69,7 +69,7 @@ def main(capsys, *arguments: object) -> tuple[int, str, str]:
 
 @contextlib.contextmanager
 def locked_by_another_process(folder: Path) -> Iterator[None]:
-    """Every lock of an output folder, here one file, is held elsewhere; then its holder is killed."""
+    """Every lock of an output folder, here one file, is held elsewhere; its holder is killed."""
     path = folder / ".all.lock"
     program = (
         "import filelock, sys, time\n"
@@ -83,7 +83,7 @@ def locked_by_another_process(folder: Path) -> Iterator[None]:
     )
     try:
         assert holder.stdout.readline() == "held\n"
-        with mock.patch.object(lock, "lock_file", lambda folder, name: path):
+        with mock.patch.object(lock, "lock_file", return_value=path):
             yield
     finally:
         holder.kill()

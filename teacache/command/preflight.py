@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from teacache.base.console import Stages
 from teacache.base.environment import prepare_environment
 from teacache.base.errors import ArgumentError, CheckpointError
-from teacache.checkpoint.configuration import read_json, whole_number
 from teacache.checkpoint.download import download_checkpoint
 from teacache.checkpoint.folder import (
     check_checkpoint,
@@ -24,7 +23,7 @@ from teacache.checkpoint.folder import (
     local_checkpoint,
     weight_files,
 )
-from teacache.checkpoint.size import VideoSize, check_memory, video_size
+from teacache.checkpoint.size import Architecture, VideoSize, check_memory, video_size
 from teacache.command.jobs import Job
 from teacache.command.order import LatentsOrder, Machine, Order
 from teacache.command.ranks import division_of
@@ -188,8 +187,7 @@ def preflight_latents(order: LatentsOrder, stages: Stages) -> ReadyLatents:
     size = VideoSize(settings.width, settings.height, settings.num_frames)
     machine, _ = fit_to_card(machine, checkpoint, size, False, device, latents.dtype)
     settings = dataclasses.replace(settings, vae_tiling=bool(machine.vae_tiling))
-    path = checkpoint / "vae" / "config.json"
-    channels = whole_number(path, read_json(path, "no VAE"), "latent_channels", 16)
+    channels = Architecture.of(checkpoint).latent_channels
     if latents.shape[2] != channels:
         raise ArgumentError(
             f"--latents {order.latents} have {latents.shape[2]} channels, and the VAE of "
