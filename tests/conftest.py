@@ -33,7 +33,7 @@ def cache_of_this_session(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny(cache_of_this_session) -> Path:
     """The folder of the embedded checkpoint."""
-    from teacache.embedded.build import cached_tiny_checkpoint
+    from teacache.embedded.cached import cached_tiny_checkpoint
 
     return cached_tiny_checkpoint()
 

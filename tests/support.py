@@ -9,12 +9,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 
 from teacache.checkpoint.size import VideoSize
-from teacache.results.lock import FILE
+from teacache.results import lock
 
 CPU = torch.device("cpu")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -68,20 +69,22 @@ def main(capsys, *arguments: object) -> tuple[int, str, str]:
 
 @contextlib.contextmanager
 def locked_by_another_process(folder: Path) -> Iterator[None]:
-    """Every lock of an output folder is held elsewhere; at the end its holder is killed."""
+    """Every lock of an output folder, here one file, is held elsewhere; its holder is killed."""
+    path = folder / ".all.lock"
     program = (
-        "import fcntl, sys, time\n"
-        "file = open(sys.argv[1], 'ab')\n"
-        "fcntl.lockf(file, fcntl.LOCK_EX)\n"
+        "import filelock, sys, time\n"
+        "lock = filelock.FileLock(sys.argv[1])\n"
+        "lock.acquire()\n"
         "print('held', flush=True)\n"
         "time.sleep(600)"
     )
     holder = subprocess.Popen(
-        [sys.executable, "-c", program, folder / FILE], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, path], stdout=subprocess.PIPE, text=True
     )
     try:
         assert holder.stdout.readline() == "held\n"
-        yield
+        with mock.patch.object(lock, "lock_file", return_value=path):
+            yield
     finally:
         holder.kill()
         holder.wait()

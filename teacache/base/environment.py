@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import resource
-import sys
 
 from teacache.base.errors import DeviceError
-
-# The embedded checkpoint's 13 frames on a CPU, two threads, torch 2.14 and diffusers 0.42: with 5
-# it works at times, with 4 never. Every further thread takes some, and so does a real checkpoint.
-ADDRESS_SPACE_GB = 6
 
 
 def prepare_environment() -> None:
@@ -26,17 +20,6 @@ def prepare_environment() -> None:
     """
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older of its names
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    if sys.flags.optimize >= 2:
-        raise DeviceError(
-            "python -OO removes docstrings, from which transformers makes what it shows: "
-            "use -O, or neither, and no PYTHONOPTIMIZE=2"
-        )
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY and limit < ADDRESS_SPACE_GB * 2**30:
-        raise DeviceError(
-            f"not enough address space: {ADDRESS_SPACE_GB} GB are needed, "
-            f"`ulimit -v` allows {limit * 10 // 2**30 / 10}"
-        )
     try:
         import cv2  # noqa: F401
     except ImportError as error:

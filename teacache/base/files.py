@@ -1,17 +1,15 @@
-"""Files that are whole or absent, and the user's cache folder."""
+"""Files that are whole or absent, locks, and the user's cache folder."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import logging
 import os
-import stat
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-logger = logging.getLogger(__name__)
+import filelock
+
+from teacache.base.errors import DeviceError
 
 
 @contextlib.contextmanager
@@ -46,27 +44,45 @@ def with_ending(stem: Path, ending: str) -> Path:
     return stem.with_name(stem.name + ending)
 
 
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Hold the lock of a file for as long as the block runs, and remove the file.
+
+    The system gives the lock back whatever ends the process, SIGKILL too; then the empty file stays
+    until the next process that takes the lock. On a file system without locks, and in a folder that
+    takes no more files, there is nothing to be held back by.
+
+    Args:
+        wait: for another process that holds the lock.
+
+    Yields:
+        whether it is held: False where another process has it.
+    """
+    lock = filelock.FileLock(path, timeout=-1 if wait else 0, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        yield False
+        return
+    except OSError:
+        yield True
+        return
+    try:
+        yield True
+    finally:
+        # While it is held: a process that has opened it sees that it is gone, and tries again.
+        path.unlink(missing_ok=True)
+        lock.release()
+
+
 def cache_folder() -> Path:
-    """This package's folder below the user's cache folder, or else in the temporary one."""
+    """This package's folder below the user's cache folder.
+
+    Raises:
+        DeviceError: where the system does not know the user, as in some containers.
+    """
     try:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # the system does not know the user, as in some containers
-        return folder_without_home()
+    except RuntimeError as error:
+        raise DeviceError("this user has no home directory: set XDG_CACHE_HOME") from error
     return caches / "teacache-consisid"
-
-
-@functools.cache
-def folder_without_home() -> Path:
-    """This user's folder in the temporary one, which is everybody's: so only where it is our own.
-
-    Compiled code is kept in it, and would be run.
-    """
-    folder = Path(tempfile.gettempdir()) / f"teacache-consisid-{os.getuid()}"
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    status = folder.lstat()
-    ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
-    if not ours or status.st_mode & 0o022:
-        folder = Path(tempfile.mkdtemp(prefix=f"{folder.name}-"))
-    logger.warning("this user has no home directory: what is kept for later runs is in %s", folder)
-    return folder

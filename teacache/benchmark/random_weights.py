@@ -20,7 +20,7 @@ from diffusers import (
 from PIL import Image
 
 from teacache.checkpoint.size import VideoSize
-from teacache.embedded import build as tiny
+from teacache.embedded import configuration as tiny
 from teacache.inputs.identity import Identity
 from teacache.inputs.text import Text
 

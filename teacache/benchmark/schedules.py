@@ -77,7 +77,7 @@ def compare(args: argparse.Namespace) -> None:
 
     from teacache.checkpoint.distances import step_distances
     from teacache.checkpoint.pipeline import load_pipeline
-    from teacache.embedded.build import cached_tiny_checkpoint
+    from teacache.embedded.cached import cached_tiny_checkpoint
     from teacache.embedded.videos import videos
     from teacache.inputs.identity import load_face_models
 

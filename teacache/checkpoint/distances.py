@@ -16,32 +16,36 @@ from pathlib import Path
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from safetensors import safe_open
 
-from teacache.base.errors import ArgumentError, CheckpointError
-from teacache.checkpoint.configuration import read_json, whole_number
-from teacache.checkpoint.folder import is_whole_safetensors, weight_files
+from teacache.base.errors import ArgumentError
+from teacache.checkpoint.folder import read_json, weight_files
+from teacache.checkpoint.loading import reading
 from teacache.core.forecast import Scheduler
 from teacache.core.rule import distances_between
 
+SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 SCHEDULERS = {"dpm": CogVideoXDPMScheduler, "ddim": CogVideoXDDIMScheduler}
 
 
 def scheduler_name(checkpoint: Path) -> str:
     """`dpm` or `ddim`, as the checkpoint has it; `dpm` where it has another, as published."""
-    config = read_json(checkpoint / "scheduler" / "scheduler_config.json", "not a scheduler")
-    own = config.get("_class_name")
+    own = read_json(checkpoint / SCHEDULER_CONFIG).get("_class_name")
     return next((name for name, kind in SCHEDULERS.items() if kind.__name__ == own), "dpm")
 
 
 def load_scheduler(checkpoint: Path, name: str | None) -> Scheduler:
-    """The scheduler of that name, or the checkpoint's own, with the checkpoint's configuration."""
-    path = checkpoint / "scheduler" / "scheduler_config.json"
-    config = read_json(path, "not a scheduler")
-    whole_number(path, config, "num_train_timesteps", 1000)
+    """The scheduler of that name, or the checkpoint's own, with the checkpoint's configuration.
+
+    Raises:
+        CheckpointError: where its class cannot be made with that configuration.
+    """
+    config = read_json(checkpoint / SCHEDULER_CONFIG)
     kind = SCHEDULERS[name or scheduler_name(checkpoint)]
     # Not from_config, which imports every scheduler that is compatible: a second of CPU.
     known = inspect.signature(kind.__init__).parameters
-    return kind(**{name: value for name, value in config.items() if name in known})
+    with reading(checkpoint / SCHEDULER_CONFIG):
+        return kind(**{name: value for name, value in config.items() if name in known})
 
 
 def distances_of(
@@ -73,13 +77,15 @@ def step_distances(
 
     Raises:
         ArgumentError: where there are more steps than the scheduler was trained with.
+        CheckpointError: where scheduler or time embedding cannot be read.
     """
     trained = scheduler.config.num_train_timesteps
     if num_infer_steps > trained:
         raise ArgumentError(
             f"--num_infer_steps {num_infer_steps}: the scheduler knows {trained} timesteps"
         )
-    scheduler.set_timesteps(num_infer_steps)
+    with reading(checkpoint / SCHEDULER_CONFIG):
+        scheduler.set_timesteps(num_infer_steps)
     sinusoids, embed = _time_embedding(checkpoint, device, dtype)
     batch = 2 if guidance_scale > 1 else 1
     timesteps = scheduler.timesteps.to(device)
@@ -91,45 +97,31 @@ def _time_embedding(
     checkpoint: Path, device: torch.device, dtype: torch.dtype
 ) -> tuple[Timesteps, TimestepEmbedding]:
     """The transformer's sinusoids and the two layers behind them, with the checkpoint's weights."""
-    path = checkpoint / "transformer" / "config.json"
-    config = read_json(path, "not a transformer")
-    inner_dim = whole_number(path, config, "num_attention_heads", 30) * whole_number(
-        path, config, "attention_head_dim", 64
-    )
-    freq_shift = whole_number(path, config, "freq_shift", 0, least=0)
-    time_embed_dim = whole_number(path, config, "time_embed_dim", 512)
-    weights = _time_embedding_weights(checkpoint, device, dtype)
-    with torch.device("meta"):
-        try:
+    config = read_json(checkpoint / "transformer" / "config.json")
+    inner_dim = config.get("num_attention_heads", 30) * config.get("attention_head_dim", 64)
+    with reading(checkpoint / "transformer"):
+        with torch.device("meta"):
             embed = TimestepEmbedding(
-                inner_dim, time_embed_dim, config.get("timestep_activation_fn", "silu")
+                inner_dim,
+                config.get("time_embed_dim", 512),
+                config.get("timestep_activation_fn", "silu"),
             )
-            embed.load_state_dict(weights, assign=True)
-        except (RuntimeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{path} does not describe the weights beside it") from error
-    return Timesteps(inner_dim, config.get("flip_sin_to_cos", True), freq_shift), embed
+        embed.load_state_dict(_time_embedding_weights(checkpoint, device, dtype), assign=True)
+    flip, shift = config.get("flip_sin_to_cos", True), config.get("freq_shift", 0)
+    return Timesteps(inner_dim, flip, shift), embed
 
 
 def _time_embedding_weights(
     checkpoint: Path, device: torch.device, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """Weights and biases of the two layers, read from wherever among the shards they are."""
-    from safetensors import safe_open
-
     prefix = "time_embedding."
     weights = {}
     for path in weight_files(checkpoint / "transformer"):
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing: a plan reads the time embedding in it")
-        if not is_whole_safetensors(path):
-            raise CheckpointError(f"{path} is cut short or damaged")
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no dict
                 if name.startswith(prefix):
                     # Copied only where the pipeline's loader copies too: with operands that are
                     # aligned differently in memory a matrix product may round differently.
                     weights[name.removeprefix(prefix)] = file.get_tensor(name).to(device, dtype)
-    missing = {f"linear_{n}.{kind}" for n in (1, 2) for kind in ("weight", "bias")} - set(weights)
-    if missing:
-        raise CheckpointError(f"{checkpoint}/transformer lacks {prefix}{min(missing)}")
     return weights

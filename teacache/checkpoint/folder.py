@@ -1,14 +1,17 @@
-"""Finding and checking a checkpoint folder. Nothing here loads a model."""
+"""Finding and checking a checkpoint folder. Nothing here loads a model, or imports torch."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from teacache.base.errors import CheckpointError, reason
-from teacache.checkpoint import configuration
-from teacache.checkpoint.configuration import read_json
 
 # What the face stack of diffusers reads below `face_encoder/`. What is missing of the first three
 # it would fetch from the network, unasked, in the middle of a run.
@@ -21,6 +24,17 @@ FACE_FILES = (
     "models/antelopev2/scrfd_10g_bnkps.onnx",
 )
 MODELS = ("text_encoder", "transformer", "vae")
+# The classes that sampling loads, whatever model_index.json names.
+CLASSES = {
+    "transformer": ("ConsisIDTransformer3DModel",),
+    "vae": ("AutoencoderKLCogVideoX",),
+    "scheduler": ("CogVideoXDPMScheduler", "CogVideoXDDIMScheduler"),
+}
+# The packages that read quantized weights, by `quant_method`.
+QUANTIZERS = {
+    **{name: name for name in ("awq", "bitsandbytes", "gguf", "modelopt", "torchao")},
+    **dict.fromkeys(("gptq", "quanto"), "optimum"),
+}
 # Weights of more than this are not sampled with on a CPU by mistake. ConsisID-preview has 23 GB.
 FULL_SIZE_BYTES = 4 * 2**30
 
@@ -57,24 +71,25 @@ def local_checkpoint(name: str) -> Path | None:
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Raise CheckpointError unless `folder` holds every file that sampling reads.
+    """Raise CheckpointError unless `folder` holds a whole ConsisID, with every file for sampling.
 
-    Each must be whole, and each configuration one that sampling can do something with.
+    What is wrong within its files the libraries say as they read them, see
+    `teacache.checkpoint.loading.reading`.
     """
     try:
         if not (folder / "model_index.json").is_file():
             raise CheckpointError(
                 f"{folder} has no model_index.json: it holds {_what_instead(folder)}"
             )
-        index = read_json(folder / "model_index.json", "not a checkpoint")
-        found = index.get("_class_name")
-        if found != "ConsisIDPipeline":
-            raise CheckpointError(f"{folder} holds a {found}, not a ConsisIDPipeline")
+        index = read_json(folder / "model_index.json")
+        kind = index.get("_class_name")
+        if kind != "ConsisIDPipeline":
+            raise CheckpointError(f"{folder} holds a {kind}, not a ConsisIDPipeline")
         needed = _needed(folder)
         missing = [name for name in needed if _is_missing(folder / name)]
         short = [name for name in needed if name not in missing and not _is_whole(folder / name)]
     except OSError as error:
-        raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{folder} cannot be read: {reason(error)}") from error
     if missing or short:
         complaints = [
             f"{what}: {', '.join(names)}"
@@ -82,11 +97,37 @@ def check_checkpoint(folder: Path) -> None:
             if names
         ]
         raise CheckpointError(f"{folder} is not whole, {'; '.join(complaints)}")
-    configuration.check_classes(folder / "model_index.json", index)
-    configuration.check_scheduler(folder / "scheduler" / "scheduler_config.json")
-    configuration.check_eva_clip(folder / "face_encoder" / f"{configuration.EVA_CLIP}.json")
+    _check_models(folder, index)
+
+
+def _check_models(folder: Path, index: dict[str, Any]) -> None:
+    """Raise CheckpointError where the models are of other kinds than those of ConsisID-preview.
+
+    Args:
+        index: what model_index.json holds.
+    """
+    for name, classes in CLASSES.items():
+        kind = (index.get(name) or [None])[-1]
+        if kind not in classes:
+            path = folder / "model_index.json"
+            raise CheckpointError(f"{path} names {kind} as {name}, not {' or '.join(classes)}")
     for name in MODELS:
-        configuration.check_model(folder / name, _weights(folder / name))
+        path = folder / name / "config.json"
+        method = (read_json(path).get("quantization_config") or {}).get("quant_method")
+        package = QUANTIZERS.get(str(method))
+        if package and importlib.util.find_spec(package) is None:
+            raise CheckpointError(
+                f"{path}: quantized with {method}, and the package {package} is not installed"
+            )
+    path = folder / "transformer" / "config.json"
+    config = read_json(path)
+    if config.get("patch_size_t") is not None:
+        raise CheckpointError(
+            f"{path}: patch_size_t is {config['patch_size_t']}, as of a model on CogVideoX1.5, "
+            "and diffusers loads ConsisID on CogVideoX-5B alone"
+        )
+    if not config.get("is_train_face"):
+        raise CheckpointError(f"{path}: is_train_face is not true: such a model takes no face")
 
 
 def lacking(folder: Path) -> list[str]:
@@ -124,29 +165,14 @@ def is_whole_safetensors(path: Path) -> bool:
     """Whether a file is as long as its safetensors header says, without reading the weights.
 
     Raises:
-        CheckpointError: where the system does not let it be read.
+        OSError: where the system does not let it be read.
     """
-    from safetensors import SafetensorError, safe_open
-
+    path.open("rb").close()  # the library calls a file missing that may not be read
     try:
-        path.open("rb").close()  # the library calls a file missing that may not be read
         with safe_open(path, framework="np") as file:
             return bool(file.keys())
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
     except SafetensorError:
         return False
-
-
-def _weights(component: Path) -> set[str]:
-    """The names of a model's weights, whose files are whole."""
-    from safetensors import safe_open
-
-    names = set()
-    for path in weight_files(component):
-        with safe_open(path, framework="np") as file:
-            names |= set(file.keys())
-    return names
 
 
 def _is_whole_archive(path: Path) -> bool:
@@ -162,9 +188,7 @@ def _what_instead(folder: Path) -> str:
     if names & {"pytorch_lora_weights.safetensors", "adapter_config.json"}:
         return "a LoRA, which goes with a checkpoint"
     if "config.json" in names:
-        config = read_json(folder / "config.json", "no model")
-        kind = config.get("_class_name") or config.get("architectures") or "unknown"
-        kind = kind[0] if isinstance(kind, list) else kind
+        kind = read_json(folder / "config.json").get("_class_name", "of transformers")
         return f"one model, {kind}, where a checkpoint has several"
     files = sorted(name for name in names if name.endswith((".safetensors", ".ckpt", ".pt")))
     if files:
@@ -180,8 +204,6 @@ def is_full_size(folder: Path) -> bool:
 
 def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """The names and shapes in a safetensors file, without the weights."""
-    from safetensors import safe_open
-
     with safe_open(path, framework="np") as file:
         names = list(file.keys())
         return {name: tuple(file.get_slice(name).get_shape()) for name in names}
@@ -190,10 +212,20 @@ def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 def weight_files(component: Path) -> list[Path]:
     """The safetensors files of one model: its shards where there is an index, else the one file."""
     for index in component.glob("*.safetensors.index.json"):
-        weight_map = read_json(index, "not a shard index").get("weight_map")
-        shards = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
-        if not shards or any(not shard or Path(shard).name != shard for shard in shards):
-            raise CheckpointError(f"{index} does not name shards beside it")
+        shards = set(read_json(index)["weight_map"].values())
         return [component / shard for shard in sorted(shards)]
     single = "model" if component.name == "text_encoder" else "diffusion_pytorch_model"
     return [component / f"{single}.safetensors"]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file of a checkpoint holds.
+
+    Raises:
+        CheckpointError: where it cannot be read as one.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
+    return content

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from teacache.base.device import is_out_of_memory
 from teacache.base.errors import CheckpointError, TeaCacheError
-from teacache.checkpoint.configuration import read_json
+from teacache.checkpoint.folder import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,7 @@ def load_model(
                 output_loading_info=True,
             )
         except ImportError as error:
-            if "quantization_config" not in read_json(folder / "config.json", "no model"):
+            if "quantization_config" not in read_json(folder / "config.json"):
                 raise
             message = textwrap.shorten(str(error), MOST_SAID, placeholder=" ...")
             raise CheckpointError(

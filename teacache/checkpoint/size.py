@@ -1,14 +1,15 @@
-"""The size of a video: what is asked for, or what the checkpoint was trained at."""
+"""Sizes: of a checkpoint's models, as its configurations have them, and of its videos."""
 
 from __future__ import annotations
 
 import logging
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from teacache.base.errors import ArgumentError, CheckpointError
-from teacache.checkpoint.configuration import read_json, whole_number
+from teacache.base.errors import ArgumentError
+from teacache.checkpoint.folder import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +22,63 @@ class VideoSize(NamedTuple):
     num_frames: int
 
 
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of a checkpoint's transformer and VAE.
+
+    Attributes:
+        trained: the size of the videos that it was trained on.
+        learned_positions: whether it can make no other width and height.
+        heads, head_dim, num_layers: of the transformer. text_tokens: of each prompt.
+        patch_size: in latent pixels. spatial, temporal: pixels and frames that a latent one is.
+        latent_channels: of the VAE.
+    """
+
+    trained: VideoSize
+    learned_positions: bool
+    heads: int
+    head_dim: int
+    num_layers: int
+    text_tokens: int
+    patch_size: int
+    spatial: int
+    temporal: int
+    latent_channels: int
+
+    @classmethod
+    def of(cls, checkpoint: Path) -> Architecture:
+        """Read it from a checkpoint folder; where an entry is missing, diffusers' default counts.
+
+        Raises:
+            CheckpointError: where a configuration cannot be read.
+        """
+        transformer = read_json(checkpoint / "transformer" / "config.json")
+        vae = read_json(checkpoint / "vae" / "config.json")
+        spatial = 2 ** (len(vae.get("block_out_channels", (128, 256, 256, 512))) - 1)
+        return cls(
+            trained=VideoSize(
+                transformer.get("sample_width", 90) * spatial,
+                transformer.get("sample_height", 60) * spatial,
+                transformer.get("sample_frames", 49),
+            ),
+            learned_positions=transformer.get("use_learned_positional_embeddings", False),
+            heads=transformer.get("num_attention_heads", 30),
+            head_dim=transformer.get("attention_head_dim", 64),
+            num_layers=transformer.get("num_layers", 30),
+            text_tokens=transformer.get("max_text_seq_length", 226),
+            patch_size=transformer.get("patch_size", 2),
+            spatial=spatial,
+            temporal=vae.get("temporal_compression_ratio", 4),
+            latent_channels=vae.get("latent_channels", 16),
+        )
+
+    def video_tokens(self, size: VideoSize) -> int:
+        """How many tokens the transformer makes of a video."""
+        frames = (size.num_frames - 1) // self.temporal + 1
+        pixels = self.spatial * self.patch_size
+        return frames * (size.height // pixels) * (size.width // pixels)
+
+
 def video_size(
     folder: Path, width: int | None, height: int | None, num_frames: int | None
 ) -> VideoSize:
@@ -29,26 +87,17 @@ def video_size(
     Raises:
         ArgumentError: where the model cannot make that size, naming the nearest that it can.
     """
-    path, vae_path = folder / "transformer" / "config.json", folder / "vae" / "config.json"
-    config, vae = (read_json(each, "not a checkpoint") for each in (path, vae_path))
-    blocks = vae.get("block_out_channels", [128, 256, 256, 512])
-    if not isinstance(blocks, list) or not blocks:
-        raise CheckpointError(f"{vae_path}: block_out_channels is {blocks!r}, no list of numbers")
-    spatial = 2 ** (len(blocks) - 1)
-    trained = VideoSize(
-        whole_number(path, config, "sample_width", 90) * spatial,
-        whole_number(path, config, "sample_height", 60) * spatial,
-        whole_number(path, config, "sample_frames", 49),
+    model = Architecture.of(folder)
+    trained = model.trained
+    size = VideoSize(
+        width or trained.width, height or trained.height, num_frames or trained.num_frames
     )
-    size = VideoSize(width or trained.width, height or trained.height, num_frames or trained[2])
-
-    learned = config.get("use_learned_positional_embeddings", False)
-    if learned and size[:2] != trained[:2]:
+    if model.learned_positions and size[:2] != trained[:2]:
         raise ArgumentError(
             f"--width {size.width} --height {size.height}: this checkpoint has learned "
             f"positional embeddings and makes {trained.width}x{trained.height} only"
         )
-    multiple = spatial * whole_number(path, config, "patch_size", 2)
+    multiple = model.spatial * model.patch_size
     for name, pixels in (("--width", size.width), ("--height", size.height)):
         if pixels % multiple:
             below = max(pixels // multiple, 1) * multiple
@@ -56,9 +105,8 @@ def video_size(
                 f"{name} {pixels} must be a multiple of {multiple}: "
                 f"the nearest are {below} and {below + multiple}"
             )
-    ratio = whole_number(vae_path, vae, "temporal_compression_ratio", 4)
-    check_num_frames(size.num_frames, ratio)
-    if learned and size.num_frames != trained.num_frames:
+    check_num_frames(size.num_frames, model.temporal)
+    if model.learned_positions and size.num_frames != trained.num_frames:
         logger.warning(
             "--num_frames %d: the checkpoint has learned positional embeddings for %d frames, "
             "for others the pipeline computes some that it was not trained with",

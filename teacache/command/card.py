@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from teacache.base.device import free_memory_bytes, total_memory_bytes
-from teacache.checkpoint.configuration import read_json, whole_number
 from teacache.checkpoint.folder import weight_files, weight_shapes
+from teacache.checkpoint.size import Architecture
 from teacache.sampling.room import decoding_bytes
 
 if TYPE_CHECKING:
@@ -95,25 +95,15 @@ def choose_offload(machine: Machine, needed: Needs, free: int) -> str:
 
 def needs(checkpoint: Path, size: VideoSize, guided: bool, dtype: torch.dtype) -> Needs:
     """What the stages take with a checkpoint, by its weights' shapes and the video's size."""
-    path, vae_path = (checkpoint / part / "config.json" for part in ("transformer", "vae"))
-    config, vae_config = (read_json(each, "not a checkpoint") for each in (path, vae_path))
-    patch, spatial = (
-        whole_number(path, config, "patch_size", 2),
-        2 ** (len(vae_config.get("block_out_channels", [128, 256, 256, 512])) - 1),
-    )
-    ratio = whole_number(vae_path, vae_config, "temporal_compression_ratio", 4)
-    frames = (size.num_frames - 1) // ratio + 1
-    tokens = frames * (size.height // spatial // patch) * (size.width // spatial // patch)
-    tokens += whole_number(path, config, "max_text_seq_length", 226)
-    inner = whole_number(path, config, "num_attention_heads", 30) * whole_number(
-        path, config, "attention_head_dim", 64
-    )
+    model = Architecture.of(checkpoint)
+    tokens = model.video_tokens(size) + model.text_tokens
+    inner = model.heads * model.head_dim
     activations = (1 + guided) * tokens * inner * COPIES_OF_TOKENS
     transformer, vae, text = (
         numbers(checkpoint / part) for part in ("transformer", "vae", "text_encoder")
     )
     blocks = numbers(checkpoint / "transformer", "transformer_blocks.")
-    streamed = blocks * (1 - 2 / whole_number(path, config, "num_layers", 30))
+    streamed = blocks * (1 - 2 / model.num_layers)
     width = dtype.itemsize
     return Needs(
         text=int(text * width) + BESIDES,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from teacache.base.console import print_now
 from teacache.base.errors import CheckpointError
-from teacache.checkpoint.configuration import check_scheduler
 from teacache.checkpoint.folder import is_full_size
 from teacache.checkpoint.size import video_size
 from teacache.command.machine import choose_device, choose_dtype
@@ -26,7 +25,6 @@ def show(order: Order) -> None:
         raise CheckpointError(
             f"--plan reads a checkpoint folder: {order.ckpts_path} is not here yet"
         )
-    check_scheduler(checkpoint / "scheduler" / "scheduler_config.json")
     device = choose_device(order.machine.device)
     # A full-size checkpoint is planned for the GPU that it will be sampled on, wherever this is.
     for_gpu = order.machine.dtype == "auto" and is_full_size(checkpoint)

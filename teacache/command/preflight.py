@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from teacache.base.console import Stages
 from teacache.base.environment import prepare_environment
 from teacache.base.errors import ArgumentError
-from teacache.checkpoint.configuration import read_json, whole_number
 from teacache.checkpoint.download import download_checkpoint
 from teacache.checkpoint.folder import (
     check_checkpoint,
@@ -23,7 +22,7 @@ from teacache.checkpoint.folder import (
     local_checkpoint,
     weight_files,
 )
-from teacache.checkpoint.size import VideoSize, check_memory, video_size
+from teacache.checkpoint.size import Architecture, VideoSize, check_memory, video_size
 from teacache.command.jobs import Job
 from teacache.command.order import Machine, Order
 from teacache.core.rule import Schedule, schedule
@@ -163,18 +162,13 @@ def division_of(order: Order, checkpoint: Path, size: VideoSize) -> Division:
             f"--num_gpus {machine.num_gpus} does not go with --offload {machine.offload}: each GPU "
             "has the whole transformer"
         )
-    path, vae_path = checkpoint / "transformer" / "config.json", checkpoint / "vae" / "config.json"
-    config, vae = (read_json(each, "not a checkpoint") for each in (path, vae_path))
-    patch = whole_number(path, config, "patch_size", 2)
-    ratio = whole_number(vae_path, vae, "temporal_compression_ratio", 4)
-    spatial = 2 ** (len(vae.get("block_out_channels", [128, 256, 256, 512])) - 1)
-    frames = (size.num_frames - 1) // ratio + 1
+    model = Architecture.of(checkpoint)
     return divide(
         machine.num_gpus,
         guided=order.format.guidance_scale > 1,
-        heads=whole_number(path, config, "num_attention_heads", 30),
-        text=whole_number(path, config, "max_text_seq_length", 226),
-        video=frames * (size.height // spatial // patch) * (size.width // spatial // patch),
+        heads=model.heads,
+        text=model.text_tokens,
+        video=model.video_tokens(size),
     )
 
 
@@ -200,7 +194,7 @@ def find_checkpoint(name: str) -> Path | None:
         CheckpointError: where it is none of these.
     """
     if name == "tiny":
-        from teacache.embedded.build import cached_tiny_checkpoint
+        from teacache.embedded.cached import cached_tiny_checkpoint
 
         return cached_tiny_checkpoint()
     return local_checkpoint(name)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from onnx import helper
 from torch import Tensor
 
 STRIDES = (8, 16, 32)
@@ -73,8 +74,6 @@ class _GraphOperations:
         self.constants: dict[str, np.ndarray] = {}
 
     def node(self, kind: str, inputs: list[str], **attributes: Any) -> str:
-        from onnx import helper
-
         output = f"{kind}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(kind, inputs, [output], **attributes))
         return output

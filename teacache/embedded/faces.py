@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx
+import torch
+from facexlib.detection.retinaface import RetinaFace
+from facexlib.parsing import BiSeNet, ParseNet
+from onnx import TensorProto, helper, numpy_helper
 
 from teacache.base.quiet import import_eva_clip
-from teacache.embedded.build import SEED, fill
+from teacache.embedded.configuration import SEED, fill
 from teacache.embedded.detector import Weights, retinaface_state, scrfd_graph
 from teacache.inputs.identity import EVA_CLIP
-
-if TYPE_CHECKING:
-    import torch
-    from facexlib.parsing import BiSeNet
 
 SCRFD_CANVAS = 640
 ARCFACE_SIZE = 112
@@ -35,9 +35,6 @@ def write_face_encoder(folder: Path, vit_dim: int, detector: Weights) -> None:
         detector: weights of the trained network, see `detector`.
         vit_dim: width of the EVA-CLIP vision tower, which the transformer's `LFE_vit_dim` equals.
     """
-    import torch
-    from facexlib.parsing import BiSeNet, ParseNet
-
     models = folder / "models" / "antelopev2"
     models.mkdir(parents=True)
     torch.save(_retinaface(detector), folder / "detection_Resnet50_Final.pth")
@@ -58,16 +55,12 @@ def _half(state: Weights) -> Weights:
 
 
 def _retinaface(detector: Weights) -> Weights:
-    from facexlib.detection.retinaface import RetinaFace
-
     full = RetinaFace(network_name="resnet50", device="cpu").state_dict()
     return _half(retinaface_state(detector, full))
 
 
 def _keep_skin(model: BiSeNet) -> dict[str, torch.Tensor]:
     """BiSeNet that calls nearly everything skin, class 1, so that the aligned face is kept."""
-    import torch
-
     with torch.no_grad():
         weight = model.conv_out.conv_out.weight  # [classes, features, 1, 1]; features are >= 0
         weight[1] = weight.abs().max()
@@ -76,8 +69,6 @@ def _keep_skin(model: BiSeNet) -> dict[str, torch.Tensor]:
 
 def _write_eva_clip(folder: Path, width: int) -> None:
     """An EVA-CLIP of the name that ConsisID loads, 24 layers as there, on a small width."""
-    import torch
-
     consisid_eva_clip = import_eva_clip()
     config = consisid_eva_clip.get_model_config(EVA_CLIP)
     config["vision_cfg"].update(width=width, head_width=64, mlp_ratio=2.0)
@@ -92,8 +83,6 @@ def _write_eva_clip(folder: Path, width: int) -> None:
 
 
 def _write_scrfd(path: Path, detector: Weights) -> None:
-    from onnx import TensorProto, helper, numpy_helper
-
     nodes, constants, outputs = scrfd_graph(detector, SCRFD_CANVAS)
     graph = helper.make_graph(
         nodes,
@@ -110,9 +99,6 @@ def _write_scrfd(path: Path, detector: Weights) -> None:
 
 def _write_arcface(path: Path) -> None:
     """ArcFace's interface, a 112x112 face to 512 numbers, by one random layer on its pixels."""
-    import torch
-    from onnx import TensorProto, helper, numpy_helper
-
     pooled = 16 * 16 * 3
     generator = torch.Generator().manual_seed(SEED)
     weight = torch.randn(pooled, 512, generator=generator).numpy() / np.sqrt(pooled)
@@ -137,10 +123,7 @@ def _write_arcface(path: Path) -> None:
 
 
 def _save(graph: object, path: Path) -> None:
-    import onnx
-
-    model = onnx.helper.make_model(
-        graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=IR_VERSION
-    )
+    opsets = [helper.make_opsetid("", OPSET)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
     onnx.checker.check_model(model)
     onnx.save(model, path)

@@ -11,7 +11,7 @@ import sentencepiece
 import torch
 from transformers import T5Config, T5EncoderModel
 
-from teacache.embedded.build import SEED, TRANSFORMER, fill
+from teacache.embedded.configuration import SEED, TRANSFORMER, fill
 
 # The words of prompts such as ConsisID's examples: one of their length must fit into 226 tokens.
 WORDS = """

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
+from insightface.app.common import Face
 from PIL import Image
 
 from teacache.checkpoint.size import VideoSize
@@ -49,8 +50,6 @@ def videos(name: str) -> list[Video]:
 
 def identity_of(portrait: np.ndarray, models: FaceModels) -> Identity:
     """The identity of an aligned face."""
-    from insightface.app.common import Face
-
     picture = cv2.resize(portrait, (ALIGNED_SIDE, ALIGNED_SIDE), interpolation=cv2.INTER_CUBIC)
     points = (ALIGNED * ALIGNED_SIDE).astype(np.float32)
     box = np.array([*points.min(0) - 80, *points.max(0) + 80, 1.0], np.float32)

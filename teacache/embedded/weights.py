@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from teacache.base.errors import CheckpointError
-from teacache.embedded.build import WEIGHTS
+import torch
+from diffusers import AutoencoderKLCogVideoX, ConsisIDTransformer3DModel
+from safetensors.torch import load
 
-if TYPE_CHECKING:
-    import torch
-    from diffusers import AutoencoderKLCogVideoX, ConsisIDTransformer3DModel
+from teacache.base.errors import CheckpointError, reason
 
-FILE = Path(__file__).with_name(WEIGHTS)
+FILE = Path(__file__).with_name("weights.safetensors")
 # Trained by `python3 -m teacache.embedded.train DIR`, whose code is at commit 0a84901.
 SHA256 = "208c20b22bc1a1c9258b6de793eb713b735dd2a948888d91a8821af3e5c08106"
 FROM_SEEDS = ("local_facial_extractor.", "time_embedding.")
@@ -30,12 +28,10 @@ def read() -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: where the file is not the one that the package came with.
     """
-    from safetensors.torch import load
-
     try:
         content = FILE.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{FILE}: {error.strerror}") from error
+        raise CheckpointError(f"{FILE}: {reason(error)}") from error
     if hashlib.sha256(content).hexdigest() != SHA256:
         raise CheckpointError(f"{FILE} is damaged: take it from the repository again")
     return load(content)

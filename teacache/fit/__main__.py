@@ -12,7 +12,7 @@ from teacache.base.errors import ArgumentError
 from teacache.base.files import written_whole
 from teacache.base.interruption import run_command
 from teacache.base.quiet import silence_libraries
-from teacache.checkpoint.configuration import read_json
+from teacache.checkpoint.folder import read_json
 from teacache.command import readers
 from teacache.command.arguments import OneLineParser, build_parser, choose_inputs
 from teacache.command.flags import add_flags
@@ -79,7 +79,7 @@ def fit_coefficients(args: argparse.Namespace) -> None:
             "threshold with these coefficients says little about this model",
             r2,
         )
-    scheduler = read_json(ready.checkpoint / "scheduler" / "scheduler_config.json", "no scheduler")
+    scheduler = read_json(ready.checkpoint / "scheduler" / "scheduler_config.json")
     provenance = {
         "r2": round(r2, 4),
         "videos": len(changes),

@@ -12,10 +12,13 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+
+from teacache.base.errors import reason
+from teacache.base.files import locked, with_ending, written_whole
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -26,8 +29,7 @@ logger = logging.getLogger(__name__)
 
 # Some hundred faces (7 MB each in bfloat16 at full size) or prompts (2 MB).
 MOST_BYTES = 2**30
-DIGEST_BYTES = 32
-ABANDONED_SECONDS = 3600  # a file that is still being written is younger
+ENDING = ".safetensors"
 SAMPLED_BYTES = 2**20
 
 
@@ -50,11 +52,10 @@ def fingerprint(files: list[Path], times: bool = True) -> str:
 
 
 class EmbeddingCache:
-    """Named tensors by what they depend on, each entry a file: a digest, then safetensors.
+    """Named tensors by what they depend on, each entry a safetensors file.
 
-    Any number of processes may share a folder: an entry is written beside and renamed, and whoever
-    finds one damaged removes it and makes it anew. A cache that cannot be written to is none: the
-    run goes on.
+    Any number of processes may share a folder. An entry that is damaged is made anew. A cache that
+    cannot be written to is none: the run goes on.
 
     Args:
         folder: made when the first entry is.
@@ -70,52 +71,47 @@ class EmbeddingCache:
         Args:
             names: of the tensors that the caller needs, no more and no less.
         """
+        from safetensors.torch import load  # it imports torch
+
         path = self.path_of(key)
         try:
-            content = path.read_bytes()
+            tensors = load(path.read_bytes())
+            os.utime(path)
         except OSError:
             return None
-        tensors = _read_entry(content)
-        if tensors is None or set(tensors) != set(names):
+        except SafetensorError:
+            tensors = {}
+        if set(tensors) != set(names):
             logger.warning("%s is damaged, and is made anew", path)
             with contextlib.suppress(OSError):
                 path.unlink()
             return None
-        with contextlib.suppress(OSError):  # gone already, or not ours to touch
-            os.utime(path)
         return tensors
 
     def put(self, key: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
-        """Keep tensors under the key."""
-        from safetensors.torch import save
+        """Keep tensors under the key, unless another process is about to."""
+        from safetensors.torch import save_file
 
-        body = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+        stem = self.path_of(key).with_suffix("")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            descriptor, beside = tempfile.mkstemp(prefix=".", suffix=".part", dir=self.folder)
-            try:
-                with os.fdopen(descriptor, "wb") as file:
-                    file.write(hashlib.sha256(body).digest() + body)
-                os.replace(beside, self.path_of(key))
-            finally:
-                Path(beside).unlink(missing_ok=True)
+            with locked(stem.with_name(f".{stem.name}.lock")) as ours:
+                if ours:
+                    with written_whole(stem, ENDING) as (path,):
+                        save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, path)
             self._forget_the_oldest()
-        except OSError as error:
-            logger.warning("embeddings are not kept: %s: %s", self.folder, error.strerror)
+        except (OSError, SafetensorError) as error:
+            logger.warning("embeddings are not kept: %s: %s", self.folder, reason(error))
 
     def path_of(self, key: dict[str, str]) -> Path:
         """Where the entry of a key lies."""
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        return self.folder / f"{name}.bin"
+        return with_ending(self.folder / name, ENDING)
 
     def _forget_the_oldest(self) -> None:
-        for path in self.folder.glob(".*.part"):
-            with contextlib.suppress(FileNotFoundError):  # another process was quicker
-                if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
-                    path.unlink()
         entries = []
-        for path in self.folder.glob("*.bin"):
-            with contextlib.suppress(FileNotFoundError):
+        for path in self.folder.glob(f"[!.]*{ENDING}"):
+            with contextlib.suppress(FileNotFoundError):  # another process was quicker
                 status = path.stat()
                 entries.append((status.st_mtime_ns, status.st_size, path))
         total = sum(size for _, size, _ in entries)
@@ -124,17 +120,3 @@ class EmbeddingCache:
                 break
             path.unlink(missing_ok=True)
             total -= size
-
-
-def _read_entry(content: bytes) -> dict[str, torch.Tensor] | None:
-    """The tensors of an entry, or None where it is not what was written."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    body = content[DIGEST_BYTES:]
-    if hashlib.sha256(body).digest() != content[:DIGEST_BYTES]:
-        return None
-    try:
-        return load(body)
-    except (SafetensorError, KeyError, ValueError, RuntimeError):  # its header's; torch's
-        return None

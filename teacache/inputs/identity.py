@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from teacache.base.errors import CheckpointError, ImageError
 from teacache.base.quiet import import_eva_clip
-from teacache.checkpoint.configuration import EVA_CLIP, check_eva_clip
 from teacache.checkpoint.loading import reading
 
 logger = logging.getLogger(__name__)
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from facexlib.utils.face_restoration_helper import FaceRestoreHelper
     from PIL import Image
 
+EVA_CLIP = "EVA02-CLIP-L-14-336"  # the model, and with .json its description in `face_encoder/`
 HIDDEN_STATES = 5  # of EVA-CLIP's 24 layers, those that ConsisID reads
 # What an identity consists of, as `as_tensors` names it.
 TENSORS = ("id_cond", *(f"id_vit_hidden_{n}" for n in range(HIDDEN_STATES)), "face", "kps")
@@ -105,12 +105,11 @@ def load_face_models(checkpoint: Path, device: torch.device, dtype: torch.dtype)
     from diffusers.pipelines.consisid.consisid_utils import prepare_face_models
 
     own = checkpoint / "face_encoder" / f"{EVA_CLIP}.json"
-    check_eva_clip(own)  # what is registered once, and no JSON, would fail for other checkpoints
     packaged = Path(str(consisid_eva_clip.__file__)).parent / "model_configs" / f"{EVA_CLIP}.json"
-    # The registry is one for the process: without the second, a small EVA-CLIP registered for
-    # another checkpoint would still be there for one that describes none.
-    consisid_eva_clip.add_model_config(own if own.is_file() else packaged)
     with reading(checkpoint / "face_encoder"):
+        # The registry is one for the process: without the second, a small EVA-CLIP registered for
+        # another checkpoint would still be there for one that describes none.
+        consisid_eva_clip.add_model_config(own if own.is_file() else packaged)
         try:
             with _no_code_in_weights():
                 return FaceModels(*prepare_face_models(str(checkpoint), str(device), dtype))

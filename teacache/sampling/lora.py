@@ -6,20 +6,19 @@ Fused they cost nothing at sampling, and whatever works on the weights works wit
 from __future__ import annotations
 
 import importlib.util
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
+
 from teacache.base.errors import CheckpointError, DeviceError, one_line
 from teacache.base.quiet import no_progress_bars
-from teacache.checkpoint.folder import weight_shapes
+from teacache.checkpoint.folder import weight_files, weight_shapes
 
 if TYPE_CHECKING:
     from diffusers import ConsisIDPipeline
 
 USUAL_NAME = "pytorch_lora_weights.safetensors"
-# As diffusers and peft write them: transformer.transformer_blocks.0.attn1.to_q.lora_A.weight
-FACTOR = re.compile(r"transformer\.(?P<layer>.+)\.lora_(?P<which>[AB])\.weight")
 
 
 def lora_file(source: str) -> Path:
@@ -51,41 +50,31 @@ def lora_file(source: str) -> Path:
 def check_lora(source: str, path: Path, checkpoint: Path) -> None:
     """See from the names and shapes in its file that a LoRA is one of this transformer.
 
+    diffusers' LoRAs hold transformer.LAYER.lora_A.weight, [rank, inputs], and lora_B.weight,
+    [outputs, rank].
+
     Raises:
         CheckpointError: where it is not. DeviceError: where a package is missing.
     """
-    from safetensors import SafetensorError
-
     if importlib.util.find_spec("peft") is None:
         raise DeviceError("--lora needs the package peft: pip install peft==0.21.2")
     try:
-        shapes = weight_shapes(path)
+        factors = weight_shapes(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"--lora {source} is no safetensors file: {error}") from error
     layers: dict[str, tuple[int, ...]] = {}
-    for file in sorted((checkpoint / "transformer").glob("*.safetensors")):
+    for file in weight_files(checkpoint / "transformer"):
         layers |= weight_shapes(file)
-    factors: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, shape in shapes.items():
-        found = FACTOR.fullmatch(name)
-        if found is None:
-            raise CheckpointError(
-                f"--lora {source} holds {name}, and diffusers' LoRAs of this transformer hold "
-                "transformer.LAYER.lora_A.weight and lora_B.weight alone"
-            )
-        factors.setdefault(found["layer"], {})[found["which"]] = shape
     if not factors:
         raise CheckpointError(f"--lora {source} holds no weights")
-    for layer, pair in factors.items():
-        weight = layers.get(f"{layer}.weight")
-        if weight is None:
-            raise CheckpointError(f"--lora {source}: the transformer has no layer {layer}")
-        if set(pair) != {"A", "B"}:
-            raise CheckpointError(f"--lora {source} lacks a half of {layer}")
-        if (pair["B"][0], pair["A"][1]) != weight[:2] or pair["A"][0] != pair["B"][1]:
+    for name, shape in factors.items():
+        layer, _, which = name.removeprefix("transformer.").rpartition(".lora_")
+        weight = layers.get(f"{layer}.weight", ())
+        fits = {"A.weight": shape[1:] == weight[1:], "B.weight": shape[:1] == weight[:1]}
+        if not weight or not fits.get(which):
             raise CheckpointError(
-                f"--lora {source} is of another size: {layer} is {list(weight)}, and its factors "
-                f"are {list(pair['B'])} and {list(pair['A'])}"
+                f"--lora {source} is of another model: it holds {name}, {list(shape)}, and of that "
+                f"layer the transformer has {list(weight)}"
             )
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import http.server
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -18,8 +18,11 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import pytest
+from huggingface_hub import constants
 from support import ROOT
 
+from teacache.base.errors import CheckpointError
+from teacache.checkpoint.download import download_checkpoint
 from teacache.checkpoint.folder import check_checkpoint
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -133,20 +136,33 @@ def hub(tiny, tmp_path):
 
 
 @pytest.fixture
-def start(hub, tmp_path):
-    """Starts the command in an empty folder, with the hub at the server."""
-    here = tmp_path / "here"
-    here.mkdir()
+def here(hub, tmp_path, monkeypatch):
+    """An empty folder to download into, with the hub at the server."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    endpoint = f"http://127.0.0.1:{hub.server_port}"
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, endpoint)
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    return folder
 
-    def popen(*arguments: object, **environment: str) -> subprocess.Popen:
+
+@pytest.fixture
+def start(hub, here, tmp_path):
+    """Starts the command, a process of its own, in that folder."""
+
+    def popen() -> subprocess.Popen:
         return subprocess.Popen(
-            [sys.executable, ROOT / "teacache_sample_video.py", *map(str, arguments)],
-            cwd=here,
+            [
+                *(sys.executable, ROOT / "teacache_sample_video.py", "--ckpts_path", REPOSITORY),
+                *("--device", "cpu", "--image", "astronaut"),
+                *("--num_infer_steps", "2", "--num_frames", "1"),
+            ],
             env={
                 **os.environ,
                 "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
                 "HF_HOME": str(tmp_path / "hf_home"),
-                **environment,
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -157,84 +173,23 @@ def start(hub, tmp_path):
     return popen
 
 
-@pytest.fixture
-def command(start):
-    """Runs it to its end: (code, output, error)."""
-
-    def run(*arguments: object, **environment: str) -> tuple[int, str, str]:
-        process = start(*arguments, **environment)
-        output, error = process.communicate(timeout=300)
-        return process.returncode, output, error
-
-    return run
+INCOMPLETE = Path(f"{REPOSITORY}.incomplete")
 
 
-SAMPLE = (
-    *("--ckpts_path", REPOSITORY, "--device", "cpu", "--image", "astronaut"),
-    *("--num_infer_steps", 2, "--num_frames", 1),
-)
+def refused() -> str:
+    """What a download that fails says."""
+    with pytest.raises(CheckpointError) as raised:
+        download_checkpoint(REPOSITORY)
+    assert not Path(REPOSITORY).exists()
+    message = str(raised.value)
+    assert message.startswith("--ckpts_path Own/Repo: there is no such folder here, and the repo")
+    assert "\n" not in message
+    return message
 
 
-# Ends with what is refused first once the download is done, and spares some seconds.
-DOWNLOAD = (*SAMPLE[:-4], "--num_infer_steps", 2000)
-DOWNLOADED = "error: --num_infer_steps 2000: the scheduler knows 1000 timesteps\n"
-
-
-def test_broken_off_then_resumed_then_sampled(hub, command, tmp_path):
-    folder, incomplete = tmp_path / "here" / "Own" / "Repo", tmp_path / "here/Own/Repo.incomplete"
-    broken = "face_encoder/detection_Resnet50_Final.pth"
-    hub.breaks_in = broken
-    code, _, error = command(*SAMPLE)
-    assert code == 2
-    assert error.startswith("error: --ckpts_path Own/Repo: there is no such folder here")
-    assert error.count("\n") == 1
-    assert not folder.exists()
-    assert incomplete.is_dir()
-
-    had = brought(incomplete)
-    # Without a connection the half is not taken for the whole.
-    code, _, error = command(*SAMPLE, HF_HUB_OFFLINE="1")
-    assert code == 2
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert "Without a connection, put these into Own/Repo.incomplete, weights" in error
-    told = asked_for(error)
-    assert broken in told
-    assert not set(told) & had, "what has come already"
-    assert len(told) + len(had) >= 15
-    assert not folder.exists()
-
-    hub.error = None
-    before = Counter(hub.transfers)
-    code, output, error = command(*SAMPLE)
-    assert code == 0, error
-    assert "download" in output
-    assert hub.transfers[broken] > before[broken]
-    fetched_again = {name for name in hub.transfers if hub.transfers[name] > before[name]}
-    assert not fetched_again & had, "what was whole is not fetched again"
-
-    assert not incomplete.exists()
-    check_checkpoint(folder)
-    assert not any(name.startswith("data_process") or name == "README.md" for name in hub.transfers)
-    for file in hub.files():
-        name = file.relative_to(hub.folder)
-        if str(name) in hub.transfers:
-            assert (folder / name).read_bytes() == file.read_bytes()
-    assert {path.name for path in folder.iterdir()} == {
-        *("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae"),
-        "face_encoder",
-    }
-    assert (tmp_path / "here" / "teacache_results" / "42_0.1_0000.mp4").is_file()
-
-    hub.error = (500, "")
-    code, output, error = command(*SAMPLE)
-    assert code == 0, "what is here needs no server any more"
-    assert "download" not in output
-
-
-def brought(folder: Path) -> set[str]:
-    """The files that have come to a folder, as paths below it."""
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+def brought() -> set[str]:
+    """The files that have come, as paths below their folder."""
+    return {str(path.relative_to(INCOMPLETE)) for path in INCOMPLETE.rglob("*") if path.is_file()}
 
 
 def asked_for(error: str) -> list[str]:
@@ -242,70 +197,89 @@ def asked_for(error: str) -> list[str]:
     return error.split("with their index: ")[1].split(". --ckpts_path")[0].split(", ")
 
 
-def downloading(here: Path) -> list[Path]:
-    """The processes that bring files to this folder."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            if b"teacache.checkpoint.download" in (folder / "cmdline").read_bytes():
-                found += [folder] if (folder / "cwd").readlink() == here else []
-    return found
-
-
-@pytest.mark.parametrize("by_terminal", [True, False], ids=["Ctrl-C", "SIGTERM"])
-def test_interrupted_while_the_server_stalls(hub, start, tmp_path, by_terminal):
-    """A terminal sends Ctrl-C to all of its processes, `kill` sends SIGTERM to one."""
-    incomplete = tmp_path / "here/Own/Repo.incomplete"
-    hub.stalls_in = "transformer/diffusion_pytorch_model.safetensors"
-    process = start(*SAMPLE)
-    assert hub.stalled.wait(60)
-    time.sleep(0.5)  # for what else is under way
-    assert len(downloading(tmp_path / "here")) == 1
-    sent = time.monotonic()
-    if by_terminal:
-        os.killpg(process.pid, signal.SIGINT)
-    else:
-        process.terminate()
-    _, error = process.communicate(timeout=60)
-    assert time.monotonic() - sent < 2
-    assert (process.returncode, error) == (130, "interrupted\n")
-    assert not downloading(tmp_path / "here")
-    assert not list(incomplete.rglob("*.incomplete")), "of a file of which half has come"
-
-    had = brought(incomplete)
-    assert "model_index.json" in had
-    before = Counter(hub.transfers)
-    assert start(*DOWNLOAD).communicate(timeout=300)[1] == DOWNLOADED
-    assert not {name for name in hub.transfers if hub.transfers[name] > before[name]} & had
-
-
-def test_killed_while_the_server_stalls(hub, start, tmp_path):
-    """With no time to end anything: what downloads notices by itself."""
-    hub.stalls_in = "transformer/diffusion_pytorch_model.safetensors"
-    process = start(*SAMPLE)
-    assert hub.stalled.wait(60)
-    process.kill()
-    process.communicate()
-    ends = time.monotonic() + 5
-    while downloading(tmp_path / "here") and time.monotonic() < ends:
-        time.sleep(0.05)
-    assert not downloading(tmp_path / "here")
-
-
-def test_without_a_connection_the_last_file_may_be_brought_by_hand(hub, command, tmp_path):
+def test_broken_off_then_resumed_then_sampled(hub, here, start, monkeypatch):
     broken = "face_encoder/detection_Resnet50_Final.pth"
     hub.breaks_in = broken
-    code, *_ = command(*SAMPLE)
-    assert code == 2
-    incomplete = tmp_path / "here" / "Own" / "Repo.incomplete"
-    code, _, error = command(*SAMPLE, HF_HUB_OFFLINE="1")
-    assert code == 2
-    assert "put these into Own/Repo.incomplete" in error
-    for name in asked_for(error):
-        (incomplete / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(hub.folder / name, incomplete / name)
-    assert command(*DOWNLOAD, HF_HUB_OFFLINE="1")[2] == DOWNLOADED
-    assert check_checkpoint(tmp_path / "here" / "Own" / "Repo") is None
+    refused()
+    had = brought()
+
+    # Without a connection the half is not taken for the whole.
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        error = refused()
+    assert "Without a connection, put these into Own/Repo.incomplete, weights" in error
+    assert broken in asked_for(error)
+    assert not set(asked_for(error)) & had, "what has come already"
+    assert len(asked_for(error)) + len(had) >= 15
+
+    hub.error = None
+    before = Counter(hub.transfers)
+    process = start()
+    output, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    assert "download" in output
+    fetched_again = {name for name in hub.transfers if hub.transfers[name] > before[name]}
+    assert broken in fetched_again
+    assert not fetched_again & had, "what was whole is not fetched again"
+
+    folder = Path(REPOSITORY)
+    assert {path.name for path in folder.parent.iterdir()} == {"Repo"}, "nothing hidden stays"
+    check_checkpoint(folder)
+    assert not any(name.startswith("data_process") or name == "README.md" for name in hub.transfers)
+    for name in hub.transfers:
+        assert (folder / name).read_bytes() == (hub.folder / name).read_bytes()
+    assert {path.name for path in folder.iterdir()} == {
+        *("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae"),
+        "face_encoder",
+    }
+    assert (here / "teacache_results" / "42_0.1_0000.mp4").is_file()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_interrupted_while_the_server_stalls(hub, here, start, number):
+    """A terminal sends Ctrl-C to all of its processes, `kill` sends SIGTERM or SIGKILL to one."""
+    hub.stalls_in = "transformer/diffusion_pytorch_model.safetensors"
+    process = start()
+    assert hub.stalled.wait(60)
+    sent = time.monotonic()
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert time.monotonic() - sent < 2
+    if number != signal.SIGKILL:
+        assert (process.returncode, error) == (130, "interrupted\n")
+        assert not list(INCOMPLETE.rglob("*.incomplete")), "of a file of which half has come"
+
+    had = {name for name in brought() if not name.startswith(".cache")}
+    assert "model_index.json" in had
+    before = Counter(hub.transfers)
+    check_checkpoint(download_checkpoint(REPOSITORY))
+    assert not {name for name in hub.transfers if hub.transfers[name] > before[name]} & had
+    assert {path.name for path in Path(REPOSITORY).parent.iterdir()} == {"Repo"}
+
+
+def test_two_processes_at_once_download_once(hub, here):
+    context = multiprocessing.get_context("fork")
+    both = [context.Process(target=download_checkpoint, args=(REPOSITORY,)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    assert set(hub.transfers.values()) == {1}
+    check_checkpoint(Path(REPOSITORY))
+
+
+def test_without_a_connection_the_last_files_may_be_brought_by_hand(hub, here, monkeypatch):
+    hub.breaks_in = "face_encoder/detection_Resnet50_Final.pth"
+    refused()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for name in asked_for(refused()):
+        (INCOMPLETE / name).parent.mkdir(parents=True, exist_ok=True)
+        os.link(hub.folder / name, INCOMPLETE / name)
+    check_checkpoint(download_checkpoint(REPOSITORY))
 
 
 @pytest.mark.parametrize(
@@ -314,39 +288,27 @@ def test_without_a_connection_the_last_file_may_be_brought_by_hand(hub, command,
         ((404, "RepoNotFound"), "404"),
         ((401, "GatedRepo"), "Ask for access on its page, then log in with `hf auth login`"),
         ((403, "GatedRepo"), "Ask for access on its page, then log in with `hf auth login`"),
+        ((500, ""), "--ckpts_path tiny needs no download"),
     ],
 )
-def test_refusals_are_one_line(hub, command, tmp_path, error, told):
+def test_refusals_are_one_line(hub, here, error, told):
     hub.error = error
-    code, _, text = command(*SAMPLE)
-    assert code == 2
-    assert text.startswith("error: --ckpts_path Own/Repo: there is no such folder here")
-    assert told in text
-    assert text.count("\n") == 1
-    assert not (tmp_path / "here" / "Own" / "Repo").exists()
+    assert told in refused()
 
 
-def test_a_repository_that_lacks_a_file_is_named(hub, command):
+def test_a_repository_that_lacks_a_file_is_named(hub, here):
     (hub.folder / "face_encoder" / "parsing_bisenet.pth").unlink()
-    code, _, error = command(*SAMPLE)
-    assert code == 2
-    assert "missing or empty: face_encoder/parsing_bisenet.pth" in error
+    assert "missing or empty: face_encoder/parsing_bisenet.pth" in refused()
 
 
-def test_a_name_that_the_hub_would_not_take(command):
-    code, _, error = command("--ckpts_path", "own/a--b", *SAMPLE[2:])
-    assert code == 2
-    assert error.startswith("error: --ckpts_path own/a--b")
-    assert error.count("\n") == 1
+def test_a_name_that_the_hub_would_not_take(here):
+    with pytest.raises(CheckpointError, match=r"^--ckpts_path own/a--b: "):
+        download_checkpoint("own/a--b")
 
 
-def test_a_file_of_another_size_than_announced_is_refused(hub, command, tmp_path):
+def test_a_file_of_another_size_than_announced_is_refused(hub, here):
     """As from a proxy that has kept a part of it."""
     hub.short = "vae/diffusion_pytorch_model.safetensors"
-    code, _, error = command(*SAMPLE)
-    assert code == 2
-    assert error.startswith("error: --ckpts_path Own/Repo")
-    assert error.count("\n") == 1
-    assert not (tmp_path / "here" / "Own" / "Repo").exists()
+    refused()
     hub.short = None
-    assert command(*DOWNLOAD)[2] == DOWNLOADED
+    check_checkpoint(download_checkpoint(REPOSITORY))

@@ -48,8 +48,9 @@ def seeing_faces(tiny, tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
-        ("empty.jpg", b"", "is empty"),
+        ("empty.jpg", b"", "is no image that can be read"),
         ("text.png", b"not an image", "is no image that can be read"),
+        ("iphone.png", b"\0\0\0\x20ftypheic\0\0\0\0mif1heic", "JPEG or PNG, not as HEIC"),
         ("half.jpg", None, "truncated"),
         ("half.png", None, "truncated"),
     ],
@@ -76,37 +77,15 @@ def test_refused_as_an_argument(capsys, tmp_path, what):
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("size", [(20_000, 20_000), (11_000, 10_000)])
-def test_a_picture_too_large_is_refused_by_its_header(capsys, tmp_path, monkeypatch, size):
-    """20,000 x 20,000 of one colour is a small file; decoded, it would take 1.2 GB."""
+def test_a_picture_too_large_is_refused_by_its_header(capsys, tmp_path, monkeypatch):
+    """One of 20,000 x 20,000 and one colour is a small file; decoded, it would take 1.2 GB."""
     path = tmp_path / "large.png"
-    Image.new("1", size).save(path)
+    Image.new("1", (11_000, 10_000)).save(path)
     monkeypatch.setattr(pictures, "upright_rgb", lambda image: pytest.fail("it was decoded"))
     code, output, error = command(capsys, path, tmp_path / "o")
     assert code == 2
     assert error == (f"error: --image {path} has more than 100 million pixels: make it smaller\n")
     assert "diffusers" not in output
-
-
-@pytest.mark.parametrize("size", [(5000, 2), (2, 5000), (1000, 1), (1, 22)])
-def test_a_strip_is_no_photograph(capsys, tmp_path, size):
-    Image.new("RGB", size).save(tmp_path / "strip.png")
-    code, output, error = command(capsys, tmp_path / "strip.png", tmp_path)
-    assert code == 2
-    assert error.startswith(f"error: --image {tmp_path}/strip.png is {size[0]}x{size[1]}, a strip")
-    assert "diffusers" not in output
-
-
-def test_a_picture_that_finds_no_memory(capsys, tmp_path, photo, monkeypatch):
-    photo.save(tmp_path / "photo.png")
-
-    def no_memory(image):
-        raise MemoryError
-
-    monkeypatch.setattr(pictures, "upright_rgb", no_memory)
-    code, _, error = command(capsys, tmp_path / "photo.png", tmp_path / "o")
-    assert code == 2
-    assert error.startswith(f"error: --image {tmp_path}/photo.png takes more memory than there is")
 
 
 def test_pictures_of_every_kind_become_videos(capsys, tmp_path, photo, seeing_faces):
@@ -153,32 +132,15 @@ def test_pictures_of_every_kind_become_videos(capsys, tmp_path, photo, seeing_fa
     }
 
 
-def test_modes(tmp_path, photo):
-    def through(image, kind, **options):
-        (tmp_path / "image").write_bytes(encoded(image, kind, **options))
-        found = load_image(str(tmp_path / "image"))
-        assert found.mode == "RGB"
-        return np.asarray(found).astype(int)
-
-    plain = np.asarray(photo).astype(int)
-    grey = np.asarray(photo.convert("L")).astype(int)
-    assert np.abs(through(photo.convert("CMYK"), "TIFF") - plain).max() <= 1
-    sixteen = Image.fromarray((grey * 257).astype(np.uint16))
-    assert (through(sixteen, "PNG") == grey[..., None]).all()
-    assert (through(photo.convert("L"), "PNG") == grey[..., None]).all()
-    # Half transparent over white; a palette's transparent colour is white.
+def test_what_is_half_transparent_lies_on_white(tmp_path, photo):
     veiled = photo.convert("RGBA")
     veiled.putalpha(128)
-    assert np.abs(through(veiled, "PNG") - (plain * 128 + 255 * 127) / 255).max() <= 1
-    palette = Image.new("P", (10, 10))
-    palette.putpalette([200, 0, 0, 0, 200, 0])
-    palette.putpixel((0, 0), 1)
-    found = through(palette, "PNG", transparency=0)
-    assert tuple(found[5, 5]) == (255, 255, 255)
-    assert tuple(found[0, 0]) == (0, 200, 0)
+    veiled.save(tmp_path / "veiled.png")
+    found = np.asarray(load_image(str(tmp_path / "veiled.png"))).astype(int)
+    assert np.abs(found - (np.asarray(photo) * 128.0 + 255 * 127) / 255).max() <= 1
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     kind=st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM", "ICO"]),
     mode=st.sampled_from(["RGB", "L", "1", "P", "RGBA"]),
@@ -232,18 +194,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif self.path == "/large":
             self.send_response(200)
             self.end_headers()
-            self.pour(b"x" * 2**20, times=200)
-        elif self.path == "/drip":
-            self.send_response(200)
-            self.end_headers()
-            self.pour(b"x", times=1000, pause=0.05)
-        elif self.path == "/announced":
-            self.answer(200, "image/png", b"", length=10**12)
-            time.sleep(2)
-        elif self.path == "/nowhere":
-            self.send_response(302)
-            self.send_header("Location", "http://[::1")
-            self.end_headers()
+            with contextlib.suppress(ConnectionError):  # the reader has had enough, as it should
+                for _ in range(200):
+                    self.wfile.write(b"x" * 2**20)
+            self.close_connection = True
         elif self.path == "/silence":
             time.sleep(5)
         elif self.path == "/half":
@@ -257,15 +211,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(length or len(body)))
         self.end_headers()
         self.wfile.write(body)
-
-    def pour(self, piece, times, pause=0.0):
-        try:
-            for _ in range(times):
-                self.wfile.write(piece)
-                self.wfile.flush()
-                time.sleep(pause)
-        except ConnectionError:
-            self.close_connection = True  # the reader has had enough, as it should
 
 
 @pytest.fixture(scope="module")
@@ -299,29 +244,24 @@ def test_from_a_server(server, capsys, tmp_path, seeing_faces):
     [
         ("/none.png", "the server answers 404 Not Found"),
         ("/page", "is a page of text, not an image"),
-        ("/loop", "redirects again and again"),
+        ("/loop", "cannot be fetched: too many redirects"),
         ("/large", "is larger than 50 MB"),
-        ("/drip", "does not arrive within 1 s"),
-        ("/silence", "no answer from the server within 10 s to connect and 0.7 s to read"),
-        ("/half", "cannot be fetched"),
-        ("/announced", "is larger than 50 MB"),
-        ("/nowhere", "cannot be fetched: "),
+        ("/silence", "cannot be fetched: read timeout"),
+        ("/half", "cannot be fetched: chunked encoding error"),
     ],
 )
 def test_a_server_that_does_not_give_an_image(
     server, capsys, tmp_path, monkeypatch, path, complaint
 ):
     monkeypatch.setattr(pictures, "READ_SECONDS", 0.7)
-    monkeypatch.setattr(pictures, "FETCH_SECONDS", 1)
-    url = server.url.replace("://", "://name:secret@") + path
-    before = time.monotonic()
-    code, output, error = command(capsys, url, tmp_path)
+    code, output, error = command(
+        capsys, server.url.replace("://", "://name:secret@") + path, tmp_path
+    )
     assert code == 2
     assert error.startswith("error: --image http://***@127.0.0.1")
     assert complaint in error
     assert error.count("\n") == 1
     assert "secret" not in output + error
-    assert time.monotonic() - before < 15, "with torch's import, and no wait of its own"
 
 
 def test_a_bundle_of_certificates_that_is_missing(capsys, tmp_path, monkeypatch):
@@ -345,7 +285,7 @@ def test_a_server_that_does_not_take_the_connection(capsys, tmp_path, monkeypatc
             capsys, f"http://127.0.0.1:{listening.getsockname()[1]}/a.png", tmp_path
         )
     assert code == 2
-    assert "no answer from the server within 0.5 s to connect" in error
+    assert "cannot be fetched: connect timeout" in error
 
 
 def test_nobody_answers(capsys, tmp_path):

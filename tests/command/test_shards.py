@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import re
@@ -15,7 +13,6 @@ from pathlib import Path
 import pytest
 from support import ROOT, locked_by_another_process, main
 
-from teacache.results.lock import locked
 from teacache.results.record import read_record
 from teacache.sampling import sampler
 
@@ -118,23 +115,6 @@ def test_a_video_that_another_process_is_at(capsys, tmp_path, denoised):
         assert not denoised
         code, _, _ = main(capsys, *arguments)
         assert (code, len(denoised)) == (0, 2)
-    with locked(tmp_path, "a") as held:
-        assert held, "a killed process holds nothing"
-
-
-def test_a_file_system_without_locks(tmp_path, monkeypatch):
-    def no_locks(*args):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "lockf", no_locks)
-    with locked(tmp_path, "a") as held:
-        assert held
-
-
-def test_a_folder_that_takes_no_file(tmp_path):
-    """Whoever writes a video there says so."""
-    with locked(tmp_path / "missing", "a") as held:
-        assert held
 
 
 def start(*arguments: object) -> subprocess.Popen:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -12,9 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support import locked_by_another_process
 
 from teacache.base.errors import OutputError
-from teacache.base.files import written_whole
+from teacache.base.files import locked, written_whole
+from teacache.results import lock
 from teacache.results.output_folder import claimed_stem, prepare_folder
 from teacache.results.video import read_video, write_video
 
@@ -117,6 +122,53 @@ def test_of_two_files_none_is_there_without_the_other(tmp_path, monkeypatch, fun
         with contextlib.suppress(KeyboardInterrupt):
             write()
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_killed_process_holds_no_lock(tmp_path):
+    with (
+        locked_by_another_process(tmp_path),
+        lock.locked(tmp_path, "a video") as ours,
+    ):
+        assert not ours
+    (file,) = tmp_path.iterdir()
+    with locked(file) as ours:
+        assert ours
+    assert not list(tmp_path.iterdir())
+    with lock.locked(tmp_path, "a") as one, lock.locked(tmp_path, "b") as other:
+        assert one
+        assert other, "a process may hold several"
+
+
+def _count(folder: Path) -> None:
+    for _ in range(50):
+        with locked(folder / ".lock", wait=True):
+            number = int((folder / "count").read_text())
+            (folder / "count").write_text(str(number + 1))
+
+
+def test_of_many_processes_one_holds_a_lock(tmp_path):
+    """Although each removes its file: none is left."""
+    (tmp_path / "count").write_text("0")
+    workers = [multiprocessing.Process(target=_count, args=(tmp_path,)) for _ in range(6)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [path.name for path in tmp_path.iterdir()] == ["count"]
+    assert (tmp_path / "count").read_text() == "300"
+
+
+def test_where_there_are_no_locks_nothing_is_held_back(tmp_path, monkeypatch):
+    """In a folder that takes no file, and on a file system without locks."""
+    with locked(tmp_path / "missing" / ".lock") as ours:
+        assert ours
+
+    def no_locks(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with locked(tmp_path / ".lock") as ours:
+        assert ours
 
 
 def test_folder(tmp_path):
