@@ -50,6 +50,7 @@ class Order:
     Attributes:
         jobs: the videos of this run.
         all_jobs: those of all shards together; without `--shard` the same.
+        ignored: names of records that do not count as finished videos.
     """
 
     jobs: tuple[Job, ...]
@@ -68,6 +69,7 @@ class Order:
     loras: tuple[tuple[str, float], ...]
     gif: bool
     repeated: Record | None
+    ignored: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Order:

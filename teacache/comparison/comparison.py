@@ -57,8 +57,8 @@ class Comparison:
     """The finished videos of a run, as they come.
 
     Args:
-        videos: how many are expected, or None where nobody knows; of a long list only the frames
-            that are still needed stay in memory.
+        videos: how many are expected; of a long list only the frames that are still needed stay in
+            memory.
         baseline: `--baseline`'s frames, [frames, height, width, 3], for a group that has no video
             of threshold 0; or None.
         load_analyser: loads insightface's detector and recogniser, when the first video comes.
@@ -66,7 +66,7 @@ class Comparison:
 
     def __init__(
         self,
-        videos: int | None,
+        videos: int,
         baseline: np.ndarray | None,
         load_analyser: Callable[[], Any],
     ):
@@ -102,7 +102,7 @@ class Comparison:
             logger.warning(
                 "%s: its record stays without the figures of quality: %s", path, reason(error)
             )
-        if self._expected is None or self._expected > MOST_SIDE_BY_SIDE:
+        if self._expected > MOST_SIDE_BY_SIDE:
             for other in self.videos:
                 if other.record.settings.group != record.settings.group:
                     other.frames = None
