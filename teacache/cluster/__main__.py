@@ -19,69 +19,43 @@ from teacache.base.quiet import allow_any_encoding, silence_libraries
 from teacache.command import readers
 from teacache.command.arguments import OneLineParser, add_sampling, parse_with
 from teacache.command.order import Order
-from teacache.results.output_folder import prepare_folder
 
 RAY = "ray==2.60.0"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns its exit code, as the sampler's command does."""
-    args = _parse(argv)
-    silence_libraries()
-    allow_any_encoding()
-    console = Console(args.quiet)
-    return run_command(lambda: sample(Order.of(args), args.workers, console))
-
-
-def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(
         prog="python3 -m teacache.cluster",
-        description="Sample many videos on all the GPUs of a Ray cluster: of the one that "
-        "`ray start` has made, or else of this machine. The output folder must be the same for all "
-        "machines.",
+        description="Sample many videos on all the GPUs of a Ray cluster, or of this machine.",
         allow_abbrev=False,
     )
-    add_sampling(parser, "several videos").add_argument(
-        "--workers",
-        type=readers.positive,
-        metavar="N",
-        help="videos at a time (default: one for each GPU; without GPUs one for each machine)",
-    )
+    workers = "videos at a time (default: one for each GPU; without GPUs one for each machine)"
+    several = add_sampling(parser, "several videos")
+    several.add_argument("--workers", type=readers.positive, metavar="N", help=workers)
     parser.set_defaults(plan=False, latents=None, shard=None, num_gpus=1)
     args = parse_with(parser, argv)
-    if args.device.startswith("cuda:"):
-        parser.error(f"argument --device: which GPU is cuda:N is for Ray to choose: {args.device}")
-    return args
+    silence_libraries()
+    allow_any_encoding()
+    return run_command(lambda: _sample(args))
 
 
-def sample(order: Order, workers: int | None, console: Console) -> None:
-    """Every video of an order, and the report over all of them.
-
-    Raises:
-        TeaCacheError: in one line, where Ray is missing, a worker cannot begin, or videos failed.
-    """
+def _sample(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("ray") is None:
         raise DeviceError(f"teacache.cluster needs the package ray: pip install {RAY}")
-    prepare_folder(order.output_path)
+    order = Order.of(args)
     with _connected() as gpus:
-        from teacache.cluster.pool import Pool
+        from teacache.cluster.pool import Pool  # imports ray
 
-        on_cpus = order.machine.device == "cpu" or not any(gpus)
-        workers = workers or (len(gpus) if on_cpus else sum(gpus))
-        Pool(order, workers, 0 if on_cpus else 1, console).run()
+        workers = args.workers or sum(gpus) or len(gpus)
+        Pool(order, workers, int(any(gpus)), Console(args.quiet)).run()
 
 
 @contextlib.contextmanager
 def _connected() -> Iterator[list[int]]:
-    """Connect to the Ray cluster that there is, or begin one on this machine for the block.
-
-    As `ray.init()` decides: the one that RAY_ADDRESS names, or that `ray start` has begun here.
-
-    Yields:
-        how many GPUs each machine in it has.
-    """
+    """Connect to the Ray cluster, or begin one on this machine; yield the GPUs of each machine."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
+    import ray  # optional
 
     # What Ray's own processes say of a lost one would come on standard output.
     ray._private.worker._worker_logs_enabled = False
@@ -103,10 +77,9 @@ def _connected() -> Iterator[list[int]]:
 def _check_address(address: str) -> None:
     """Raise DeviceError where nobody answers at `host:port`, for which Ray would wait for ever."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if not colon or not port.isdecimal():
-        return  # auto, local, or a name that Ray makes something of
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        if colon and port.isdecimal():  # else auto, local, or a name that Ray knows
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except (OSError, OverflowError) as error:
         raise DeviceError(f"no Ray cluster at RAY_ADDRESS={address}: {reason(error)}") from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from teacache.base.console import Console
@@ -43,7 +43,7 @@ def find_finished(
 
 
 def find_earlier(
-    jobs: list[Job],
+    jobs: Sequence[Job],
     places: dict[Job, int],
     order: Order,
     ready: Ready,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,7 @@ class LatentsOrder:
         return cls(args.latents, args.ckpts_path, args.fps, args.output_path, machine)
 
 
-def in_order(jobs: list[Job], digests: dict[str, str]) -> list[Job]:
+def in_order(jobs: Sequence[Job], digests: dict[str, str]) -> list[Job]:
     """The jobs, same face and seed adjacent; within them same prompt and steps, threshold 0 first.
 
     The others of a group are compared with threshold 0.

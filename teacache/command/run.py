@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -63,7 +63,7 @@ def run(order: Order, ready: Ready, stages: Stages, console: Console) -> None:
     session = Session(order, ready, stages, console)
     comparison = session.comparison
     try:
-        for video in session.videos(list(order.jobs), ready, final=True):
+        for video in session.videos(order.jobs, ready, final=True):
             if not video.earlier and (console.quiet or len(jobs) == 1):
                 console.done(video.path, summary(video.path, video.record))
         session.end()
@@ -103,7 +103,7 @@ class Session:
         self._start: sampler.Start | None = None
         self._drawn_for: tuple[str, int] | None = None
 
-    def videos(self, jobs: list[Job], ready: Ready, final: bool) -> Iterator[Video]:
+    def videos(self, jobs: Sequence[Job], ready: Ready, final: bool) -> Iterator[Video]:
         """The jobs' videos, each written when it comes; with `--resume` first those that are there.
 
         Args:

@@ -37,21 +37,20 @@ def units(jobs: Sequence[Job], workers: int) -> list[list[Job]]:
     return list(groups.values()) if len(groups) >= workers else [[job] for job in jobs]
 
 
-def tasks(jobs: Sequence[Job], workers: int) -> list[list[Job]]:
+def tasks(jobs: Sequence[Job], workers: int) -> list[tuple[Job, ...]]:
     """Units, several at a time, for workers that take one task after the other.
 
     A worker loads the text encoder once for a task. The tasks get smaller towards the end, so that
     all workers end at about the same time.
     """
-    found: list[list[Job]] = []
-    left = len(jobs)
-    share = 0
+    found, left = [], len(jobs)
+    task: list[Job] = []
     for unit in units(jobs, workers):
-        if not found or len(found[-1]) >= share:
-            share = min(MOST_IN_A_TASK, math.ceil(left / (2 * workers)))
-            found.append([])
-        found[-1] += unit
-        left -= len(unit)
+        task += unit
+        if len(task) >= min(MOST_IN_A_TASK, math.ceil(left / (2 * workers))):
+            found.append(tuple(task))
+            left -= len(task)
+            task = []
     return found
 
 
