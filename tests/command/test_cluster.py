@@ -76,15 +76,16 @@ def rows(folder: Path) -> list[dict]:
 
 def test_one_killed_and_a_job_that_fails(capsys, tmp_path, tiny, faceless):
     """Nothing is lost, nothing doubled; videos, records and report are those of one process."""
-    good = [{"seed": 1, "rel_l1_thresh": t} for t in (0.2, 0)] + [{"seed": s} for s in (2, 3)]
-    for name, lines in (("good", good), ("all", [*good[:3], {"image": str(faceless)}, *good[3:]])):
+    good = [{"seed": 1, "rel_l1_thresh": t} for t in (0.2, 0)] + [{"seed": s} for s in (2, 3, 4)]
+    for name, lines in (("good", good), ("all", [*good, {"image": str(faceless)}])):
         (tmp_path / name).write_text("\n".join(map(json.dumps, lines)))
-    common = (*COMMON, "--num_infer_steps", 40)
+    common = (*COMMON, "--num_infer_steps", 24)
     out, one = tmp_path / "out", tmp_path / "one"
     arguments = (*common, "--jobs", tmp_path / "all", "--workers", 2, "--output_path", out)
     process = start(tmp_path, *arguments)
-    output = process.stdout.readline() + process.stdout.readline()
-    assert output.startswith("1 of 5  ")
+    output = process.stdout.readline()
+    while "1_0.2_0000.mp4" not in output:  # by the worker that has threshold 0 to compare with
+        output += process.stdout.readline()
     until = time.monotonic() + 100
     while not (sampling := processes(tmp_path, ".sample")):
         assert time.monotonic() < until, "nobody samples"
@@ -97,9 +98,9 @@ def test_one_killed_and_a_job_that_fails(capsys, tmp_path, tiny, faceless):
     *warnings, last = error.splitlines()
     (failed,) = [line for line in warnings if "no face was found" in line]
     assert failed.startswith(f"warning: seed 42, rel_l1_thresh 0.1: --image {faceless}")
-    assert last.startswith("error: 1 of 5 videos could not be made")
+    assert last.startswith("error: 1 of 6 videos could not be made")
     assert len(warnings) == len(set(warnings)), "each once"
-    assert "4 of 5 videos: see --resume" in output
+    assert "5 of 6 videos: see --resume" in output
     assert "raylet" not in output + error
 
     assert main(capsys, *common, "--jobs", tmp_path / "good", "--output_path", one)[0] == 0
