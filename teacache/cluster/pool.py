@@ -29,6 +29,7 @@ from teacache.command.preflight import preflight
 from teacache.command.report import write_report
 from teacache.command.shards import tasks
 from teacache.comparison.comparison import Comparison
+from teacache.results.record import Record
 
 
 class Worker:
@@ -42,7 +43,7 @@ class Worker:
         self.warnings = BufferingHandler(capacity=10_000)
         logging.getLogger("teacache").handlers = [self.warnings]
 
-    def sample(self, jobs: tuple[Job, ...]) -> Iterator[tuple[Any, list[str]]]:
+    def sample(self, jobs: tuple[Job, ...]) -> Iterator[tuple[Job, Path, Record, list[str]]]:
         """Each job's video, and the warnings since the one before. No jobs: check this machine.
 
         Raises:
@@ -62,7 +63,8 @@ class Worker:
                 self.order = replace(self.order, machine=ready.machine)
                 self.session = Session(self.order, ready, self.stages, Console(quiet=True))
             for video in self.session.videos(jobs, ready, final=False):
-                yield video, [each.getMessage() for each in self.warnings.buffer]
+                # No class of `run`, for which the command would import diffusers.
+                yield *video[:3], [each.getMessage() for each in self.warnings.buffer]
                 self.warnings.flush()
         except KeyboardInterrupt as error:  # which Ray would take for its own
             raise SamplingError(". ".join(getattr(error, "__notes__", ()))) from error
@@ -101,7 +103,7 @@ class Pool:
         try:
             while self._left:
                 for worker, task, error in self._ended(seconds=1):
-                    self._go_on(worker, task, error)
+                    self._after_task(worker, task, error)
                 interruption.check()
         except KeyboardInterrupt as interrupted:
             for worker, _ in self._calls.values():
@@ -126,7 +128,7 @@ class Pool:
         """Take the videos that come; yield each task that ends, with its worker and its error."""
         for call in ray.wait(list(self._calls), timeout=seconds)[0]:
             try:
-                video, warnings = ray.get(next(call))  # type: ignore[arg-type]
+                job, path, record, warnings = ray.get(next(call))  # type: ignore[arg-type]
             except StopIteration:
                 yield *self._calls.pop(call), None
             except ray.exceptions.RayError as error:
@@ -135,15 +137,13 @@ class Pool:
             else:
                 for warning in warnings:
                     self._warn(warning)
-                if video.job in self._left:  # else it comes once more with a task that is repeated
-                    del self._left[video.job]
-                    place = self._order.jobs.index(video.job)
-                    self._comparison.add_earlier(place, video.path, video.record)
-                    line = f"{len(self._comparison.videos)} of {len(self._order.jobs)}"
-                    self._console.done(video.path, f"{line}  {video.path}")
+                if job in self._left:  # else it comes once more with a task that is repeated
+                    del self._left[job]
+                    self._comparison.add_earlier(self._order.jobs.index(job), path, record)
+                    line = f"{len(self._comparison.videos)} of {len(self._order.jobs)}  {path}"
+                    self._console.done(path, line)
 
-    def _go_on(self, worker: Any, task: tuple[Job, ...], error: Exception | None) -> None:
-        """What comes after a task."""
+    def _after_task(self, worker: Any, task: tuple[Job, ...], error: Exception | None) -> None:
         if error and not task:
             raise error  # this machine cannot sample
         left = tuple(job for job in task if job in self._left)

@@ -144,11 +144,12 @@ def test_a_worker(tmp_path, monkeypatch, tiny, faceless):
 
     assert not list(worker.sample(()))
     assert Path.cwd() == tmp_path
-    ((video, warnings),) = worker.sample((first,))
+    ((job, path, record, warnings),) = worker.sample((first,))
+    assert job == first
     assert "is longer than 226 tokens" in warnings[-1]
-    assert read_record(video.path.with_suffix(".json")) == video.record
-    ((again, warnings),) = worker.sample((first,))  # as after the answer of a worker is lost
-    assert (again.path, again.record) == (video.path, video.record)
+    assert read_record(path.with_suffix(".json")) == record
+    ((*again, warnings),) = worker.sample((first,))  # as after the answer of a worker is lost
+    assert again == [first, path, record]
     assert not [warning for warning in warnings if "226" in warning], "each is passed on once"
     with pytest.raises(ImageError, match=r"coffee.png: no face was found"):
         list(worker.sample((without_face,)))
