@@ -60,10 +60,6 @@ class DeviceError(TeaCacheError):
     """The machine lacks what the run needs."""
 
 
-class TeamError(DeviceError):
-    """The ranks that compute a video together are out of step: they have to be started anew."""
-
-
 class ImageError(TeaCacheError):
     """The image cannot be read, or no face can be found in it."""
 

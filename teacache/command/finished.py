@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,50 +48,52 @@ def find_finished(
     return None
 
 
-def without_finished(
+def find_earlier(
+    jobs: Sequence[Job],
     places: dict[Job, int],
     order: Order,
     ready: Ready,
     console: Console,
     comparison: Comparison | None,
-) -> list[Job]:
-    """The jobs that no video, whole, in the output folder has the settings of; say which have.
+) -> dict[Job, tuple[Path, Record]]:
+    """The jobs that a video, whole, in the output folder has the settings of; say which.
 
     Args:
         places: of every job, in the order asked for.
     """
-    left = []
-    for job in order.jobs:
-        finished = find_finished(settings_of(job, order, ready), order.output_path)
+    earlier = {}
+    for job in jobs:
+        settings = settings_of(job, order, ready)
+        finished = find_finished(settings, order.output_path, order.ignored)
         if finished is None:
-            left.append(job)
             continue
-        video, record = finished
+        video, record = earlier[job] = finished
         console.done(video, f"done before {video}")
         if comparison:
             comparison.add_earlier(places[job], video, record)
-    return left
+    return earlier
 
 
 @contextlib.contextmanager
-def left_to_do(job: Job, order: Order, ready: Ready, console: Console) -> Iterator[bool]:
+def left_to_do(
+    job: Job, order: Order, ready: Ready, console: Console
+) -> Iterator[tuple[bool, tuple[Path, Record] | None]]:
     """Keep other processes with `--resume` from a job for as long as the block runs.
 
     Yields:
-        whether it is left to do: False where one of them is at it, or has done it since this one
-        looked.
+        whether no other one is at it; and its video, where one has made it since this one looked.
     """
     if not order.resume:
-        yield True
+        yield True, None
         return
     settings = settings_of(job, order, ready)
     with locked(order.output_path, settings.name) as ours:
-        finished = find_finished(settings, order.output_path) if ours else None
+        finished = find_finished(settings, order.output_path, order.ignored) if ours else None
         if finished:
             console.done(finished[0], f"done by another process {finished[0]}")
         elif not ours:
             console.say(f"seed {job.seed}, {job.which}: another process samples it")
-        yield ours and not finished
+        yield ours, finished
 
 
 def kept_latents(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ class Order:
     Attributes:
         jobs: the videos of this run.
         all_jobs: those of all shards together; without `--shard` the same.
+        ignored: names of records that do not count as finished videos.
     """
 
     jobs: tuple[Job, ...]
@@ -61,6 +63,7 @@ class Order:
     output_path: Path
     resume: bool
     loras: tuple[tuple[str, float], ...]
+    ignored: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Order:
@@ -86,7 +89,7 @@ class Order:
         )
 
 
-def in_order(jobs: list[Job], digests: dict[str, str]) -> list[Job]:
+def in_order(jobs: Sequence[Job], digests: dict[str, str]) -> list[Job]:
     """The jobs, same face and seed adjacent; within them same prompt and steps, threshold 0 first.
 
     The others of a group are compared with threshold 0.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from teacache.command.jobs import Job
+
+MOST_IN_A_TASK = 32  # jobs, whose texts are in memory together: 8 MB each at full size
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,23 @@ def units(jobs: Sequence[Job], workers: int) -> list[list[Job]]:
     for job in jobs:
         groups.setdefault(job.group, []).append(job)
     return list(groups.values()) if len(groups) >= workers else [[job] for job in jobs]
+
+
+def tasks(jobs: Sequence[Job], workers: int) -> list[tuple[Job, ...]]:
+    """Units, several at a time, for workers that take one task after the other.
+
+    A worker loads the text encoder once for a task. The tasks get smaller towards the end, so that
+    all workers end at about the same time.
+    """
+    found, left = [], len(jobs)
+    task: list[Job] = []
+    for unit in units(jobs, workers):
+        task += unit
+        if len(task) >= min(MOST_IN_A_TASK, math.ceil(left / (2 * workers))):
+            found.append(tuple(task))
+            left -= len(task)
+            task = []
+    return found
 
 
 def part_of(jobs: Sequence[Job], shard: Shard) -> list[Job]:

@@ -56,12 +56,12 @@ class Comparison:
     """The finished videos of a run, as they come.
 
     Args:
-        videos: how many are expected, or None where nobody knows; of a long list only the frames
-            that are still needed stay in memory.
+        videos: how many are expected; of a long list only the frames that are still needed stay in
+            memory.
         load_analyser: loads insightface's detector and recogniser, when the first video comes.
     """
 
-    def __init__(self, videos: int | None, load_analyser: Callable[[], Any]):
+    def __init__(self, videos: int, load_analyser: Callable[[], Any]):
         self.videos: list[Finished] = []
         self._expected = videos
         self._analyser = functools.cache(load_analyser)
@@ -94,7 +94,7 @@ class Comparison:
             logger.warning(
                 "%s: its record stays without the figures of quality: %s", path, reason(error)
             )
-        if self._expected is None or self._expected > MOST_SIDE_BY_SIDE:
+        if self._expected > MOST_SIDE_BY_SIDE:
             for other in self.videos:
                 if other.record.settings.group != record.settings.group:
                     other.frames = None

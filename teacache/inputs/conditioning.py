@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from teacache.base import device as devices
-from teacache.base.errors import ImageError, without_credentials
+from teacache.base.errors import without_credentials
 from teacache.checkpoint.pipeline import load_pipeline
 from teacache.inputs import identity as faces
 from teacache.inputs.embedding_cache import fingerprint
@@ -58,13 +58,8 @@ class Conditioning:
         self.offload, self.cache = offload, cache
         self._fingerprints: dict[str, str] = {}
 
-    def find_identities(
-        self, images: dict[str, Image.Image], skip_failures: bool = False
-    ) -> dict[str, faces.Identity]:
+    def find_identities(self, images: dict[str, Image.Image]) -> dict[str, faces.Identity]:
         """The identity in each image, by the image's source.
-
-        Args:
-            skip_failures: leave out what has no face, instead of raising.
 
         Raises:
             ImageError: where one has no face.
@@ -81,14 +76,9 @@ class Conditioning:
             models = faces.load_face_models(self.checkpoint, self.device, self.dtype)
             for source in missing:
                 name = f"--image {without_credentials(source)}"
-                try:
-                    found[source] = faces.find_identity(
-                        images[source], models, self.device, self.dtype, name
-                    )
-                except ImageError:
-                    if skip_failures:
-                        continue
-                    raise
+                found[source] = faces.find_identity(
+                    images[source], models, self.device, self.dtype, name
+                )
                 if self.cache:
                     self.cache.put(keys[source], faces.as_tensors(found[source]))
             del models

@@ -21,7 +21,6 @@ from teacache.base.errors import TeaCacheError
 LOST_THE_OTHERS = 3
 PATIENCE = 3.0  # seconds, in which whoever has started it sees the other's end first
 INTERRUPTED = 130
-STARTED_BY = "TEACACHE_STARTED_BY"  # the id of the process, where that is not torch's launcher
 SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 _launched = False  # whether `launch` has started this process, and says how all of them end
@@ -130,9 +129,6 @@ def _end_with_parent(number: signal.Signals) -> None:
     """Have the system end this process when the one that has started it is gone, as it may be."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, number)
-    parent = str(os.getppid())
-    if os.environ.get(STARTED_BY, parent) != parent:
-        os._exit(LOST_THE_OTHERS)
 
 
 def has_lost_the_others(error: RuntimeError) -> bool:

@@ -7,7 +7,7 @@ import pytest
 from teacache.command.arguments import parse_arguments
 from teacache.command.jobs import Job
 from teacache.command.order import Order
-from teacache.command.shards import Shard, part_of, units
+from teacache.command.shards import Shard, part_of, tasks, units
 
 
 def order(*arguments: object) -> Order:
@@ -33,6 +33,19 @@ def test_what_is_compared_stays_together():
     assert [[job.seed for job in unit] for unit in units(jobs, 3)] == [[1, 1], [2, 2], [3, 3]]
     assert [len(unit) for unit in units(jobs, 4)] == [1] * 6
     assert [job.seed for job in part_of(jobs, Shard(1, 2))] == [2, 2]
+
+
+@pytest.mark.parametrize("thresholds", [(0.1,), (0, 0.1, 0.2)])
+@pytest.mark.parametrize("workers", [1, 2, 8, 50])
+def test_every_video_is_in_one_task(workers, thresholds):
+    """The last are the smallest: a worker waits for the others no longer than for one unit."""
+    jobs = order("--seed", *range(40), "--rel_l1_thresh", *thresholds).jobs
+    found = tasks(jobs, workers)
+    assert [job for task in found for job in task] == list(jobs)
+    sizes = [len(task) for task in found]
+    assert sizes[-1] == (len(thresholds) if workers <= 40 else 1)
+    assert max(sizes) < 32 + len(thresholds)
+    assert len(found) >= min(2 * workers, 40)
 
 
 def test_more_shards_than_videos():

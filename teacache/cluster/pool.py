@@ -1,0 +1,162 @@
+"""The videos of an order on a Ray cluster: each worker takes one task after the other.
+
+Ray restarts a worker that is killed, and has it do its task again. A worker looks for the records
+of its task first, so that no video is made twice.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
+from logging.handlers import BufferingHandler
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from teacache.base import interruption
+from teacache.base.console import Console, Stages
+from teacache.base.errors import DeviceError, SamplingError, TeaCacheError
+from teacache.base.quiet import silence_libraries
+from teacache.command.jobs import Job
+from teacache.command.order import Order
+from teacache.command.preflight import preflight
+from teacache.command.report import write_report
+from teacache.command.shards import tasks
+from teacache.comparison.comparison import Comparison
+from teacache.results.record import Record
+
+
+class Worker:
+    """Samples task after task, with models that it loads once; `folder` is that of the command."""
+
+    def __init__(self, order: Order, folder: Path):
+        self.order, self.folder = order, folder
+        self.session: Any = None
+        self.stages = Stages(Console(quiet=True))
+        silence_libraries()
+        self.warnings = BufferingHandler(capacity=10_000)
+        logging.getLogger("teacache").handlers = [self.warnings]
+
+    def sample(self, jobs: tuple[Job, ...]) -> Iterator[tuple[Job, Path, Record, list[str]]]:
+        """Each job's video, and the warnings since the one before. No jobs: check this machine.
+
+        Raises:
+            TeaCacheError: in one line, for what is wrong with a job or with this machine.
+        """
+        try:
+            if not self.folder.is_dir():
+                raise DeviceError(
+                    f"{os.uname().nodename} lacks {self.folder}: all machines need it"
+                )
+            os.chdir(self.folder)
+            ready = preflight(replace(self.order, jobs=jobs, all_jobs=jobs), self.stages)
+            if self.session is None:
+                from teacache.command.run import Session  # after `preflight`: imports diffusers
+
+                # What was chosen by the memory that was free holds for later tasks too.
+                self.order = replace(self.order, machine=ready.machine)
+                self.session = Session(self.order, ready, self.stages, Console(quiet=True))
+            for video in self.session.videos(jobs, ready, final=False):
+                # No class of `run`, for which the command would import diffusers.
+                yield *video[:3], [each.getMessage() for each in self.warnings.buffer]
+                self.warnings.flush()
+        except KeyboardInterrupt as error:  # which Ray would take for its own
+            raise SamplingError(". ".join(getattr(error, "__notes__", ()))) from error
+
+    def stop(self) -> None:
+        """End `sample` within a step: from another thread."""
+        interruption.request_stop()
+
+
+class Pool:
+    """So many workers on Ray, of so many GPUs each, that share the tasks of an order."""
+
+    def __init__(self, order: Order, workers: int, gpus: int, console: Console):
+        self._order, self._console = order, console
+        self._comparison = Comparison(len(order.jobs), load_analyser=lambda: None)
+        self._left = dict.fromkeys(order.jobs)
+        self._warn = functools.cache(logging.getLogger("teacache").warning)  # each once
+        self._queue = deque(tasks(order.jobs, workers))
+        self._calls: dict[Any, tuple[Any, tuple[Job, ...]]] = {}  # each with its worker and task
+        known = [] if order.resume else [path.name for path in order.output_path.glob("*.json")]
+        self._arguments = replace(order, resume=True, ignored=frozenset(known)), Path.cwd()
+        # A second thread for `stop`. SPREAD: over the machines, also where none has a GPU.
+        options: dict[str, Any] = {"num_gpus": gpus, "concurrency_groups": {"stop": 1}}
+        options |= {"scheduling_strategy": "SPREAD", "max_restarts": -1, "max_task_retries": 2}
+        self._actor: Any = ray.remote(**options)(Worker)
+        for _ in range(min(workers, len(order.jobs))):
+            self._give(self._actor.remote(*self._arguments), ())
+
+    def run(self) -> None:
+        """Sample every video that can be, and report on all.
+
+        Raises:
+            TeaCacheError: in one line, where a machine cannot sample, or videos failed.
+        """
+        every = len(self._order.jobs)
+        try:
+            while self._left:
+                for worker, task, error in self._ended(seconds=1):
+                    self._after_task(worker, task, error)
+                interruption.check()
+        except KeyboardInterrupt as interrupted:
+            for worker, _ in self._calls.values():
+                worker.stop.options(concurrency_group="stop").remote()
+            until = time.monotonic() + 10
+            while self._calls and (seconds := until - time.monotonic()) > 0:
+                for _, _, error in self._ended(seconds):
+                    if isinstance(error, SamplingError):
+                        interrupted.add_note(str(error))
+            raise
+        finally:
+            if every > 1:
+                write_report(self._comparison, self._order, every, self._console)
+        if failed := every - len(self._comparison.videos):
+            what = f"{failed} of {every} videos could not be made"
+            raise SamplingError(f"{what}, see above: --resume tries them again")
+
+    def _give(self, worker: Any, task: tuple[Job, ...]) -> None:
+        self._calls[worker.sample.options(num_returns="streaming").remote(task)] = worker, task
+
+    def _ended(self, seconds: float) -> Iterator[tuple[Any, tuple[Job, ...], Exception | None]]:
+        """Take the videos that come; yield each task that ends, with its worker and its error."""
+        for call in ray.wait(list(self._calls), timeout=seconds)[0]:
+            try:
+                job, path, record, warnings = ray.get(next(call))  # type: ignore[arg-type]
+            except StopIteration:
+                yield *self._calls.pop(call), None
+            except ray.exceptions.RayError as error:
+                cause = getattr(error, "cause", None)
+                yield *self._calls.pop(call), cause if isinstance(cause, TeaCacheError) else error
+            else:
+                for warning in warnings:
+                    self._warn(warning)
+                if job in self._left:  # else it comes once more with a task that is repeated
+                    del self._left[job]
+                    self._comparison.add_earlier(self._order.jobs.index(job), path, record)
+                    line = f"{len(self._comparison.videos)} of {len(self._order.jobs)}  {path}"
+                    self._console.done(path, line)
+
+    def _after_task(self, worker: Any, task: tuple[Job, ...], error: Exception | None) -> None:
+        if error and not task:
+            raise error  # this machine cannot sample
+        left = tuple(job for job in task if job in self._left)
+        if len(left) == 1 and (error or len(task) == 1):
+            job, why = left[0], error or "another process samples it"
+            del self._left[job]
+            self._warn(f"seed {job.seed}, {job.which}: {why}")
+        else:  # in halves, until the job that fails is alone
+            half = len(left) // 2
+            self._queue += filter(None, (left[:half], left[half:]))
+        broken = error and not isinstance(error, TeaCacheError)  # maybe for good
+        if broken or not self._queue:  # its GPU may be needed by one that Ray restarts
+            ray.kill(worker)
+        if self._queue:
+            fresh = self._actor.remote(*self._arguments) if broken else worker
+            self._give(fresh, self._queue.popleft())
