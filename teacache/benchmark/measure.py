@@ -25,15 +25,16 @@ from teacache.core.handle import TeaCacheHandle
 from teacache.inputs import photograph as pictures
 from teacache.inputs.conditioning import Conditioning
 from teacache.inputs.text import Text
+from teacache.parallel import group
 from teacache.parallel.division import Division, divide
 from teacache.results.video import write_video
 from teacache.sampling import acceleration, attention, sampler
-from teacache.sampling.blocks import undo_lean_blocks, use_lean_blocks
-from teacache.sampling.decoder import undo_lean_decoder, use_lean_decoder
+from teacache.sampling.blocks import use_lean_blocks
+from teacache.sampling.decoder import use_lean_decoder
 from teacache.sampling.room import Room
 
 if TYPE_CHECKING:
-    from diffusers import ConsisIDTransformer3DModel
+    from diffusers import AutoencoderKLCogVideoX, ConsisIDTransformer3DModel
 
 GUIDANCE_SCALE = 6.0
 SEED = 42
@@ -47,6 +48,9 @@ class Variant(NamedTuple):
     attention: str = "native"
     compile: bool = False
     quantize: str | None = None
+
+
+PLAIN = Variant("", None)
 
 
 class Measured(NamedTuple):
@@ -111,7 +115,7 @@ def of_checkpoint(
 
 
 class Bench:
-    """Samples videos in any variant, and leaves the models as they were.
+    """Samples videos in any variant, each with models of its own.
 
     Args:
         fixed_steps: the steps to compute, or None where the rule decides.
@@ -133,8 +137,7 @@ class Bench:
         self.device, self.dtype = device, dtype
         self.before_the_loop: dict[str, str] = {}
         self.division = Division(1, 1)
-        self._plain = material.pipe.transformer
-        self._float8: ConsisIDTransformer3DModel | None = None
+        self._models = {PLAIN: (material.pipe.transformer, material.pipe.vae)}
 
     def share(self, num_gpus: int) -> None:
         """Sample with so many ranks, which all do what this one does, in step.
@@ -144,9 +147,7 @@ class Bench:
         """
         if num_gpus == 1:
             return
-        from teacache.parallel import group
-
-        config, size = self._plain.config, self.material.size
+        config, size = self.material.pipe.transformer.config, self.material.size
         frames = (size.num_frames - 1) // config.temporal_compression_ratio + 1
         self.division = divide(
             num_gpus,
@@ -239,43 +240,35 @@ class Bench:
 
     @contextlib.contextmanager
     def _ready(self, variant: Variant) -> Iterator[TeaCacheHandle | None]:
-        """The pipeline as the variant has it."""
+        """The pipeline with the models that the variant has; all others are in host memory."""
+        kind = variant._replace(name="", threshold=None if variant.threshold is None else 0.0)
         pipe = self.material.pipe
-        transformer = self._only_on_device(variant.quantize)
-        pipe.transformer, processors = transformer, transformer.attn_processors
+        for model in (model for models in self._models.values() for model in models):
+            model.to("cpu")
+        devices.free_cached_memory(self.device)
+        if kind not in self._models:
+            self._models[kind] = self._made(kind)
+        pipe.transformer, pipe.vae = (model.to(self.device) for model in self._models[kind])
         if variant.threshold is None:
             yield None
             return
-        attention.use_attention(transformer, variant.attention)
+        with apply_teacache(pipe, variant.threshold) as handle:
+            if self.division != (1, 1):
+                handle.team = group.join(pipe.transformer, self.division, self.device)
+            yield handle
+
+    def _made(self, kind: Variant) -> tuple[ConsisIDTransformer3DModel, AutoencoderKLCogVideoX]:
+        """Copies of transformer and VAE, as a variant of whatever threshold has them."""
+        transformer, vae = copy.deepcopy(self._models[PLAIN])
+        transformer.to(self.device)
+        attention.use_attention(transformer, kind.attention)
         use_lean_blocks(transformer)
-        use_lean_decoder(pipe.vae)
-        if variant.compile:
+        use_lean_decoder(vae)
+        if kind.quantize:
+            acceleration.quantize_fp8(transformer)
+        if kind.compile:
             acceleration.compile_transformer(transformer)
-        try:
-            with apply_teacache(pipe, variant.threshold) as handle:
-                if self.division != (1, 1):
-                    from teacache.parallel import group
-
-                    handle.team = group.join(transformer, self.division, self.device)
-                yield handle
-        finally:
-            acceleration.undo_compile(transformer)
-            transformer.set_attn_processor(processors)
-            undo_lean_blocks(transformer)
-            undo_lean_decoder(pipe.vae)
-
-    def _only_on_device(self, quantize: str | None) -> ConsisIDTransformer3DModel:
-        """The transformer, or its copy with float8 layers, with the other in host memory."""
-        if quantize and self._float8 is None:
-            # Never two of them on the device: they are copied in host memory.
-            self._float8 = copy.deepcopy(self._plain.to("cpu")).to(self.device)
-            acceleration.quantize_fp8(self._float8)
-        if self._float8 is None:
-            return self._plain
-        wanted, other = (self._float8, self._plain) if quantize else (self._plain, self._float8)
-        other.to("cpu")
-        devices.free_cached_memory(self.device)
-        return wanted.to(self.device)
+        return transformer, vae
 
 
 @contextlib.contextmanager

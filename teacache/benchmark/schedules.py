@@ -73,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 def compare(args: argparse.Namespace) -> None:
     """Sample every video, print the table, and write the figures where they are asked for."""
     prepare_environment()
+    # Here and below: after `silence_libraries`, and not for `--help` and `--draw`.
     import torch
 
     from teacache.checkpoint.distances import step_distances
@@ -184,11 +185,9 @@ def table(figures: Figures) -> str:
 
 def draw(paths: list[Path], picture: Path) -> None:
     """Draw mean and worst against the number of computed steps, a panel for each file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, path, name in zip(panels, paths, ("DPM, as published", "DDIM"), strict=True):
         figures = json.loads(path.read_text(encoding="utf-8"))

@@ -19,6 +19,8 @@ import numpy as np
 from teacache.base.errors import reason
 from teacache.base.files import with_ending, written_whole
 from teacache.comparison import quality, tables
+from teacache.comparison.figure import draw_sweep
+from teacache.comparison.side_by_side import write_grid
 from teacache.results import video
 from teacache.results.output_folder import claimed_stem
 from teacache.results.record import Quality, Record, write_json
@@ -137,9 +139,6 @@ class Comparison:
             with written(".md") as path:
                 path.write_text(tables.sweep_markdown(rows, records[0]), encoding="utf-8")
             if in_full and len(videos) <= MOST_SIDE_BY_SIDE:
-                from teacache.comparison.figure import draw_sweep
-                from teacache.comparison.side_by_side import write_grid
-
                 with written(".png") as path:
                     draw_sweep(rows, records, path)
                 with written(".mp4") as path:

@@ -24,12 +24,10 @@ def draw_sweep(rows: list[Row], records: list[Record], path: Path) -> None:
         records: of the same videos in the same order.
     """
     # Not pyplot: it would choose a window system, and keep every figure.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     height = max(3.6, 1.4 + 0.32 * len(rows))
     figure = Figure(figsize=(PIXELS_WIDE / DPI, height), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
     cells, latency, psnr = figure.subplots(1, 3, width_ratios=[5, 2, 2])
     _draw_schedules(cells, rows, records)
     seconds = [row["latency"] for row in rows]

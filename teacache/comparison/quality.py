@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from teacache.results.record import Figures, IdentityFigures, Quality
 
@@ -27,6 +28,7 @@ def compare(frames: np.ndarray, baseline: np.ndarray) -> Quality:
         the baseline's has no PSNR (null), and `mean` and `worst` are over the others. LPIPS is
         null where it cannot be computed, and `lpips_missing` says why.
     """
+    # Half a second, and for a sweep alone.
     from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
     psnr, ssim = [], []
@@ -75,16 +77,13 @@ def lpips_missing() -> str | None:
     """Why LPIPS cannot be computed here, or None where it can. Nothing is ever downloaded."""
     if importlib.util.find_spec("lpips") is None:
         return "the package lpips is not installed"
-    from torch import hub
-
-    if not (Path(hub.get_dir()) / "checkpoints" / LPIPS_BACKBONE).is_file():
+    if not (Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_BACKBONE).is_file():
         return f"its weights {LPIPS_BACKBONE} are not in torch's cache"
     return None
 
 
 def _lpips(frames: np.ndarray, baseline: np.ndarray) -> list[float]:
-    import lpips
-    import torch
+    import lpips  # optional
 
     model = lpips.LPIPS(net="alex", verbose=False).eval()
 

@@ -69,7 +69,7 @@ def fit_coefficients(args: argparse.Namespace) -> None:
     steps = numbers.pop()
     ready = preflight(order, stages)
     changes = _measured(order, ready, stages, console)
-    from teacache.fit.measure import fit
+    from teacache.fit.measure import fit  # torch: after `preflight`, and not for `--help`
 
     distances = next(iter(ready.schedules.values())).distances
     coefficients, r2 = fit(distances, changes, f"fitted on {order.ckpts_path} at {steps} steps")

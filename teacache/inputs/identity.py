@@ -11,6 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+
 from teacache.base.errors import CheckpointError, ImageError
 from teacache.base.quiet import import_eva_clip
 from teacache.checkpoint.loading import reading
@@ -18,10 +23,7 @@ from teacache.checkpoint.loading import reading
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
     from facexlib.utils.face_restoration_helper import FaceRestoreHelper
-    from PIL import Image
 
 EVA_CLIP = "EVA02-CLIP-L-14-336"  # the model, and with .json its description in `face_encoder/`
 HIDDEN_STATES = 5  # of EVA-CLIP's 24 layers, those that ConsisID reads
@@ -60,9 +62,6 @@ class FaceModels(NamedTuple):
 
 def as_tensors(identity: Identity) -> dict[str, torch.Tensor]:
     """An identity as named tensors, as a safetensors file holds them."""
-    import numpy as np
-    import torch
-
     hidden = {f"id_vit_hidden_{n}": tensor for n, tensor in enumerate(identity.id_vit_hidden)}
     return {
         "id_cond": identity.id_cond,
@@ -74,8 +73,6 @@ def as_tensors(identity: Identity) -> dict[str, torch.Tensor]:
 
 def from_tensors(tensors: dict[str, torch.Tensor], device: torch.device) -> Identity:
     """The identity that `as_tensors` took apart, its embeddings on the device."""
-    from PIL import Image
-
     return Identity(
         id_cond=tensors["id_cond"].to(device),
         id_vit_hidden=[tensors[f"id_vit_hidden_{n}"].to(device) for n in range(HIDDEN_STATES)],
@@ -152,7 +149,6 @@ def find_identity(
     Raises:
         ImageError: where facexlib finds no face.
     """
-    import numpy as np
     from diffusers.pipelines.consisid import consisid_utils
 
     picture = consisid_utils.resize_numpy_image_long(np.array(image), UPSTREAM_PIXELS)
@@ -188,7 +184,6 @@ def aligned_identity(
         recognised: insightface's face, in a list that may be empty.
         alignable: facexlib's box (left, top, right, bottom, how sure it is) and five landmarks.
     """
-    import torch
     from diffusers.pipelines.consisid import consisid_utils
 
     with torch.no_grad(), _aligning(alignable, models.aligner):
@@ -219,8 +214,6 @@ def _choose_face(
         insightface's face, in a list that is empty where it does not find the one to take; and
         facexlib's, its box (left, top, right, bottom, how sure it is) and its five landmarks.
     """
-    import cv2
-
     bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
     recognised = sorted(models.analyser.get(bgr), key=lambda face: _sides(face["bbox"]).prod())
     aligner = models.aligner

@@ -155,12 +155,6 @@ def is_compiled(model: torch.nn.Module) -> bool:
     return any(module._compiled_call_impl is not None for module in model.modules())
 
 
-def undo_compile(model: torch.nn.Module) -> None:
-    """Let every region of the model run as it did before."""
-    for module in model.modules():
-        module._compiled_call_impl = None
-
-
 def quantize_fp8(transformer: ConsisIDTransformer3DModel) -> None:
     """Turn the blocks' and the identity cross-attention's wide linear layers to float8, in place.
 

@@ -71,16 +71,7 @@ LEAN: dict[type, type] = {ConsisIDBlock: LeanBlock, GELU: LeanGELU}
 
 
 def use_lean_blocks(transformer: ConsisIDTransformer3DModel) -> None:
-    """Let a transformer's blocks take less memory, until `undo_lean_blocks`."""
-    _exchange(transformer, LEAN)
-
-
-def undo_lean_blocks(transformer: ConsisIDTransformer3DModel) -> None:
-    """Give the blocks their own class back."""
-    _exchange(transformer, {lean: plain for plain, lean in LEAN.items()})
-
-
-def _exchange(transformer: ConsisIDTransformer3DModel, classes: dict[type, type]) -> None:
+    """Let a transformer's blocks take less memory."""
     for module in transformer.transformer_blocks.modules():
-        if type(module) in classes:
-            module.__class__ = classes[type(module)]
+        if type(module) in LEAN:
+            module.__class__ = LEAN[type(module)]

@@ -29,7 +29,7 @@ from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
     CogVideoXUpBlock3D,
 )
 
-from teacache.base.patch import put_in_place, take_away
+from teacache.base.patch import put_in_place
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLCogVideoX
@@ -39,20 +39,11 @@ Caches = dict[str, Cache]  # of the blocks within
 
 
 def use_lean_decoder(vae: AutoencoderKLCogVideoX) -> None:
-    """Let a VAE decode with less memory, the same numbers, until `undo_lean_decoder`."""
+    """Let a VAE decode with less memory, the same numbers."""
     for module in vae.decoder.modules():
         forward = _lean_forward(module)
         if forward is not None:
             put_in_place(module, functools.partial(forward, module))
-
-
-def undo_lean_decoder(vae: AutoencoderKLCogVideoX) -> None:
-    """Let a VAE decode as it did before."""
-    for module in vae.decoder.modules():
-        for place in ("_old_forward", "forward"):  # below an offload hook, or on the module
-            forward = vars(module).get(place)
-            if isinstance(forward, functools.partial) and forward.func is _lean_forward(module):
-                take_away(module, forward)
 
 
 def _lean_forward(module: torch.nn.Module):  # type: ignore[no-untyped-def]
