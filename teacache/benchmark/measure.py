@@ -159,11 +159,12 @@ class Bench:
         group.connect(self.device)
 
     def warm_up(self, variant: Variant) -> float:
-        """Sample three steps twice; seconds that the first time took longer, for compiling."""
-        first, second = (
-            self._sample(variant, num_infer_steps=3, fixed_steps=frozenset({0, 2}))
-            for _ in range(2)
-        )
+        """Sample three steps; where they are compiled, twice: seconds that the first took longer."""
+        steps = 3, frozenset({0, 2})
+        first = self._sample(variant, *steps)
+        if not variant.compile:
+            return 0.0
+        second = self._sample(variant, *steps)
         return max(0.0, sum(first.seconds.values()) - sum(second.seconds.values()))
 
     def sample(self, variant: Variant) -> Measured:

@@ -23,7 +23,7 @@ def run(capsys, tmp_path, *arguments):
 
 def test_small_random_weights(capsys, tmp_path):
     code, out, err = run(
-        capsys, tmp_path, "--num_infer_steps", 4, "--computed_steps", 2, "--rounds", 2
+        capsys, tmp_path, "--num_infer_steps", 3, "--computed_steps", 2, "--rounds", 2
     )
     assert code == 0
     assert "weights: random, small" in out
@@ -35,8 +35,8 @@ def test_small_random_weights(capsys, tmp_path):
     assert (tmp_path / "benchmark_0000.md").read_text().strip() == out.strip()
     plain, ours = report["rows"]
     assert [row["settings"]["threshold"] for row in (plain, ours)] == [None, 0.15]
-    assert plain["steps"] == [4, 0]
-    assert ours["steps"] == [2, 2]
+    assert plain["steps"] == [3, 0]
+    assert ours["steps"] == [2, 1]
     assert plain["reused step"] is None
     assert plain["ratios"] == {"computed step": 1.0, "whole video": 1.0}
     for row in (plain, ours):
