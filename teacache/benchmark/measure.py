@@ -159,7 +159,7 @@ class Bench:
         group.connect(self.device)
 
     def warm_up(self, variant: Variant) -> float:
-        """Sample three steps; where they are compiled, twice: seconds that the first took longer."""
+        """Sample three steps, twice where they are compiled; seconds that the first took longer."""
         steps = 3, frozenset({0, 2})
         first = self._sample(variant, *steps)
         if not variant.compile:
