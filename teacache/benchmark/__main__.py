@@ -107,6 +107,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add_flags(parser, "device", "dtype")
     FLAGS["output_path"].add_to(parser, "folder of benchmark_{index:04d}.md and .json")
     args = parser.parse_args(argv)
+    _choose_steps(args, parser)
+    return args
+
+
+def _choose_steps(args: argparse.Namespace, parser: OneLineParser) -> None:
+    """Put in the defaults that depend on the weights."""
     if not args.ckpts_path and not args.random_weights:
         args.random_weights = "small"
     if args.num_infer_steps is None:
@@ -117,7 +123,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--computed_steps is for --random_weights: a checkpoint has its own schedule")
     if args.computed_steps and not 2 <= args.computed_steps <= args.num_infer_steps:
         parser.error(f"--computed_steps must be from 2 to {args.num_infer_steps}")
-    return args
 
 
 def _benchmark(args: argparse.Namespace) -> None:

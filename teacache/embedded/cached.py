@@ -10,7 +10,7 @@ from teacache.base.errors import CheckpointError, reason
 from teacache.base.files import cache_folder, locked
 
 SOURCES = (
-    *("build.py", "configuration.py", "detector.py", "faces.py", "text.py"),
+    *("build.py", "configuration.py", "detector.py", "faces.py", "text.py", "weights.py"),
     "weights.safetensors",
 )
 

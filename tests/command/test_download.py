@@ -47,9 +47,6 @@ class Hub(http.server.ThreadingHTTPServer):
         self.stalled, self.released = threading.Event(), threading.Event()
         self.transfers: Counter[str] = Counter()
 
-    def files(self) -> list[Path]:
-        return [path for path in sorted(self.folder.rglob("*")) if path.is_file()]
-
 
 class Answer(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -67,20 +64,9 @@ class Answer(http.server.BaseHTTPRequestHandler):
             status, code = hub.error
             self.reply(b"{}", status, {"X-Error-Code": code})
         elif path == f"/api/models/{REPOSITORY}/revision/main":
-            names = [str(file.relative_to(hub.folder)) for file in hub.files()]
-            siblings = [{"rfilename": name} for name in names]
+            files = [path for path in sorted(hub.folder.rglob("*")) if path.is_file()]
+            siblings = [{"rfilename": str(file.relative_to(hub.folder))} for file in files]
             self.reply(json.dumps({"id": REPOSITORY, "sha": COMMIT, "siblings": siblings}).encode())
-        elif path == f"/api/models/{REPOSITORY}/tree/{COMMIT}":
-            tree = [
-                {
-                    "type": "file",
-                    "path": str(file.relative_to(hub.folder)),
-                    "size": file.stat().st_size,
-                    "oid": hashlib.sha1(str(file).encode()).hexdigest(),
-                }
-                for file in hub.files()
-            ]
-            self.reply(json.dumps(tree).encode())
         elif path.startswith(root) and (hub.folder / path.removeprefix(root)).is_file():
             self.send_file(path.removeprefix(root))
         else:

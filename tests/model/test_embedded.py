@@ -10,10 +10,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from support import CPU, SIZE, grace_hopper
 
-from teacache.base.errors import CheckpointError
 from teacache.checkpoint.pipeline import load_pipeline
 from teacache.embedded import detector, faces, weights
-from teacache.embedded.build import TRANSFORMER, VAE, untrained_transformer
+from teacache.embedded.build import untrained_transformer
+from teacache.embedded.configuration import TRANSFORMER, VAE
 from teacache.embedded.text import write_text_encoder
 from teacache.embedded.videos import SIDE, identity_of, videos
 from teacache.embedded.weights import FROM_SEEDS
@@ -148,18 +148,9 @@ def test_an_aligned_portrait_has_the_identity_of_its_photograph(models, hopper):
     assert np.argmax(likeness) == 0
 
 
-def test_the_weights_are_small_and_checked(tmp_path, monkeypatch):
-    assert weights.FILE.stat().st_size <= 8 * 10**6
-    damaged = tmp_path / "weights.safetensors"
-    damaged.write_bytes(weights.FILE.read_bytes()[:-1] + b"\0")
-    for file, complaint in ((damaged, "is damaged"), (tmp_path / "none", "No such file")):
-        monkeypatch.setattr(weights, "FILE", file)
-        with pytest.raises(CheckpointError, match=complaint):
-            weights.read()
-
-
 def test_every_stored_weight_gets_into_its_model():
     """And nothing else is changed but what comes from seeds, which is not stored."""
+    assert weights.FILE.stat().st_size <= 8 * 10**6
     stored = weights.read()
     transformer, vae = untrained_transformer(), AutoencoderKLCogVideoX(**VAE)
     before = {name: value.clone() for name, value in transformer.state_dict().items()}
