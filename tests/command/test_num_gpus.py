@@ -173,20 +173,25 @@ def test_a_rank_that_runs_out_of_memory_ends_all(tmp_path, short_of):
 
 
 ASK = """
-import os
-from teacache.base.errors import DeviceError
-from teacache.command.ranks import help_denoising
+import os, sys
+from teacache.command.main import main
+from teacache.parallel import launch
+launch._end_at_once = sys.exit
 try:
-    help_denoising("cuda:99")
-except DeviceError as error:
-    print(os.environ["PYTORCH_ALLOC_CONF"], error)
+    main(["--ckpts_path", "tiny", "--device", "cuda:99"])
+finally:
+    print(os.environ["PYTORCH_ALLOC_CONF"])
 """
 
 
 def test_a_rank_that_torchrun_starts_chooses_the_allocator_too():
     variables = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
-    said = subprocess.check_output([sys.executable, "-c", ASK], cwd=ROOT, env=variables, text=True)
-    assert said.startswith("expandable_segments:True --device cuda:99: torch finds ")
+    variables |= {"RANK": "1", "WORLD_SIZE": "2"}
+    ended = subprocess.run(
+        [sys.executable, "-c", ASK], cwd=ROOT, env=variables, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stdout) == (2, "expandable_segments:True\n")
+    assert ended.stderr.startswith("error: --device cuda:99: torch finds ")
 
 
 @pytest.mark.parametrize(
