@@ -155,7 +155,7 @@ def test_side_by_side_one_started_twice_one_killed(capsys, tmp_path, tiny):
 
 
 def test_the_readmes_slurm_script(tmp_path, tiny):
-    """As SLURM runs it, for each task of an array of two; here with the embedded checkpoint."""
+    """As SLURM runs it for the last task of an array; here with the embedded checkpoint."""
     readme = (ROOT / "teacache" / "cluster" / "README.md").read_text(encoding="utf-8")
     script = re.search(r"#!/bin/bash\n#SBATCH.*?(?=```)", readme, flags=re.DOTALL)[0]
     options = " ".join(map(str, COMMON))
@@ -164,12 +164,9 @@ def test_the_readmes_slurm_script(tmp_path, tiny):
     )
     (tmp_path / "jobs.jsonl").write_text('{"seed": 1}\n{"seed": 2}\n{"seed": 3}\n')
     (tmp_path / "teacache_sample_video.py").symlink_to(ROOT / "teacache_sample_video.py")
-    for task in ("0", "1"):
-        array = {"SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_COUNT": "2"}
-        subprocess.run(
-            ["bash", "array.sh"], cwd=tmp_path, env={**os.environ, **array},
-            check=True, capture_output=True,
-        )  # fmt: skip
-    made = videos(tmp_path / "results")
-    assert made == ["1_0.15_0000", "2_0.15_0000", "3_0.15_0000"]
-    assert len(report(tmp_path / "results")["rows"]) == 3
+    array = {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2"}
+    subprocess.run(
+        ["bash", "array.sh"], cwd=tmp_path, env={**os.environ, **array},
+        check=True, capture_output=True,
+    )  # fmt: skip
+    assert videos(tmp_path / "results") == ["2_0.15_0000"]
