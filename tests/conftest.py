@@ -10,10 +10,20 @@ from pathlib import Path
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import numpy as np
 import pytest
+import torch
+from hypothesis import HealthCheck, settings
 from support import CPU, PROMPT, SIZE
 
 from teacache.base.quiet import silence_libraries
+
+for name, examples in (("push", 50), ("thorough", 300)):
+    health = [HealthCheck.function_scoped_fixture]
+    settings.register_profile(
+        name, max_examples=examples, deadline=None, suppress_health_check=health
+    )
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "push"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -41,8 +51,6 @@ def tiny(cache_of_this_session) -> Path:
 @pytest.fixture(scope="session")
 def identity(tiny):
     """The astronaut's identity, by the real face stack."""
-    import torch
-
     from teacache.inputs import identity as faces
     from teacache.inputs import photograph as pictures
 
@@ -50,12 +58,9 @@ def identity(tiny):
     return faces.find_identity(pictures.load_image("astronaut"), models, CPU, torch.float32)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_pipe(tiny):
-    """Loads a pipeline of one's own, in one third of a second; `dtype` is float32."""
-
-    import torch
-
+    """Loads a pipeline of one's own, in a tenth of a second; `dtype` is float32."""
     from teacache.checkpoint.pipeline import load_pipeline
 
     def make(dtype: torch.dtype = torch.float32):
@@ -71,13 +76,23 @@ def pipe(make_pipe):
 
 
 @pytest.fixture
+def shallow(make_pipe):
+    """Loads a pipeline with one block: its schedules are those of the whole one, at no cost."""
+
+    def make(dtype: torch.dtype = torch.float32):
+        pipe = make_pipe(dtype)
+        del pipe.transformer.transformer_blocks[1:]
+        return pipe
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def sample(identity):
     """Calls the pipeline as its documentation does, and returns latents (or frames).
 
     Nothing of our sampler is in it: what it returns from a plain pipeline is what users have today.
     """
-
-    import torch
 
     def call(pipe, steps: int = 12, seed: int = 42, **changed):
         dtype = pipe.transformer.dtype
@@ -100,11 +115,9 @@ def sample(identity):
     return call
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def published_schedule():
     """Computed steps by the published rule: a second computation, from the embeddings, in NumPy."""
-
-    import numpy as np
 
     def compute(pipe, steps: int, threshold: float) -> list[int]:
         pipe.scheduler.set_timesteps(steps)

@@ -95,7 +95,7 @@ def start(
         for name in changed.keys() | at_start.keys()
         if changed.get(name) != at_start.get(name) and name.startswith(READ_AT_START)
     }
-    by_itself = read or words[0].startswith("-") and words[0] != "-m" or "preexec_fn" in options
+    by_itself = read or (words[0].startswith("-") and words[0] != "-m") or "preexec_fn" in options
     if by_itself:
         return subprocess.Popen([sys.executable, *words], cwd=cwd, env=changed, **options)
     if words[0] != "-m":

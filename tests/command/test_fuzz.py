@@ -7,7 +7,7 @@ import io
 import json
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from support import main
 
@@ -36,10 +36,8 @@ VALUES = st.one_of(
     st.sampled_from(["", " ", "-1", "1e400", "nan", "0x10", "1_000", "٣", "tiny", "astronaut",
                      "cuda:99", "http://", "http://[", "://", "/", "\x00", "\udcff", "a\nb"]),
 )  # fmt: skip
-quick = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-@quick
 @given(st.lists(st.tuples(st.sampled_from(OPTIONS), st.lists(VALUES, max_size=3)), max_size=4))
 @example([("--image", ["http://["])])
 @example([("--seed", ["9223372036854775808"])])
@@ -102,7 +100,6 @@ def test_a_whole_command(capsys, tmp_path, monkeypatch, tiny, mode):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(run, "run", lambda *arguments: None)
 
-    @settings(max_examples=300, deadline=None)
     @given(st.lists(st.sampled_from(OPTIONS).flatmap(with_values), max_size=4))
     @example([("--num_infer_steps", ["1000"])])
     @example([("--num_frames", [str(10**30)])])
@@ -134,7 +131,6 @@ JSON = st.recursive(
 )
 
 
-@quick
 @given(JSON | st.fixed_dictionaries({"values": st.lists(st.floats(), max_size=6)}))
 def test_coefficients(data):
     path_text = json.dumps(data)
@@ -146,7 +142,6 @@ def test_coefficients(data):
         assert coefficients_of(json.loads(json.dumps(found.as_json()))) == found
 
 
-@quick
 @given(st.binary(max_size=60), st.sampled_from([".json", ".csv", ".jsonl"]))
 @example(b"seed\n\x00", ".csv")
 @example(b'{"values": [1e999, 0, 0, 0, 0]}', ".json")
