@@ -14,6 +14,7 @@ has imported torch and diffusers (`forkserver.py`). Other than in a process that
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import json
@@ -37,7 +38,7 @@ def _server() -> tuple[socket.socket, dict[str, str]]:
     """Where to ask, and the environment that the libraries were imported in."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
-        subprocess.Popen(
+        server = subprocess.Popen(
             [
                 *(sys.executable, ROOT / "tests" / "forkserver.py"),
                 *map(str, (theirs.fileno(), os.getpid())),
@@ -45,6 +46,8 @@ def _server() -> tuple[socket.socket, dict[str, str]]:
             cwd=ROOT,
             pass_fds=[theirs.fileno()],
         )
+    # At the end it is waited for, so that its CPU time is this process's.
+    atexit.register(lambda: (ours.close(), server.wait()))
     return ours, dict(os.environ)
 
 
