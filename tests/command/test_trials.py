@@ -79,54 +79,44 @@ def test_the_home_directory_is_put_in_once_for_every_path(tmp_path, monkeypatch,
     assert str(read("~nobodyhere/x")) == "~nobodyhere/x", "as bash leaves it"
 
 
-def test_the_home_directory_of_a_user_and_of_a_coefficients_file(tmp_path, monkeypatch):
+def test_the_home_directory_of_a_user_of_an_address_and_of_the_command(
+    capsys, tmp_path, monkeypatch
+):
     me = pwd.getpwuid(os.getuid())
     assert readers.path(f"~{me.pw_name}/videos") == Path(me.pw_dir) / "videos"
     assert readers.path("a~/b") == Path("a~/b")
     assert readers.image("https://host/~me/face.png") == "https://host/~me/face.png"
-    monkeypatch.setenv("HOME", str(tmp_path))
-    content = {"values": [0, 0, 0, 1, 0], "fitted_range": [0, 1], "source": "here"}
-    (tmp_path / "c.json").write_text(json.dumps(content))
-    assert readers.coefficients("~/c.json").source == "here"
-
-
-def test_the_command_makes_no_folder_named_for_the_home_directory(capsys, tmp_path, monkeypatch):
     (tmp_path / "home").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    arguments = ("--ckpts_path", "tiny", "--num_infer_steps", 1, "--num_frames", 1, "--quiet")
-    code, output, _ = main(capsys, *arguments, "--output_path=~/results")
-    assert code == 0
-    assert output == f"{tmp_path}/home/results/42_0.1_0000.mp4\n"
+    content = {"values": [0, 0, 0, 1, 0], "fitted_range": [0, 1], "source": "here"}
+    (tmp_path / "home" / "c.json").write_text(json.dumps(content))
+    asked = ("--coefficients=~/c.json", "--output_path=~/results", "--num_infer_steps", 1)
+    code, output, _ = main(capsys, "--ckpts_path", "tiny", *asked, "--num_frames", 1, "--quiet")
+    assert (code, output) == (0, f"{tmp_path}/home/results/42_0.1_0000.mp4\n")
     assert not (tmp_path / "~").exists()
 
 
 NAMES = ("embeds", "lost")
 
 
-def forge(kept: EmbeddingCache, key: dict[str, str], body: bytes) -> Path:
-    """An entry with this body under the right digest."""
-    kept.put(key, {name: torch.zeros(3) for name in NAMES})
-    (entry,) = kept.folder.iterdir()
-    entry.write_bytes(hashlib.sha256(body).digest() + body)
-    return entry
-
-
 @pytest.mark.parametrize(
     "body",
     [
         save({"other": torch.zeros(3)}),
-        save({"embeds": torch.zeros(3)}),
         save({name: torch.zeros(3) for name in (*NAMES, "more")}),
         (2**62).to_bytes(8, "little") + b"{}",
         (8).to_bytes(8, "little") + b"{}" * 4,
         b"",
     ],
-    ids=["other names", "too few", "too many", "header too large", "no JSON", "nothing"],
+    ids=["other names", "too many", "header too large", "no JSON", "nothing"],
 )
 def test_an_entry_of_something_else_is_made_anew(tmp_path, caplog, body):
+    """One with the right digest of its content."""
     kept, key = EmbeddingCache(tmp_path / "cache"), {"text": "one"}
-    entry = forge(kept, key, body)
+    kept.put(key, {name: torch.zeros(3) for name in NAMES})
+    (entry,) = kept.folder.iterdir()
+    entry.write_bytes(hashlib.sha256(body).digest() + body)
     assert kept.get(key, NAMES) is None
     assert caplog.text.count("is damaged, and is made anew") == 1
     assert not entry.exists()
@@ -141,63 +131,30 @@ def test_the_names_of_a_face_are_those_that_are_kept(identity, tmp_path):
     assert torch.equal(found.id_cond, identity.id_cond)
 
 
-HOMELESS = """
-import logging, os, pwd
-from teacache.base.files import cache_folder
-logging.basicConfig(format="%(message)s")
-os.setuid(54321)
-print(cache_folder())
-assert cache_folder() == cache_folder()
-"""
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="only root becomes another user")
-def test_a_user_without_a_home_directory_has_a_cache_in_the_temporary_folder():
-    """As in containers that run under some number for which /etc/passwd has no line."""
-
-    def run(temporary: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-c", HOMELESS],
-            cwd=ROOT,
-            env={"TMPDIR": temporary, "PATH": os.environ["PATH"]},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=True,
-        )
-        assert done.stderr.count("\n") == 1
-        assert "no home directory" in done.stderr
-        return done.stdout.strip()
-
-    with tempfile.TemporaryDirectory() as temporary:  # pytest's own are closed to other users
-        os.chmod(temporary, 0o777)
-        own = Path(temporary) / "teacache-consisid-54321"
-        assert [run(temporary), run(temporary)] == [str(own)] * 2
-        assert (own.stat().st_uid, own.stat().st_mode & 0o777) == (54321, 0o700)
-        # What another user has put there under that name is not to be read.
-        os.chown(own, 54322, -1)
-        first, second = run(temporary), run(temporary)
-        assert len({str(own), first, second}) == 3
-        assert Path(first).stat().st_mode & 0o777 == 0o700
-        own.rmdir()
-        own.symlink_to(first)
-        assert run(temporary) not in (str(own), first)
-
-
-def test_without_a_home_directory_one_warning(tmp_path, monkeypatch, caplog):
-    """The same for a user who cannot become another: the system does not know this one."""
+def test_a_user_without_a_home_directory(tmp_path, monkeypatch, caplog):
+    """As in containers that run under some number for which /etc/passwd has no line: the cache is
+    in the temporary folder, where nobody else may have put it."""
 
     def unknown(uid):
         raise KeyError(uid)
+
+    def cache() -> Path:
+        files.folder_without_home.cache_clear()
+        return files.cache_folder()
 
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     monkeypatch.delenv("HOME")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    files.folder_without_home.cache_clear()
-    found = files.cache_folder()
-    assert found == files.cache_folder() == tmp_path / f"teacache-consisid-{os.getuid()}"
+    own = tmp_path / f"teacache-consisid-{os.getuid()}"
+    assert cache() == files.cache_folder() == own
     assert len(caplog.records) == 1
+    assert own.stat().st_mode & 0o777 == 0o700
+    own.chmod(0o777)
+    another = cache()
+    own.rmdir()
+    own.symlink_to(another)
+    assert len({own, another, cache()}) == 3
     monkeypatch.undo()
     files.folder_without_home.cache_clear()
 
@@ -208,20 +165,7 @@ def fifo(tmp_path):
     return tmp_path / "face.png"
 
 
-def write_later(path: Path, content: bytes, pause: float = 0.2) -> threading.Thread:
-    def write() -> None:
-        with contextlib.suppress(BrokenPipeError), path.open("wb") as file:
-            for start in range(0, len(content), 50_000):
-                time.sleep(pause)
-                file.write(content[start : start + 50_000])
-                file.flush()
-
-    thread = threading.Thread(target=write, daemon=True)
-    thread.start()
-    return thread
-
-
-def png(width: int = 200, height: int = 150) -> bytes:
+def png(width: int, height: int) -> bytes:
     file = io.BytesIO()
     noise_frames(1, width, height)[0].save(file, "PNG")
     return file.getvalue()
@@ -232,39 +176,47 @@ def test_a_fifo_that_nobody_writes_to(capsys, fifo, monkeypatch):
     monkeypatch.setattr(pictures, "READ_SECONDS", 0.5)
     arguments = ("--ckpts_path", "tiny", "--image", fifo, "--output_path", fifo.parent)
     code, _, error = main(capsys, *arguments)
-    assert code == 2
-    assert error == f"error: --image {fifo}: nothing to read from it for 0.5 s\n"
+    assert (code, error) == (2, f"error: --image {fifo}: nothing to read from it for 0.5 s\n")
     held_open = os.open(fifo, os.O_RDWR)  # also by somebody who opens it and says nothing
     with pytest.raises(ImageError, match=r"nothing to read from it for 0\.5 s"):
         pictures.load_image(str(fifo))
     os.close(held_open)
 
 
-def test_a_fifo_with_a_picture(fifo, monkeypatch):
-    """It comes in pieces, one each 0.2 s: only silence is limited."""
-    monkeypatch.setattr(pictures, "READ_SECONDS", 0.5)
-    content = png(300, 300)
-    assert len(content) > 4 * 50_000
-    thread = write_later(fifo, content)
-    found = pictures.load_image(str(fifo))
-    assert np.array_equal(np.asarray(found), np.asarray(Image.open(io.BytesIO(content))))
-    thread.join()
-
-
 @pytest.mark.parametrize(
-    ("content", "told"),
-    [(b"", "is empty"), (b"no picture", "is no image"), (b"x" * 200_000, "is larger than 0 MB")],
+    ("content", "complaint"),
+    [
+        (png(150, 150), None),
+        (b"", "is empty"),
+        (b"no picture", "is no image"),
+        (b"x" * 200_000, "is larger than 0 MB"),
+    ],
 )
-def test_a_fifo_without_a_picture(fifo, monkeypatch, content, told):
+def test_a_fifo_with_a_picture_and_without(fifo, monkeypatch, content, complaint):
+    """It comes in pieces, one each 0.2 s: only silence is limited."""
+    monkeypatch.setattr(pictures, "READ_SECONDS", 0.3)
     monkeypatch.setattr(pictures, "MOST_BYTES", 100_000)
-    write_later(fifo, content)
-    with pytest.raises(ImageError, match=told):
-        pictures.load_image(str(fifo))
+
+    def write() -> None:
+        with contextlib.suppress(BrokenPipeError), fifo.open("wb") as file:
+            for begin in range(0, len(content), 30_000):
+                time.sleep(0.2)
+                file.write(content[begin : begin + 30_000])
+                file.flush()
+
+    threading.Thread(target=write, daemon=True).start()
+    if complaint is None:
+        assert len(content) > 2 * 30_000
+        found = pictures.load_image(str(fifo))
+        assert np.array_equal(np.asarray(found), np.asarray(Image.open(io.BytesIO(content))))
+    else:
+        with pytest.raises(ImageError, match=complaint):
+            pictures.load_image(str(fifo))
 
 
 def test_process_substitution(tmp_path):
     """As `--image <(cat face.png)` of bash: a pipe by the name of a descriptor."""
-    (tmp_path / "face.png").write_bytes(png())
+    (tmp_path / "face.png").write_bytes(png(200, 150))
     script = (
         "import sys; from teacache.inputs.photograph import load_image; "
         "print(load_image(sys.argv[1]).size)"
@@ -314,17 +266,12 @@ INDEX = "model_index.json"
     ("damage", "told"),
     [
         (written(EVA, '{\n  "embed_dim": 768,\n  "vision'), f"{EVA} is no JSON: "),
-        (written(EVA, "\x00\x01"), f"{EVA} is no JSON: "),
         (written(EVA, "[]"), f"{EVA} holds no JSON object"),
         (written(EVA, "{}"), f"{EVA} describes no EVA-CLIP: it lacks vision_cfg or text_cfg"),
         (edited(EVA, embed_dim="x"), f"{EVA}: embed_dim is 'x', no whole number"),
         (edited(TRANSFORMER, num_layers=2), "num_layers is 2, which makes 2 layers, and the we"),
-        (edited(TRANSFORMER, num_layers=10**9), "000, which makes 1000000000 layers, and the we"),
         (edited(TRANSFORMER, num_layers=1), "cross_attn_interval is 2, which does not divide 1 "),
-        (edited(TRANSFORMER, num_layers=0), "num_layers is 0, no whole number from 1 on"),
         (edited(TRANSFORMER, num_layers="two"), "num_layers is 'two', no whole number from 1 on"),
-        (edited(TRANSFORMER, cross_attn_interval=3), "is 3, which does not divide 4 layers"),
-        (edited(TRANSFORMER, cross_attn_interval=4), "_interval is 4, which makes 1 layers, and"),
         (edited(TRANSFORMER, cross_attn_interval=0), "cross_attn_interval is 0, no whole number"),
         (edited(TRANSFORMER, LFE_depth=10**9), "LFE_depth is 1000000000, which makes 1000000000"),
         (edited(TRANSFORMER, is_train_face=False), "is_train_face is not true: such a model takes"),
@@ -332,32 +279,24 @@ INDEX = "model_index.json"
             edited(TRANSFORMER, quantization_config={"quant_method": "modelopt"}),
             f"{TRANSFORMER}: quantized with modelopt, whose package is not installed",
         ),
-        (edited("text_encoder/config.json", num_layers=10**9), "num_layers is 1000000000, which"),
         (edited(TRANSFORMER, local_face_scale="x"), "local_face_scale is 'x', no number above 0"),
-        (edited(TRANSFORMER, norm_eps="x"), "norm_eps is 'x', no number above 0"),
         (edited(VAE, scaling_factor=0), f"{VAE}: scaling_factor is 0, no number above 0"),
-        (edited(VAE, scaling_factor="x"), f"{VAE}: scaling_factor is 'x', no number above 0"),
-        (edited(VAE, scaling_factor=None), "scaling_factor is None, no number above 0"),
         (edited(VAE, scaling_factor=float("nan")), "scaling_factor is nan, no number above 0"),
-        (edited(VAE, layers_per_block=0), f"{VAE}: layers_per_block is 0, no whole number"),
         (edited(VAE, layers_per_block=2), "layers_per_block is 2, which makes 2 layers, and the"),
         (
             edited(SCHEDULER, timestep_spacing="foo"),
             f"{SCHEDULER}: timestep_spacing is 'foo', none of leading, linspace, trailing",
         ),
-        (edited(SCHEDULER, prediction_type="foo"), "prediction_type is 'foo', none of epsilon, "),
         (edited(SCHEDULER, beta_schedule=["linear"]), "beta_schedule is ['linear'], none of lin"),
         (edited(SCHEDULER, trained_betas=[0.1]), "trained_betas is no list of 1000 numbers"),
         (
             edited(INDEX, transformer=["diffusers", "CogVideoXTransformer3DModel"]),
             f"{INDEX} names 'CogVideoXTransformer3DModel' as transformer, not ConsisID",
         ),
-        (edited(INDEX, vae=["diffusers", "AutoencoderKL"]), "names 'AutoencoderKL' as vae, not"),
         (
             edited(INDEX, scheduler=["diffusers", "DDIMScheduler"]),
             "names 'DDIMScheduler' as scheduler, not CogVideoXDPMScheduler or CogVideoXDDIMSch",
         ),
-        (edited(INDEX, scheduler=None), "names None as scheduler"),
         (edited(INDEX, vae=[]), "names [] as vae"),
     ],
 )
@@ -393,6 +332,15 @@ def test_what_configurations_may_say(tmp_path, tiny, change):
 
 def test_the_choices_of_a_scheduler_are_those_of_diffusers():
     """Tried out: what is listed works in both, and each says of another that it does not."""
+
+    def step_once(scheduler) -> None:
+        scheduler.set_timesteps(2)
+        zeros = torch.zeros(1, 1, 1, 2, 2)
+        t = scheduler.timesteps[0]
+        before = (None, t, None, zeros)
+        dpm = isinstance(scheduler, diffusers.CogVideoXDPMScheduler)
+        scheduler.step(zeros, *(before if dpm else (t, zeros)))
+
     for name in configuration.CLASSES["scheduler"]:
         kind = getattr(diffusers, name)
         for key, known in configuration.SCHEDULER_CHOICES.items():
@@ -400,16 +348,6 @@ def test_the_choices_of_a_scheduler_are_those_of_diffusers():
                 step_once(kind(**{key: choice}))
             with pytest.raises((ValueError, NotImplementedError)):
                 step_once(kind(**{key: "foo"}))
-
-
-def step_once(scheduler) -> None:
-    scheduler.set_timesteps(2)
-    zeros = torch.zeros(1, 1, 1, 2, 2)
-    t = scheduler.timesteps[0]
-    if isinstance(scheduler, diffusers.CogVideoXDPMScheduler):
-        scheduler.step(zeros, None, t, None, zeros)
-    else:
-        scheduler.step(zeros, t, zeros)
 
 
 def test_quantized_weights_that_are_loaded_without_their_package(tmp_path, tiny):
