@@ -30,8 +30,9 @@ def make_pipe(make_pipe):
     return make
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("threshold", [0.0, 0.15])
+@pytest.mark.parametrize(
+    ("threshold", "dtype"), [(0.0, torch.bfloat16), (0.3, torch.float32), (0.3, torch.bfloat16)]
+)
 def test_latents_are_the_same_bit_for_bit(make_pipe, sample, dtype, threshold):
     resident, streamed = make_pipe(dtype), make_pipe(dtype)
     stream_blocks(streamed.transformer, CPU)
@@ -47,7 +48,7 @@ def test_two_blocks_are_there_and_reused_steps_move_none(pipe, sample, monkeypat
     monkeypatch.setattr(
         HostWeights, "come", lambda self, buffer=None: (moved.append(self), come(self, buffer))[1]
     )
-    with apply_teacache(pipe, 0.15) as handle:
+    with apply_teacache(pipe, 0.3) as handle:
         sample(pipe)
         computed = len(handle.schedule.computed_steps)
     assert len(handle.schedule.reused_steps) > 0
