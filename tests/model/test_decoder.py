@@ -31,14 +31,13 @@ def test_it_equals_diffusers_bit_for_bit(narrow, dtype, tiled):
     vae = narrow.to(dtype)
     (vae.enable_tiling if tiled else vae.disable_tiling)()
     # One frame; an even and an odd number of them; square and not; sizes that tiles cut unevenly.
-    for frames, height, width in ((1, 9, 14), (2, 8, 8), (5, 9, 14)):
+    for frames, height, width in ((1, 9, 14), (2, 4, 6), (5, 5, 9)):
         latents = torch.randn(1, 16, frames, height, width).to(dtype)
         expected = decode(vae, latents)
         use_lean_decoder(vae)
         lean = decode(vae, latents)
         undo_lean_decoder(vae)
         assert torch.equal(lean, expected), (frames, height, width)
-        assert torch.equal(decode(vae, latents), expected)
 
 
 def test_undoing_leaves_nothing(narrow):
@@ -55,13 +54,12 @@ def test_undoing_leaves_nothing(narrow):
 
 def test_it_takes_less_memory(narrow):
     """Bytes that torch allocates and frees on the CPU, from its profiler, at their highest."""
-    vae, latents = narrow.to(torch.float32), torch.randn(1, 16, 5, 12, 16)
+    vae, latents = narrow.to(torch.float32), torch.randn(1, 16, 5, 8, 10)
     vae.disable_tiling()
     peaks = []
     for lean in (False, True):
         if lean:
             use_lean_decoder(vae)
-        decode(vae, latents)
         peaks.append(_peak_bytes(lambda: decode(vae, latents)))
     undo_lean_decoder(vae)
     # At full size a ledger has 14.7 and 7.0 GiB; here the levels' proportions are the same.
