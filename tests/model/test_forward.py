@@ -130,7 +130,7 @@ def test_frames_at_threshold_0_equal_the_plain_pipeline(pipe, sample):
 
 @pytest.mark.parametrize(
     ("threshold", "dtype", "frames"),
-    [(0.15, torch.float32, 13), (0.2, torch.bfloat16, 5), (0.3, torch.float32, 13)],
+    [(0.15, torch.float32, 13), (0.2, torch.bfloat16, 5), (0.3, torch.float32, 5)],
 )
 def test_latents_equal_a_naive_reuse(
     make_pipe, sample, published_schedule, threshold, dtype, frames
@@ -262,9 +262,9 @@ def test_a_video_after_one_stopped_within_its_first_step(pipe, sample, fresh):
         assert torch.equal(sample(pipe), fresh()[0])
 
 
-@pytest.mark.parametrize("changed", [{"width": 96, "height": 144}, {"width": 176}])
-def test_other_sizes_where_the_model_allows_them(pipe, sample, changed):
+def test_another_size_where_the_model_allows_it(pipe, sample):
     """Without learned positional embeddings width and height are free."""
+    changed = {"width": 80, "height": 144}
     pipe.transformer = other_transformer(use_learned_positional_embeddings=False)
     expected = sample(pipe, steps=2, **changed)
     with apply_teacache(pipe, THRESHOLD) as handle:
@@ -297,9 +297,9 @@ def test_schedulers_key_points_and_guidance(pipe, sample, ddim, is_kps, guidance
     pipe.transformer = other_transformer(is_kps=is_kps)
     if ddim:
         pipe.scheduler = CogVideoXDDIMScheduler.from_config(pipe.scheduler.config)
-    expected = sample(pipe, guidance_scale=guidance_scale)
+    expected = sample(pipe, steps=2, guidance_scale=guidance_scale)
     with apply_teacache(pipe, 0.0) as handle:
-        assert torch.equal(sample(pipe, guidance_scale=guidance_scale), expected)
+        assert torch.equal(sample(pipe, steps=2, guidance_scale=guidance_scale), expected)
         handle.rel_l1_thresh = THRESHOLD
         ours = sample(pipe, guidance_scale=guidance_scale)
     assert handle.schedule.reused_steps
