@@ -19,9 +19,12 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy
+import torch
+
 ROOT = Path(__file__).parent.parent
 LIBRARIES = """
-    torch torch.distributed.launcher.api diffusers transformers insightface onnxruntime cv2 skimage
+    torch.distributed.launcher.api diffusers transformers insightface onnxruntime cv2 skimage
     diffusers.pipelines.consisid.pipeline_consisid imageio_ffmpeg matplotlib.figure torchvision
 """.split()
 PACKAGE = """
@@ -68,6 +71,8 @@ def become(request: dict) -> list[str]:
     os.environ.clear()
     os.environ.update(request["env"])
     tempfile.tempdir = None
+    numpy.random.seed()  # these begin at random
+    torch.seed()
     # What Python reads at its start: how it buffers depends on where it writes to.
     sys.stdout = sys.__stdout__ = open(  # noqa: SIM115 - until the process ends
         *(1, "w", 1 if os.isatty(1) else -1, sys.stdout.encoding, sys.stdout.errors),
@@ -75,7 +80,7 @@ def become(request: dict) -> list[str]:
     )
     words = request["words"]
     sys.argv = words[1:] if words[0] == "-m" else words
-    sys.path[0] = "" if words[0] == "-m" else str(Path(words[0]).resolve().parent)
+    sys.path[:2] = [os.getcwd() if words[0] == "-m" else str(Path(words[0]).parent)]
     return words
 
 

@@ -8,8 +8,8 @@ has imported torch and diffusers (`forkserver.py`). Other than in a process that
 - what libraries read of the environment as they are imported (`READ_AT_START`) has been read: where
   a test changes that, or asks for options of Python, the process begins by itself;
 - `ps` shows the server's command line, and a traceback begins with the server's frames;
-- the highest memory of the process begins with the server's;
-- NumPy's global generator begins in the server's state.
+- warnings and the libraries' loggers are silent before the program has silenced them;
+- the highest memory of the process begins with the server's.
 """
 
 from __future__ import annotations
