@@ -89,7 +89,6 @@ if __name__ == "__main__":
     from teacache.base.environment import prepare_environment
     from teacache.base.quiet import silence_libraries
 
-    before = dict(os.environ)
     silence_libraries()
     prepare_environment()
     for name in [*LIBRARIES, *(f"teacache.{module}" for module in PACKAGE)]:

@@ -46,13 +46,13 @@ def test_a_forked_process_begins_as_one_of_its_own(tmp_path):
     program = tmp_path / "state.py"
     program.write_text(STATE)
     environment = {"ONE": "1", "PATH": "/none"}
+    options = {"cwd": tmp_path, "capture_output": True, "text": True, "check": False}
     forked, again = (
         ended(1, "a b", program=(program,), cwd=tmp_path, env=environment) for _ in range(2)
     )
     itself = subprocess.run(
-        [sys.executable, program, "1", "a b"],
-        cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, program, "1", "a b"], env={**os.environ, **environment}, **options
+    )
     assert (forked.returncode, forked.stderr) == (itself.returncode, itself.stderr) == (7, "")
     states = [json.loads(run.stdout) for run in (forked, again, itself)]
     assert len({state.pop("seed") for state in states}) == 3, "torch begins at random"
