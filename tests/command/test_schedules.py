@@ -98,29 +98,6 @@ def test_a_sweep_over_schedules_of_either_kind(capsys, tmp_path):
     assert output == f"{out}/42_listed5_0000.mp4\n"
 
 
-@pytest.mark.parametrize(
-    ("content", "complaint"),
-    [
-        (None, "cannot be read: No such file or directory"),
-        ("[0, 8]", "step 8 cannot be computed: the video has 8 steps"),
-        ("[-1]", "step -1 cannot be computed: the video has 8 steps"),
-        ("[]", "lists no steps, such as [0, 4, 8, 9]"),
-        ('{"steps": [1]}', "lists no steps, such as [0, 4, 8, 9]"),
-        ("even", "is no JSON"),
-    ],
-)
-def test_refused_in_one_line_before_loading(capsys, tmp_path, content, complaint):
-    path = tmp_path / "list.json"
-    if content is not None:
-        path.write_text(content)
-    code, output, error = main(
-        capsys, *SMALL, "--schedule", path, "--output_path", tmp_path / "out"
-    )
-    assert code == 2
-    assert complaint in error.splitlines()[-1]
-    assert "loading" not in output
-
-
 def test_a_sweep_of_a_threshold_and_a_forecast(capsys, tmp_path):
     """What is planned is what is sampled, recorded, and repeated from the record."""
     counted = (*SMALL, "--rel_l1_thresh", "0.2", "--computed_steps", "4")
@@ -192,8 +169,14 @@ def test_a_forecast_needs_a_scheduler_that_predicts_v(capsys, tmp_path, tiny):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "complaint"),
+    ("content", "complaint"),
     [
+        (None, "cannot be read: No such file or directory"),
+        ("[0, 8]", "step 8 cannot be computed: the video has 8 steps"),
+        ("[-1]", "step -1 cannot be computed: the video has 8 steps"),
+        ("[]", "lists no steps, such as [0, 4, 8, 9]"),
+        ('{"steps": [1]}', "lists no steps, such as [0, 4, 8, 9]"),
+        ("even", "is no JSON"),
         (("--computed_steps", 9), "of 8 steps 2 to 8 can be computed"),
         (("--computed_steps", 1), "of 8 steps 2 to 8 can be computed"),
         (("--computed_steps", 3, "--retain_last", 3), "of 8 steps 4 to 8 can be computed"),
@@ -203,8 +186,14 @@ def test_a_forecast_needs_a_scheduler_that_predicts_v(capsys, tmp_path, tiny):
         (("--scheduler", "euler"), "--scheduler: invalid choice: 'euler'"),
     ],
 )
-def test_counts_that_are_refused(capsys, tmp_path, arguments, complaint):
-    code, output, error = main(capsys, *SMALL, *arguments, "--output_path", tmp_path / "out")
+def test_refused_in_one_line_before_loading(capsys, tmp_path, content, complaint):
+    """A list of steps of this content, or these arguments."""
+    path = tmp_path / "list.json"
+    if isinstance(content, str):
+        path.write_text(content)
+    arguments = content if isinstance(content, tuple) else ("--schedule", path)
+    out = ("--output_path", tmp_path / "out")
+    code, output, error = main(capsys, *SMALL, *arguments, *out)
     assert code == 2
     (line,) = said(error)
     assert complaint in line
