@@ -238,95 +238,68 @@ def test_a_device_without_end(monkeypatch):
         pictures.load_image("/dev/zero")
 
 
-def edited(name: str, **changed):
-    """Damage to a checkpoint: these entries in one of its JSON files."""
+@pytest.fixture
+def checkpoint(tiny, tmp_path):
+    """Copies the checkpoint, with another file of this name: its text, or entries of its JSON."""
 
-    def damage(folder: Path) -> None:
-        content = json.loads((folder / name).read_text())
-        (folder / name).unlink()  # it is a link
-        (folder / name).write_text(json.dumps({**content, **changed}))
+    def changed(name: str, change: str | dict) -> Path:
+        folder = tmp_path / "checkpoint"
+        shutil.copytree(tiny, folder, copy_function=os.link)
+        path = folder / name
+        if isinstance(change, dict):
+            change = json.dumps({**json.loads(path.read_text()), **change})
+        path.unlink()  # it is a link
+        path.write_text(change)
+        return folder
 
-    return damage
-
-
-def written(name: str, content: str):
-    def damage(folder: Path) -> None:
-        (folder / name).unlink()
-        (folder / name).write_text(content)
-
-    return damage
+    return changed
 
 
 EVA, TRANSFORMER = "face_encoder/EVA02-CLIP-L-14-336.json", "transformer/config.json"
 VAE, SCHEDULER = "vae/config.json", "scheduler/scheduler_config.json"
-INDEX = "model_index.json"
+INDEX, MODELOPT = "model_index.json", {"quantization_config": {"quant_method": "modelopt"}}
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("name", "change", "complaint"),
     [
-        (written(EVA, '{\n  "embed_dim": 768,\n  "vision'), f"{EVA} is no JSON: "),
-        (written(EVA, "[]"), f"{EVA} holds no JSON object"),
-        (written(EVA, "{}"), f"{EVA} describes no EVA-CLIP: it lacks vision_cfg or text_cfg"),
-        (edited(EVA, embed_dim="x"), f"{EVA}: embed_dim is 'x', no whole number"),
-        (edited(TRANSFORMER, num_layers=2), "num_layers is 2, which makes 2 layers, and the we"),
-        (edited(TRANSFORMER, num_layers=1), "cross_attn_interval is 2, which does not divide 1 "),
-        (edited(TRANSFORMER, num_layers="two"), "num_layers is 'two', no whole number from 1 on"),
-        (edited(TRANSFORMER, cross_attn_interval=0), "cross_attn_interval is 0, no whole number"),
-        (edited(TRANSFORMER, LFE_depth=10**9), "LFE_depth is 1000000000, which makes 1000000000"),
-        (edited(TRANSFORMER, is_train_face=False), "is_train_face is not true: such a model takes"),
-        (
-            edited(TRANSFORMER, quantization_config={"quant_method": "modelopt"}),
-            f"{TRANSFORMER}: quantized with modelopt, whose package is not installed",
-        ),
-        (edited(TRANSFORMER, local_face_scale="x"), "local_face_scale is 'x', no number above 0"),
-        (edited(VAE, scaling_factor=0), f"{VAE}: scaling_factor is 0, no number above 0"),
-        (edited(VAE, scaling_factor=float("nan")), "scaling_factor is nan, no number above 0"),
-        (edited(VAE, layers_per_block=2), "layers_per_block is 2, which makes 2 layers, and the"),
-        (
-            edited(SCHEDULER, timestep_spacing="foo"),
-            f"{SCHEDULER}: timestep_spacing is 'foo', none of leading, linspace, trailing",
-        ),
-        (edited(SCHEDULER, beta_schedule=["linear"]), "beta_schedule is ['linear'], none of lin"),
-        (edited(SCHEDULER, trained_betas=[0.1]), "trained_betas is no list of 1000 numbers"),
-        (
-            edited(INDEX, transformer=["diffusers", "CogVideoXTransformer3DModel"]),
-            f"{INDEX} names 'CogVideoXTransformer3DModel' as transformer, not ConsisID",
-        ),
-        (
-            edited(INDEX, scheduler=["diffusers", "DDIMScheduler"]),
-            "names 'DDIMScheduler' as scheduler, not CogVideoXDPMScheduler or CogVideoXDDIMSch",
-        ),
-        (edited(INDEX, vae=[]), "names [] as vae"),
+        (EVA, '{\n  "embed_dim": 768,\n  "vision', f"{EVA} is no JSON: "),
+        (EVA, "[]", f"{EVA} holds no JSON object"),
+        (EVA, "{}", f"{EVA} describes no EVA-CLIP: it lacks vision_cfg or text_cfg"),
+        (EVA, {"embed_dim": "x"}, f"{EVA}: embed_dim is 'x', no whole number"),
+        (TRANSFORMER, {"num_layers": 2}, "num_layers is 2, which makes 2 layers, and the we"),
+        (TRANSFORMER, {"num_layers": 1}, "cross_attn_interval is 2, which does not divide 1 "),
+        (TRANSFORMER, {"num_layers": "two"}, "num_layers is 'two', no whole number from 1 on"),
+        (TRANSFORMER, {"cross_attn_interval": 0}, "cross_attn_interval is 0, no whole number"),
+        (TRANSFORMER, {"LFE_depth": 10**9}, "LFE_depth is 1000000000, which makes 1000000000"),
+        (TRANSFORMER, {"is_train_face": False}, "is_train_face is not true: such a model takes"),
+        (TRANSFORMER, MODELOPT, f"{TRANSFORMER}: quantized with modelopt, whose package is not"),
+        (TRANSFORMER, {"local_face_scale": "x"}, "local_face_scale is 'x', no number above 0"),
+        (VAE, {"scaling_factor": 0}, f"{VAE}: scaling_factor is 0, no number above 0"),
+        (VAE, {"scaling_factor": float("nan")}, "scaling_factor is nan, no number above 0"),
+        (VAE, {"layers_per_block": 2}, "layers_per_block is 2, which makes 2 layers, and the"),
+        (SCHEDULER, {"timestep_spacing": "foo"}, "timestep_spacing is 'foo', none of leading, "),
+        (SCHEDULER, {"beta_schedule": ["linear"]}, "beta_schedule is ['linear'], none of lin"),
+        (SCHEDULER, {"trained_betas": [0.1]}, "trained_betas is no list of 1000 numbers"),
+        (INDEX, {"transformer": ["diffusers", "Other"]}, "'Other' as transformer, not ConsisID"),
+        (INDEX, {"scheduler": ["diffusers", "DDIM"]}, "'DDIM' as scheduler, not CogVideoXDPM"),
+        (INDEX, {"vae": []}, "names [] as vae"),
     ],
 )
-def test_wrong_configurations_are_one_line(capsys, tmp_path, tiny, damage, told):
-    folder = tmp_path / "checkpoint"
-    shutil.copytree(tiny, folder, copy_function=os.link)
-    damage(folder)
+def test_wrong_configurations_are_one_line(capsys, tmp_path, checkpoint, name, change, complaint):
+    folder = checkpoint(name, change)
     code, output, error = main(
-        capsys,
-        *("--ckpts_path", folder, "--image", "astronaut", "--num_infer_steps", 1),
-        *("--num_frames", 1, "--output_path", tmp_path / "out"),
+        capsys, "--ckpts_path", folder, "--image", "astronaut", "--output_path", tmp_path / "out"
     )
     assert (code, output) == (2, ""), "before anything is imported for it"
     assert error.startswith(f"error: {folder}/")
-    assert told in error
+    assert complaint in error
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        edited(INDEX, scheduler=["diffusers", "CogVideoXDDIMScheduler"]),
-        edited(TRANSFORMER, quantization_config=None),
-        lambda folder: (folder / EVA).unlink(),
-    ],
-)
-def test_what_configurations_may_say(tmp_path, tiny, change):
-    folder = tmp_path / "checkpoint"
-    shutil.copytree(tiny, folder, copy_function=os.link)
-    change(folder)
+def test_what_configurations_may_say(checkpoint):
+    folder = checkpoint(INDEX, {"scheduler": ["diffusers", "CogVideoXDDIMScheduler"]})
+    (folder / EVA).unlink()
     check_checkpoint(folder)
 
 
@@ -350,12 +323,9 @@ def test_the_choices_of_a_scheduler_are_those_of_diffusers():
                 step_once(kind(**{key: "foo"}))
 
 
-def test_quantized_weights_that_are_loaded_without_their_package(tmp_path, tiny):
+def test_quantized_weights_that_are_loaded_without_their_package(checkpoint):
     """Said when they are loaded, where the library finds that it is missing."""
-    folder = tmp_path / "checkpoint"
-    shutil.copytree(tiny, folder, copy_function=os.link)
-    edited("text_encoder/config.json", quantization_config={"quant_method": "gptq", "bits": 4})(
-        folder
-    )
+    quantized = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    folder = checkpoint("text_encoder/config.json", quantized)
     with pytest.raises(CheckpointError, match=r"text_encoder is quantized, and cannot be read: "):
         load_pipeline(folder, torch.device("cpu"), torch.float32, parts=("text_encoder",))
