@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch comes in, here and in every command that a test starts: the tests speak of a CPU,
@@ -10,39 +12,58 @@ from pathlib import Path
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import numpy as np
 import pytest
+import torch
+from filelock import FileLock
+from hypothesis import HealthCheck, settings
 from support import CPU, PROMPT, SIZE
 
+from teacache.base.files import cache_folder
 from teacache.base.quiet import silence_libraries
+from teacache.embedded.cached import cached_tiny_checkpoint
+
+for name, examples in (("push", 50), ("thorough", 300)):
+    settings.register_profile(
+        name, max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck)
+    )
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "push"))
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache_of_this_session(tmp_path_factory):
-    """Every test, and every command that a test starts, builds and finds its checkpoint here."""
+def tiny(tmp_path_factory, worker_id) -> Iterator[Path]:
+    """The embedded checkpoint, where every test and every command that a test starts finds it.
+
+    One of the processes of this session builds it, and what one compiles all find. Each has a cache
+    folder of its own, whose files are links to it.
+    """
     silence_libraries()
-    before = os.environ.get("XDG_CACHE_HOME")
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ["XDG_CACHE_HOME"] + "/inductor"
-    yield
-    os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
-    os.environ.pop("XDG_CACHE_HOME")
-    if before is not None:
-        os.environ["XDG_CACHE_HOME"] = before
+    alone = worker_id == "master"
+    shared = tmp_path_factory.getbasetemp() if alone else tmp_path_factory.getbasetemp().parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(shared / "inductor"))
+        with FileLock(shared / "tiny.lock"):
+            patch.setenv("XDG_CACHE_HOME", str(shared / "shared"))
+            built = cached_tiny_checkpoint()
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        own = cache_folder() / built.name
+        shutil.copytree(built, own, copy_function=os.link)
+        yield own
 
 
-@pytest.fixture(scope="session")
-def tiny(cache_of_this_session) -> Path:
-    """The folder of the embedded checkpoint."""
-    from teacache.embedded.cached import cached_tiny_checkpoint
+# Of the rule and the forecast, and what else takes no more than seconds: `pytest -m fast`.
+FAST = ("test_forward.py", "test_forecast.py", "test_blocks.py", "test_attention.py")
 
-    return cached_tiny_checkpoint()
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent.name == "unit" or item.path.name in FAST:
+            item.add_marker("fast")
 
 
 @pytest.fixture(scope="session")
 def identity(tiny):
     """The astronaut's identity, by the real face stack."""
-    import torch
-
     from teacache.inputs import identity as faces
     from teacache.inputs import photograph as pictures
 
@@ -50,12 +71,9 @@ def identity(tiny):
     return faces.find_identity(pictures.load_image("astronaut"), models, CPU, torch.float32)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_pipe(tiny):
-    """Loads a pipeline of one's own, in one third of a second; `dtype` is float32."""
-
-    import torch
-
+    """Loads a pipeline of one's own, in a tenth of a second; `dtype` is float32."""
     from teacache.checkpoint.pipeline import load_pipeline
 
     def make(dtype: torch.dtype = torch.float32):
@@ -71,13 +89,23 @@ def pipe(make_pipe):
 
 
 @pytest.fixture
+def shallow(make_pipe):
+    """Loads a pipeline without blocks: its schedules are those of the whole one, at no cost."""
+
+    def make(dtype: torch.dtype = torch.float32):
+        pipe = make_pipe(dtype)
+        del pipe.transformer.transformer_blocks[:]
+        return pipe
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def sample(identity):
     """Calls the pipeline as its documentation does, and returns latents (or frames).
 
     Nothing of our sampler is in it: what it returns from a plain pipeline is what users have today.
     """
-
-    import torch
 
     def call(pipe, steps: int = 12, seed: int = 42, **changed):
         dtype = pipe.transformer.dtype
@@ -100,11 +128,9 @@ def sample(identity):
     return call
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def published_schedule():
     """Computed steps by the published rule: a second computation, from the embeddings, in NumPy."""
-
-    import numpy as np
 
     def compute(pipe, steps: int, threshold: float) -> list[int]:
         pipe.scheduler.set_timesteps(steps)

@@ -31,7 +31,7 @@ WIDE = {**tiny.TRANSFORMER, "num_attention_heads": 12, "attention_head_dim": 16}
 WIDE |= {"sample_width": 12, "sample_height": 12, "max_text_seq_length": 64}
 TEXT, VIDEO = 64, 7 * 6 * 6
 SIZE = VideoSize(96, 96, 13)
-THRESHOLDS, STEPS = (0.0, 0.1, 0.15, 0.2), 10
+THRESHOLDS, STEPS = (0.0, 0.2), 10
 FORECAST = 4  # computed steps
 CPU = torch.device("cpu")
 

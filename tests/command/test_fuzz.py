@@ -7,7 +7,7 @@ import io
 import json
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from support import main
 
@@ -36,10 +36,8 @@ VALUES = st.one_of(
     st.sampled_from(["", " ", "-1", "1e400", "nan", "0x10", "1_000", "٣", "tiny", "astronaut",
                      "cuda:99", "http://", "http://[", "://", "/", "\x00", "\udcff", "a\nb"]),
 )  # fmt: skip
-quick = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-@quick
 @given(st.lists(st.tuples(st.sampled_from(OPTIONS), st.lists(VALUES, max_size=3)), max_size=4))
 @example([("--image", ["http://["])])
 @example([("--seed", ["9223372036854775808"])])
@@ -100,7 +98,6 @@ def test_a_whole_command(capsys, tmp_path, monkeypatch, tiny, mode):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(run, "run", lambda *arguments: None)
 
-    @settings(max_examples=300, deadline=None)
     @given(st.lists(st.sampled_from(OPTIONS).flatmap(with_values), max_size=4))
     @example([("--num_infer_steps", ["1000"])])
     @example([("--num_frames", [str(10**30)])])
@@ -131,7 +128,6 @@ JSON = st.recursive(
 )
 
 
-@quick
 @given(JSON | st.fixed_dictionaries({"values": st.lists(st.floats(), max_size=6)}))
 def test_coefficients(data):
     path_text = json.dumps(data)
@@ -143,7 +139,6 @@ def test_coefficients(data):
         assert coefficients_of(json.loads(json.dumps(found.as_json()))) == found
 
 
-@quick
 @given(st.binary(max_size=60), st.sampled_from([".json", ".csv", ".jsonl"]))
 @example(b"seed\n\x00", ".csv")
 @example(b'{"values": [1e999, 0, 0, 0, 0]}', ".json")
@@ -164,10 +159,8 @@ def test_files(tmp_path, content, ending):
 @pytest.mark.parametrize(
     ("prompt", "complaint"),
     [
-        ("", "is empty: say what the video shows"),
         (" \t\n ", "is empty: say what the video shows"),
         ("a\x00b", "holds the control character U+0000"),
-        ("a\x1b[31mred", "holds the control character U+001B"),
         ("caf\udce9", "holds bytes that are not UTF-8"),
     ],
 )
@@ -181,29 +174,17 @@ def test_prompts_that_are_refused(capsys, tmp_path, prompt, complaint):
     assert error == f"error: --jobs {tmp_path}/jobs.jsonl, line 1: prompt: {complaint}\n"
 
 
-@pytest.mark.parametrize(
-    "prompt", ["שלום עולם, امرأة تبتسم", "she laughs 😀👩‍🚀", "two\nlines\tand a tab"]
-)
-def test_prompts_in_every_script_are_sampled_and_recorded(capsys, tmp_path, prompt):
+def test_prompts_in_every_script_and_seeds_at_their_limits(capsys, tmp_path):
+    prompt, most = "שלום עולם, امرأة تبتسم 😀👩‍🚀 two\nlines\tand a tab", 2**63 - 1
     code, *_ = main(
-        capsys,
-        *("--ckpts_path", "tiny", "--num_infer_steps", 1, "--num_frames", 1),
-        *("--prompt", prompt, "--output_path", tmp_path),
+        *(capsys, "--ckpts_path", "tiny", "--num_infer_steps", 1, "--num_frames", 1),
+        *("--prompt", prompt, "--seed", 0, most, "--output_path", tmp_path),
     )
     assert code == 0
-    record = json.loads((tmp_path / "42_0.1_0000.json").read_text(encoding="utf-8"))
-    assert record["prompt"] == prompt
-
-
-@pytest.mark.parametrize("seed", ["0", str(2**63 - 1)])
-def test_seeds_at_their_limits(capsys, tmp_path, seed):
-    code, *_ = main(
-        capsys,
-        *("--ckpts_path", "tiny", "--num_infer_steps", 1, "--num_frames", 1),
-        *("--seed", seed, "--output_path", tmp_path),
-    )
-    assert code == 0
-    assert (tmp_path / f"{seed}_0.1_0000.mp4").is_file()
+    for seed in (0, most):
+        record = json.loads((tmp_path / f"{seed}_0.1_0000.json").read_text(encoding="utf-8"))
+        assert record["prompt"] == prompt
+        assert (tmp_path / f"{seed}_0.1_0000.mp4").is_file()
 
 
 def test_passwords_are_left_out():
@@ -242,26 +223,39 @@ def test_what_lets_a_reader_in_is_left_out(capsys, tmp_path, query, shown):
         assert "s3cr3t" not in output + error
 
 
+OF_FILES = ("--ckpts_path", "--output_path", "--image", "--coefficients", "--jobs")
+
+
 @pytest.mark.parametrize(
-    ("arguments", "complaint"),
+    ("option", "value", "complaint"),
     [
-        (("--image", "a" * 300), "there is no such file"),
-        (("--ckpts_path", "a" * 300), "File name too long"),
-        (("--output_path", "caf\udce9"), "holds bytes that are not UTF-8"),
-        (("--ckpts_path", "caf\udce9"), "holds bytes that are not UTF-8"),
-        (("--device", "cuda:٣"), "is not auto, cpu, cuda or cuda:N"),
-        (("--imag", "http://me:secret@host/a.png"), "unrecognized arguments"),
+        ("--image", "a" * 300, "there is no such file"),
+        ("--ckpts_path", "a" * 300, "File name too long"),
+        *(
+            (o, "caf\udce9", "holds bytes that are not UTF-8")
+            for o in ("--output_path", "--prompt")
+        ),
+        ("--device", "cuda:٣", "is not auto, cpu, cuda or cuda:N"),
+        ("--imag", "http://me:secret@host/a.png", "unrecognized arguments"),
+        *((option, "", f"argument {option}: is empty (see --help)") for option in OF_FILES),
+        ("--jobs", "/dev/zero", "error: --jobs /dev/zero is longer than 10000000 characters"),
+        (
+            *("--num_frames", "100000001"),
+            "error: --num_frames 100000001 of 112x96 take 12016 GiB of memory, and this",
+        ),
     ],
 )
-def test_what_no_system_takes(capsys, tmp_path, arguments, complaint):
-    code, _, error = main(capsys, "--output_path", tmp_path, "--image", "astronaut", *arguments)
+def test_what_no_system_takes(capsys, tmp_path, monkeypatch, option, value, complaint):
+    monkeypatch.chdir(tmp_path)
+    code, output, error = main(capsys, "--ckpts_path", "tiny", option, value)
     assert code == 2
     assert complaint in error
     assert "secret" not in error
-    assert error.count("\n") == 1
+    assert len([line for line in error.splitlines() if not line.startswith("warning: ")]) == 1
+    assert "diffusers" not in output
 
 
-@pytest.mark.parametrize("size", [1e308, 1e300, -1e308, 1e-308])
+@pytest.mark.parametrize("size", [1e308, -1e308, 1e-308])
 def test_coefficients_of_any_size_can_be_planned_with(capsys, tmp_path, tiny, size):
     (tmp_path / "own.json").write_text(json.dumps({"values": [size] * 5}))
     arguments = ("--ckpts_path", "tiny", "--plan", "--coefficients", tmp_path / "own.json")
@@ -274,11 +268,13 @@ def test_coefficients_of_any_size_can_be_planned_with(capsys, tmp_path, tiny, si
     ("content", "told"),
     [
         ("", "is no JSON: Expecting value"),
-        ("{values: 1}", "is no JSON: Expecting property name"),
         ('{"values": [1, 2, 3]}', "values must be a list of 5 finite numbers, found [1, 2, 3]"),
         ('{"values": [1, 2, 3, 4, NaN]}', "values must be a list of 5 finite numbers"),
         ('{"values": [1, 2, 3, 4, 5], "range": [0, 1]}', "unknown key 'range'; known: values,"),
         ('{"values": [1, 2, 3, 4, 5], "fitted_range": [1, 0]}', "must be two rising distances"),
+        (f'{{"values": [{10**400}, 0, 0, 0, 0]}}', "values must be a list of 5 finite numbers"),
+        ('{"values": [1, 0, 0, 0, 0], "source": "\\ud800"}', "holds bytes that are not UTF-8"),
+        ('{"values": [1, 0, 0, 0, 0], "source": 5}', "source must be text, found 5"),
         (None, "cannot be read: No such file or directory"),
     ],
 )
@@ -291,47 +287,3 @@ def test_coefficients_that_are_refused(capsys, tmp_path, content, told):
     assert error.startswith(f"error: argument --coefficients: {path}")
     assert told in error
     assert error.count("\n") == 1
-
-
-def test_a_source_that_cannot_be_written_down_again(capsys, tmp_path):
-    (tmp_path / "own.json").write_text('{"values": [1, 0, 0, 0, 0], "source": "\\ud800"}')
-    code, _, error = main(capsys, "--coefficients", tmp_path / "own.json")
-    assert code == 2
-    assert f"{tmp_path}/own.json: holds bytes that are not UTF-8" in error
-    (tmp_path / "own.json").write_text('{"values": [1, 0, 0, 0, 0], "source": 5}')
-    code, _, error = main(capsys, "--coefficients", tmp_path / "own.json")
-    assert code == 2
-    assert f"{tmp_path}/own.json: source must be text, found 5" in error
-
-
-@pytest.mark.parametrize(
-    "argument",
-    ["--ckpts_path", "--output_path", "--image", "--coefficients", "--jobs"],
-)
-def test_a_shells_variable_that_is_not_set(capsys, tmp_path, monkeypatch, argument):
-    monkeypatch.chdir(tmp_path)
-    code, output, error = main(capsys, "--ckpts_path", "tiny", argument, "")
-    assert (code, output) == (2, "")
-    assert error == f"error: argument {argument}: is empty (see --help)\n"
-
-
-def test_a_jobs_file_without_end(capsys):
-    code, _, error = main(capsys, "--ckpts_path", "tiny", "--plan", "--jobs", "/dev/zero")
-    assert (code, error) == (2, "error: --jobs /dev/zero is longer than 10000000 characters\n")
-
-
-def test_frames_for_which_no_machine_has_the_memory(capsys, tmp_path):
-    code, output, error = main(
-        capsys, "--ckpts_path", "tiny", "--image", "astronaut", "--output_path", tmp_path,
-        "--num_frames", 100_000_001,
-    )  # fmt: skip
-    assert code == 2
-    assert "error: --num_frames 100000001 of 112x96 take 12016 GiB of memory, and this" in error
-    assert "diffusers" not in output
-
-
-def test_a_number_beyond_all_floats(capsys, tmp_path):
-    (tmp_path / "huge.json").write_text(f'{{"values": [{10**400}, 0, 0, 0, 0]}}')
-    code, _, error = main(capsys, "--coefficients", tmp_path / "huge.json")
-    assert code == 2
-    assert "must be a list of 5 finite numbers" in error

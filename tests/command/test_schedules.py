@@ -103,91 +103,51 @@ def test_a_sweep_over_schedules_of_either_kind(capsys, tmp_path):
     assert output == f"{out}/42_listed5_0000.mp4\n"
 
 
-@pytest.mark.parametrize(
-    ("content", "complaint"),
-    [
-        (None, "cannot be read: No such file or directory"),
-        ("[0, 8]", "step 8 cannot be computed: the video has 8 steps"),
-        ("[-1]", "step -1 cannot be computed: the video has 8 steps"),
-        ("[]", "lists no steps, such as [0, 4, 8, 9]"),
-        ('{"steps": [1]}', "lists no steps, such as [0, 4, 8, 9]"),
-        ("even", "is no JSON"),
-    ],
-)
-def test_refused_in_one_line_before_loading(capsys, tmp_path, content, complaint):
-    path = tmp_path / "list.json"
-    if content is not None:
-        path.write_text(content)
-    code, output, error = main(
-        capsys, *SMALL, "--schedule", path, "--output_path", tmp_path / "out"
-    )
-    assert code == 2
-    assert complaint in error.splitlines()[-1]
-    assert "loading" not in output
-
-
-COUNTED = (*SMALL, "--rel_l1_thresh", "0", "0.2", "--computed_steps", "4")
-
-
 def test_a_sweep_of_a_threshold_and_a_forecast(capsys, tmp_path):
     """What is planned is what is sampled, recorded, and repeated from the record."""
-    code, output, _ = main(capsys, *COUNTED, "--plan")
-    assert code == 0
+    counted = (*SMALL, "--rel_l1_thresh", "0.2", "--computed_steps", "4")
+    _, output, _ = main(capsys, *counted, "--plan")
     plan = planned(output)
-    assert list(plan) == ["threshold 0", "threshold 0.2", "forecast 4"]
+    assert list(plan) == ["threshold 0.2", "forecast 4"]
     assert len(plan["forecast 4"]) == 4
     out = tmp_path / "out"
-    code, _, _ = main(capsys, *COUNTED, "--output_path", out)
-    assert code == 0
+    assert main(capsys, *counted, "--output_path", out)[0] == 0
     found = records(out)
-    assert set(found) == {"42_0.0_0000", "42_0.2_0000", "42_forecast4_0000"}
+    assert set(found) == {"42_0.2_0000", "42_forecast4_0000"}
     for name, line, reuse in (
-        ("42_0.0_0000", "threshold 0", "residual"),
         ("42_0.2_0000", "threshold 0.2", "residual"),
         ("42_forecast4_0000", "forecast 4", "forecast"),
     ):
-        record, steps = found[name], plan[line]
-        assert record["computed_steps"] == steps
+        record = found[name]
+        assert record["computed_steps"] == plan[line]
         assert (record["reuse"], record["scheduler"]) == (reuse, "dpm")
-        assert record["approximations"] == ([f"reuse {reuse}"] if len(steps) < STEPS else [])
+        assert record["approximations"] == [f"reuse {reuse}"]
     record = found["42_forecast4_0000"]
     assert record["selected_steps"] == record["computed_steps"]
     assert (record["schedule"], record["rel_l1_thresh"]) == ("forecast 4", None)
-    rows = json.loads((out / "sweep_42_0000.json").read_text())["rows"]
-    assert [row["schedule"] or row["rel_l1_thresh"] for row in rows] == [0.0, 0.2, "forecast 4"]
-    # The same as residual is another video; repeated from the record it is the same one.
-    video = out / "42_forecast4_0000.mp4"
-    again(capsys, video, tmp_path / "again")
-    assert (tmp_path / "again" / video.name).read_bytes() == video.read_bytes()
-    assert records(tmp_path / "again")["42_forecast4_0000"]["reuse"] == "forecast"
-    code, output, _ = main(
-        *(capsys, *SMALL, "--computed_steps", "4", "--reuse", "residual"),
-        *("--output_path", tmp_path / "residual"),
-    )
-    assert code == 0
-    assert "not exact   reuse residual" in output.splitlines()
-    residual = tmp_path / "residual" / "42_residual4_0000.mp4"
-    assert encoded(residual) != encoded(video)
-    assert (
-        records(tmp_path / "residual")["42_residual4_0000"]["computed_steps"]
-        == (record["computed_steps"])
-    )
-    code, output, _ = main(capsys, *COUNTED, "--output_path", out, "--resume")
-    assert (code, output.count("done before")) == (0, 3)
+    code, output, _ = main(capsys, *counted, "--output_path", out, "--resume")
+    assert (code, output.count("done before")) == (0, 2)
 
 
-def test_another_scheduler_is_another_video(capsys, tmp_path):
-    for name in ("dpm", "ddim"):
-        code, _, _ = main(
-            *(capsys, *SMALL, "--computed_steps", "4", "--scheduler", name),
-            *("--output_path", tmp_path / name),
-        )
+def test_another_scheduler_or_reuse_is_another_video(capsys, tmp_path):
+    """Repeated from its record it is the same one."""
+    counted = (*SMALL, "--computed_steps", "4")
+    made = {}
+    for name, *more in (("dpm",), ("ddim", "--scheduler"), ("residual", "--reuse")):
+        asked = (*counted, *more, *([name] if more else []))
+        code, output, _ = main(capsys, *asked, "--output_path", tmp_path / name)
         assert code == 0
-        assert records(tmp_path / name)["42_forecast4_0000"]["scheduler"] == name
-    dpm, ddim = (tmp_path / name / "42_forecast4_0000.mp4" for name in ("dpm", "ddim"))
-    assert encoded(dpm) != encoded(ddim)
-    again(capsys, ddim, tmp_path / "again")
-    assert (tmp_path / "again" / ddim.name).read_bytes() == ddim.read_bytes()
+        (made[name],) = (tmp_path / name).glob("42_*.mp4")
+    assert "not exact   reuse residual" in output.splitlines()
+    assert [path.name[3:-9] for path in made.values()] == ["forecast4", "forecast4", "residual4"]
+    own = {name: json.loads(path.with_suffix(".json").read_text()) for name, path in made.items()}
+    assert [own[name]["scheduler"] for name in own] == ["dpm", "ddim", "dpm"]
+    assert own["residual"]["computed_steps"] == own["dpm"]["computed_steps"]
+    assert len({encoded(path) for path in made.values()}) == 3
+    for name in ("dpm", "ddim"):
+        again(capsys, made[name], tmp_path / "again" / name)
+        repeated = tmp_path / "again" / name / made[name].name
+        assert repeated.read_bytes() == made[name].read_bytes()
 
 
 def test_a_forecast_needs_a_scheduler_that_predicts_v(capsys, tmp_path, tiny):
@@ -211,8 +171,14 @@ def test_a_forecast_needs_a_scheduler_that_predicts_v(capsys, tmp_path, tiny):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "complaint"),
+    ("content", "complaint"),
     [
+        (None, "cannot be read: No such file or directory"),
+        ("[0, 8]", "step 8 cannot be computed: the video has 8 steps"),
+        ("[-1]", "step -1 cannot be computed: the video has 8 steps"),
+        ("[]", "lists no steps, such as [0, 4, 8, 9]"),
+        ('{"steps": [1]}', "lists no steps, such as [0, 4, 8, 9]"),
+        ("even", "is no JSON"),
         (("--computed_steps", 9), "of 8 steps 2 to 8 can be computed"),
         (("--computed_steps", 1), "of 8 steps 2 to 8 can be computed"),
         (("--computed_steps", 3, "--retain_last", 3), "of 8 steps 4 to 8 can be computed"),
@@ -222,8 +188,14 @@ def test_a_forecast_needs_a_scheduler_that_predicts_v(capsys, tmp_path, tiny):
         (("--scheduler", "euler"), "--scheduler: invalid choice: 'euler'"),
     ],
 )
-def test_counts_that_are_refused(capsys, tmp_path, arguments, complaint):
-    code, output, error = main(capsys, *SMALL, *arguments, "--output_path", tmp_path / "out")
+def test_refused_in_one_line_before_loading(capsys, tmp_path, content, complaint):
+    """A list of steps of this content, or these arguments."""
+    path = tmp_path / "list.json"
+    if isinstance(content, str):
+        path.write_text(content)
+    arguments = content if isinstance(content, tuple) else ("--schedule", path)
+    out = ("--output_path", tmp_path / "out")
+    code, output, error = main(capsys, *SMALL, *arguments, *out)
     assert code == 2
     (line,) = said(error)
     assert complaint in line

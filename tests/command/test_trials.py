@@ -61,25 +61,21 @@ def test_the_home_directory_is_put_in_once_for_every_path(tmp_path, monkeypatch,
     assert str(read("~nobodyhere/x")) == "~nobodyhere/x", "as bash leaves it"
 
 
-def test_the_home_directory_of_a_user_and_of_a_coefficients_file(tmp_path, monkeypatch):
+def test_the_home_directory_of_a_user_of_an_address_and_of_the_command(
+    capsys, tmp_path, monkeypatch
+):
     me = pwd.getpwuid(os.getuid())
     assert readers.path(f"~{me.pw_name}/videos") == Path(me.pw_dir) / "videos"
     assert readers.path("a~/b") == Path("a~/b")
     assert readers.image("https://host/~me/face.png") == "https://host/~me/face.png"
-    monkeypatch.setenv("HOME", str(tmp_path))
-    content = {"values": [0, 0, 0, 1, 0], "fitted_range": [0, 1], "source": "here"}
-    (tmp_path / "c.json").write_text(json.dumps(content))
-    assert readers.coefficients("~/c.json").source == "here"
-
-
-def test_the_command_makes_no_folder_named_for_the_home_directory(capsys, tmp_path, monkeypatch):
     (tmp_path / "home").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    arguments = ("--ckpts_path", "tiny", "--num_infer_steps", 1, "--num_frames", 1, "--quiet")
-    code, output, _ = main(capsys, *arguments, "--output_path=~/results")
-    assert code == 0
-    assert output == f"{tmp_path}/home/results/42_0.1_0000.mp4\n"
+    content = {"values": [0, 0, 0, 1, 0], "fitted_range": [0, 1], "source": "here"}
+    (tmp_path / "home" / "c.json").write_text(json.dumps(content))
+    asked = ("--coefficients=~/c.json", "--output_path=~/results", "--num_infer_steps", 1)
+    code, output, _ = main(capsys, "--ckpts_path", "tiny", *asked, "--num_frames", 1, "--quiet")
+    assert (code, output) == (0, f"{tmp_path}/home/results/42_0.1_0000.mp4\n")
     assert not (tmp_path / "~").exists()
 
 
@@ -88,6 +84,10 @@ def test_a_user_without_a_home_directory_is_told(monkeypatch):
 
     def unknown(uid):
         raise KeyError(uid)
+
+    def cache() -> Path:
+        files.folder_without_home.cache_clear()
+        return files.cache_folder()
 
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     monkeypatch.delenv("HOME")

@@ -1,14 +1,19 @@
-"""The command on pretended CUDA: `python -m fake_cuda.run ARGUMENTS`, the log on standard error."""
+"""The command on pretended CUDA: `python run.py FREE ARGUMENTS`, the log on standard error."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
+import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from fake_cuda.tensors import GPU, Generator, OnGpu, PretendedCuda, log, note, on_host
 
 GIB = 2**30
@@ -121,6 +126,8 @@ def _name_the_gpu() -> None:
 
 if __name__ == "__main__":
     free, *arguments = sys.argv[1:]
+    # Weights that are read in threads of their own would be read without the mode.
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     pretend(float(free))
     torch.set_grad_enabled(False)
     from teacache.command.main import main
