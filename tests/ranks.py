@@ -17,12 +17,11 @@ from torch._dynamo.utils import counters
 from teacache.base.errors import DeviceError
 from teacache.checkpoint.size import VideoSize
 from teacache.core.forward import apply_teacache
-from teacache.core.team import ALONE, Team
+from teacache.core.ranks import ALONE, Ranks
 from teacache.embedded import build as tiny
 from teacache.inputs.identity import Identity
 from teacache.inputs.text import Text
 from teacache.parallel import group
-from teacache.parallel.division import Division
 from teacache.sampling import acceleration, sampler
 from teacache.sampling.attention import use_attention
 
@@ -76,7 +75,7 @@ def sample(dtype: torch.dtype, guidance_scale: float, how: str, join=lambda tran
     use_attention(pipe.transformer, "native")
     accelerate(pipe.transformer, how)
     with apply_teacache(pipe) as handle:
-        handle.team = join(pipe.transformer)
+        handle.ranks = join(pipe.transformer)
         found = []
         for run in (*THRESHOLDS, FORECAST):
             if run == FORECAST:
@@ -109,8 +108,8 @@ def work(rank: int, world: int, port: int, cases: list, folder: str) -> None:
     for halves, parts, dtype, guidance_scale, how in cases:
         sent.clear()
 
-        def join(transformer, halves=halves, parts=parts) -> Team:
-            return group.join(transformer, Division(halves, parts), CPU)
+        def join(transformer, halves=halves, parts=parts) -> Ranks:
+            return group.join(transformer, Ranks(halves, parts), CPU)
 
         latents, steps = sample(dtype, guidance_scale, how, join)
         if how == "compile":

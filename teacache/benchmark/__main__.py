@@ -130,7 +130,7 @@ def _benchmark(args: argparse.Namespace) -> None:
     prepare_folder(args.output_path)
     prepare_environment()
     from teacache.command.machine import check_number, choose_device, choose_dtype
-    from teacache.command.ranks import own_device
+    from teacache.command.other_ranks import own_device
     from teacache.sampling.acceleration import prepare_acceleration
 
     device = choose_device(args.device, full_size=args.random_weights in ("full", "half"))
@@ -257,7 +257,7 @@ def _about(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
         "rounds": args.rounds,
         "versions": ", ".join(f"{package} {version}" for package, version in versions().items()),
         **bench.before_the_loop,
-        **({"ranks": f"{bench.division}; the plain pipeline on one"} if args.num_gpus > 1 else {}),
+        **({"ranks": f"{bench.ranks}; the plain pipeline on one"} if args.num_gpus > 1 else {}),
     }
 
 

@@ -22,11 +22,12 @@ from teacache.command.arguments import DEFAULT_PROMPT
 from teacache.command.preflight import find_whole_checkpoint
 from teacache.core.forward import apply_teacache
 from teacache.core.handle import TeaCacheHandle
+from teacache.core.ranks import ALONE
 from teacache.inputs import photograph as pictures
 from teacache.inputs.conditioning import Conditioning
 from teacache.inputs.text import Text
 from teacache.parallel import group
-from teacache.parallel.division import Division, divide
+from teacache.parallel.division import divide
 from teacache.results.video import write_video
 from teacache.sampling import acceleration, attention, sampler
 from teacache.sampling.blocks import use_lean_blocks
@@ -136,7 +137,7 @@ class Bench:
         self.fixed_steps = fixed_steps
         self.device, self.dtype = device, dtype
         self.before_the_loop: dict[str, str] = {}
-        self.division = Division(1, 1)
+        self.ranks = ALONE
         self._models = {PLAIN: (material.pipe.transformer, material.pipe.vae)}
 
     def share(self, num_gpus: int) -> None:
@@ -149,7 +150,7 @@ class Bench:
             return
         config, size = self.material.pipe.transformer.config, self.material.size
         frames = (size.num_frames - 1) // config.temporal_compression_ratio + 1
-        self.division = divide(
+        self.ranks = divide(
             num_gpus,
             guided=GUIDANCE_SCALE > 1,
             heads=config.num_attention_heads,
@@ -254,8 +255,8 @@ class Bench:
             yield None
             return
         with apply_teacache(pipe, variant.threshold) as handle:
-            if self.division != (1, 1):
-                handle.team = group.join(pipe.transformer, self.division, self.device)
+            if self.ranks != ALONE:
+                handle.ranks = group.join(pipe.transformer, self.ranks, self.device)
             yield handle
 
     def _made(self, kind: Variant) -> tuple[ConsisIDTransformer3DModel, AutoencoderKLCogVideoX]:

@@ -13,7 +13,7 @@ from teacache.base.environment import prepare_environment
 from teacache.base.quiet import allow_any_encoding, silence_libraries
 from teacache.command.arguments import parse_arguments
 from teacache.command.order import Order
-from teacache.command.preflight import check_division, preflight
+from teacache.command.preflight import check_ranks, preflight
 from teacache.parallel.launch import is_one_of_several, launch, rank, run_as_rank, world_size
 
 
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         if rank() > 0:
             if Order.of(args).jobs:
                 prepare_environment()
-                from teacache.command.ranks import help_denoising
+                from teacache.command.other_ranks import help_denoising
 
                 help_denoising(args.device)
         elif args.plan:
@@ -51,7 +51,7 @@ def _check(args: argparse.Namespace) -> None:
     """Raise TeaCacheError for what is wrong that one process can say before there are several."""
     order = Order.of(args)
     prepare_environment()
-    check_division(order)
+    check_ranks(order)
 
 
 def run_and_exit() -> NoReturn:

@@ -8,10 +8,10 @@ from teacache.checkpoint.folder import is_full_size
 from teacache.checkpoint.size import video_size
 from teacache.command.machine import choose_device, choose_dtype
 from teacache.command.order import Order
-from teacache.command.preflight import division_of, find_checkpoint, plan_jobs
+from teacache.command.preflight import find_checkpoint, plan_jobs, ranks_of
 from teacache.comparison.tables import aligned
+from teacache.core.ranks import ALONE
 from teacache.core.rule import Schedule
-from teacache.parallel.division import ALONE, h100_seconds
 
 
 def show(order: Order) -> None:
@@ -31,15 +31,12 @@ def show(order: Order) -> None:
     dtype = choose_dtype("bfloat16" if for_gpu else order.machine.dtype, device)
     form = order.format
     size = video_size(checkpoint, form.width, form.height, form.num_frames)
-    division = division_of(order, checkpoint, size)
+    ranks = ranks_of(order, checkpoint, size)
     planned = plan_jobs(order, checkpoint, device, dtype)
     rows = [(job.schedule or f"{job.rel_l1_thresh:g}", plan) for job, plan in planned.items()]
     print_now(describe(list(dict.fromkeys(rows))))
-    if division != ALONE:
-        step = h100_seconds(division, form.guidance_scale > 1)
-        published = is_full_size(checkpoint) and size == (720, 480, 49)
-        takes = f": a computed step takes {step:.2f} s on H100s, by arithmetic" if published else ""
-        print_now(f"on {division}{takes}")
+    if ranks != ALONE:
+        print_now(f"on {ranks}")
 
 
 def describe(schedules: list[tuple[str, Schedule]]) -> str:

@@ -25,10 +25,11 @@ from teacache.checkpoint.folder import (
 from teacache.checkpoint.size import Architecture, VideoSize, check_memory, video_size
 from teacache.command.jobs import Job
 from teacache.command.order import Machine, Order
+from teacache.core.ranks import ALONE, Ranks
 from teacache.core.rule import Schedule, schedule
 from teacache.inputs.embedding_cache import fingerprint
 from teacache.inputs.photograph import load_image, pixels_sha256
-from teacache.parallel.division import ALONE, Division, divide
+from teacache.parallel.division import divide
 from teacache.results.output_folder import check_space, prepare_folder
 from teacache.results.video import check_encoder
 
@@ -49,7 +50,7 @@ class Ready:
         machine: the order's, with nothing left open; memory: a line about it, for a GPU.
         backend: of the attention, see `teacache.sampling.attention.choose_backend`.
         scheduler: `dpm` or `ddim`.
-        division: of each denoising step, among GPUs.
+        ranks: that share each denoising step.
         schedules: of each job.
     """
 
@@ -64,7 +65,7 @@ class Ready:
     memory: str
     backend: str
     scheduler: str
-    division: Division
+    ranks: Ranks
     schedules: dict[Job, Schedule]
 
 
@@ -102,7 +103,7 @@ def preflight(order: Order, stages: Stages) -> Ready:
         from teacache.sampling.lora import check_lora, lora_file
 
         check_lora(source, lora_file(source), checkpoint)
-    division = division_of(order, checkpoint, size)
+    ranks = ranks_of(order, checkpoint, size)
     check_space(order.output_path, size.width * size.height, size.num_frames, len(order.jobs))
     with stages.stage("schedule"):
         from teacache.checkpoint.distances import scheduler_name
@@ -111,7 +112,7 @@ def preflight(order: Order, stages: Stages) -> Ready:
         from teacache.sampling.attention import choose_backend
 
         backend = choose_backend(machine.attention, device, dtype)
-        if division.parts > 1:
+        if ranks.parts > 1:
             from teacache.parallel.group import check_backend
 
             check_backend(machine.attention, backend)
@@ -131,12 +132,12 @@ def preflight(order: Order, stages: Stages) -> Ready:
         memory=memory,
         backend=backend,
         scheduler=order.scheduler or scheduler_name(checkpoint),
-        division=division,
+        ranks=ranks,
         schedules=schedules,
     )
 
 
-def check_division(order: Order) -> None:
+def check_ranks(order: Order) -> None:
     """Raise TeaCacheError where the order's GPUs cannot share a step, as far as is known by now.
 
     Of a checkpoint that has to be downloaded the first rank says so later, in `preflight`.
@@ -145,10 +146,10 @@ def check_division(order: Order) -> None:
     if checkpoint is not None:
         form = order.format
         size = video_size(checkpoint, form.width, form.height, form.num_frames)
-        division_of(order, checkpoint, size)
+        ranks_of(order, checkpoint, size)
 
 
-def division_of(order: Order, checkpoint: Path, size: VideoSize) -> Division:
+def ranks_of(order: Order, checkpoint: Path, size: VideoSize) -> Ranks:
     """How the order's GPUs share the denoising of a video.
 
     Raises:

@@ -61,7 +61,7 @@ def settings_of(job: Job, order: Order, ready: Ready) -> Settings:
         reuse=job.reuse,
         scheduler=ready.scheduler,
         num_gpus=machine.num_gpus,
-        division=str(ready.division) if machine.num_gpus > 1 else None,
+        ranks=str(ready.ranks) if machine.num_gpus > 1 else None,
         lora=[f"{source}:{scale:g}" for source, scale in order.loras],
         checkpoint_sha256=ready.checkpoint_sha256,
     )

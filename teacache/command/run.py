@@ -16,8 +16,8 @@ from teacache.command.jobs import Job
 from teacache.command.loading import load
 from teacache.command.memory import explained_out_of_memory
 from teacache.command.order import Order, in_order
+from teacache.command.other_ranks import OtherRanks
 from teacache.command.preflight import Ready
-from teacache.command.ranks import Ranks
 from teacache.command.recording import completed, record_of
 from teacache.command.report import write_report, write_report_of_shards
 from teacache.comparison.comparison import Comparison
@@ -97,7 +97,7 @@ class Session:
             self.comparison = Comparison(
                 len(order.all_jobs), load_analyser=lambda: load_analyser(ready.checkpoint)
             )
-        self._ranks = Ranks(ready)
+        self._others = OtherRanks(ready)
         self._loaded: Loaded | None = None
         self._start: sampler.Start | None = None
         self._drawn_for: tuple[str, int] | None = None
@@ -131,14 +131,14 @@ class Session:
 
     def end(self) -> None:
         """Let the other ranks end: no job follows."""
-        self._ranks.end()
+        self._others.end()
 
     def _prepare(
         self, jobs: list[Job], ready: Ready
     ) -> tuple[Loaded, dict[str, Identity], dict[Job, Text]]:
         """The pipeline, loaded with the first jobs, and what the jobs are conditioned on."""
         if self._loaded is None:
-            self._ranks.begin(self.order, ready)
+            self._others.begin(self.order, ready)
         hint_at_short_prompts(jobs, ready, self.console)
         # The text encoder and the face models take less than decoding.
         with self._loaded.room.to_decode(last=False) if self._loaded else nullcontext():
@@ -153,10 +153,10 @@ class Session:
             pipe = load(self.order, ready)
         room = Room(pipe, ready.size, ready.machine.offload)
         handle = apply_teacache(pipe)
-        handle.team = self._ranks.join(pipe.transformer)
+        handle.ranks = self._others.join(pipe.transformer)
         if self.order.machine.compile:
             with self.stages.stage("compiling"):
-                compile_ahead(pipe, identity, text, self.order, ready, self._ranks, room)
+                compile_ahead(pipe, identity, text, self.order, ready, self._others, room)
         return Loaded(pipe, handle, room)
 
     def _sample(
@@ -189,7 +189,7 @@ class Session:
         with own.stage("encoding"):
             start = self._start_of(loaded.pipe, job, ready, identity)
         loaded.handle.follow(ready.schedules[job])
-        self._ranks.denoise(ready.schedules[job], start, text, job.num_infer_steps)
+        self._others.denoise(ready.schedules[job], start, text, job.num_infer_steps)
         bar = self.console.bar(job.num_infer_steps, loaded.handle.counts)
         with own.stage("denoising"), bar as on_step:
             latents, step_seconds = sampler.denoise(
@@ -266,12 +266,12 @@ def compile_ahead(
     text: Text,
     order: Order,
     ready: Ready,
-    ranks: Ranks,
+    others: OtherRanks,
     room: Room,
 ) -> None:
     """Call what is to be compiled once, so that no video's seconds hold the compilation."""
     start = sampler.prepare(pipe, identity, ready.size, seed=0)
-    ranks.denoise(None, start, text, num_infer_steps=1)  # whose one step is computed
+    others.denoise(None, start, text, num_infer_steps=1)  # whose one step is computed
     guidance_scale = order.format.guidance_scale
     latents, _ = sampler.denoise(
         pipe, start, text, ready.size, num_infer_steps=1, guidance_scale=guidance_scale

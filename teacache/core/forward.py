@@ -14,9 +14,9 @@ from diffusers.utils import apply_lora_scale
 from teacache.base.errors import ArgumentError
 from teacache.base.patch import forwards, put_in_place
 from teacache.core.handle import TeaCacheHandle
+from teacache.core.ranks import Share
 from teacache.core.rule import COGVIDEOX_5B, PUBLISHED, Coefficients, Limits, Schedule
 from teacache.core.state import embed_timestep
-from teacache.core.team import Share
 
 if TYPE_CHECKING:
     from diffusers import ConsisIDPipeline
@@ -143,7 +143,7 @@ def _forward(
     emb = embed_timestep(self, timestep, hidden_states.dtype, timestep_cond)
 
     # What follows is of this process's share of samples and tokens; alone, it has all of them.
-    share = handle.team.share(batch_size, text_seq_length, video_seq_length)
+    share = handle.ranks.share(batch_size, text_seq_length, video_seq_length)
     hidden_states, emb = hidden_states[share.batch], emb[share.batch]
     if computed:
         text, video = embed(self, encoder_hidden_states[share.batch], hidden_states, share)
@@ -164,7 +164,7 @@ def _forward(
     video = self.norm_final(video)
     video = self.norm_out(video, temb=emb)
     video = self.proj_out(video)  # [batch, video tokens, patch x patch x out channels]
-    video = handle.team.whole(video, share, batch_size, video_seq_length)
+    video = handle.ranks.whole(video, share, batch_size, video_seq_length)
 
     video = video.reshape(batch_size, num_frames, height // p, width // p, -1, p, p)
     output = video.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)

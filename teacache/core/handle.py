@@ -14,6 +14,7 @@ import torch
 from teacache.base.errors import ArgumentError
 from teacache.base.patch import take_away
 from teacache.core.forecast import Forecast, check_scheduler, settings_for, solver_steps
+from teacache.core.ranks import ALONE
 from teacache.core.rule import (
     REUSES,
     Coefficients,
@@ -24,7 +25,6 @@ from teacache.core.rule import (
     schedule,
 )
 from teacache.core.state import VideoState, embed_timestep, is_at
-from teacache.core.team import ALONE
 
 if TYPE_CHECKING:
     from diffusers import ConsisIDTransformer3DModel
@@ -42,8 +42,8 @@ ONE_VIDEO = (
 class TeaCacheHandle:
     """TeaCache on one transformer: what the next video follows, its state, its undoing.
 
-    Made by `apply_teacache`. As a context manager it undoes itself at the end of the block. `team`
-    are the processes that compute a step together.
+    Made by `apply_teacache`. As a context manager it undoes itself at the end of the block. `ranks`
+    are those that compute a step together.
 
     Args:
         transformer: the transformer that is patched.
@@ -71,7 +71,7 @@ class TeaCacheHandle:
         self.coefficients, self.limits = coefficients, limits
         self.rel_l1_thresh = rel_l1_thresh
         self.reuse = reuse
-        self.team = ALONE
+        self.ranks = ALONE
         self.removed = False
         self._scheduler = scheduler
         self._followed: Schedule | tuple[int, ...] | int | None = None

@@ -1,21 +1,20 @@
-"""The processes of a team: finding each other, exchanging tokens for heads, passing orders."""
+"""The ranks' process group: finding each other, exchanging tokens for heads, passing orders."""
 
 from __future__ import annotations
 
 import datetime
 import functools
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from teacache.base.errors import ArgumentError, DeviceError
-from teacache.core.team import Team
+from teacache.core.ranks import Ranks
 
 if TYPE_CHECKING:
     from diffusers import ConsisIDTransformer3DModel, ParallelConfig
-
-    from teacache.parallel.division import Division
 
 # So long the others wait for an order, while the first downloads, decodes and compares.
 PATIENCE = datetime.timedelta(days=7)
@@ -65,29 +64,29 @@ def listen() -> Any:
     return order[0]
 
 
-def join(transformer: ConsisIDTransformer3DModel, division: Division, device: torch.device) -> Team:
+def join(transformer: ConsisIDTransformer3DModel, ranks: Ranks, device: torch.device) -> Ranks:
     """Let the transformer's attention be over the tokens of all parts, by diffusers' Ulysses.
 
     To be called by all processes, and after their attention processors are in place.
     """
-    if division.parts > 1:
-        config = _exchange(division, device)
+    if ranks.parts > 1:
+        config = _exchange(ranks, device)
         for processor in transformer.attn_processors.values():
             processor._parallel_config = config
-    return Team(division.halves, division.parts, dist.get_rank())
+    return replace(ranks, rank=dist.get_rank())
 
 
 @functools.cache
-def _exchange(division: Division, device: torch.device) -> ParallelConfig:
+def _exchange(ranks: Ranks, device: torch.device) -> ParallelConfig:
     """What diffusers' dispatcher exchanges by; made once, since it makes process groups."""
     from diffusers import ContextParallelConfig, ParallelConfig
 
     names = ("guidance", "ring", "ulysses")
-    shape = (division.halves, 1, division.parts)
+    shape = (ranks.halves, 1, ranks.parts)
     mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
     # What `transformer.enable_parallelism` does, which divides by the number of GPUs and so fails
     # where there are none.
-    ulysses = ContextParallelConfig(ulysses_degree=division.parts, mesh=mesh)
+    ulysses = ContextParallelConfig(ulysses_degree=ranks.parts, mesh=mesh)
     config = ParallelConfig(context_parallel_config=ulysses)
     config.setup(dist.get_rank(), dist.get_world_size(), device, mesh=mesh)
     return config

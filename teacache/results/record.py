@@ -83,7 +83,7 @@ class Settings:
     reuse: str = "residual"
     scheduler: str = "dpm"
     num_gpus: int = 1
-    division: str | None = None  # of a denoising step among them
+    ranks: str | None = None  # how they share a denoising step
     lora: list[str] = field(default_factory=list)
     checkpoint_sha256: str | None = field(default=None, compare=False)
 
@@ -226,8 +226,8 @@ def summary(video: Path, record: Record) -> str:
     psnr = (record.quality or {}).get("psnr")
     if psnr and psnr["mean"] is not None:
         lines.insert(2, f"PSNR        {psnr['mean']:.1f} dB, worst frame {psnr['worst']:.1f}")
-    if record.settings.division:
-        lines.insert(2, f"            on {record.settings.division}")
+    if record.settings.ranks:
+        lines.insert(2, f"            on {record.settings.ranks}")
     if record.settings.approximations:
         lines.insert(2, f"not exact   {', '.join(record.settings.approximations)}")
     if record.why_nothing_was_reused:

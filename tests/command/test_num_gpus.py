@@ -36,8 +36,8 @@ def check_equal(folder, alone, name):
     video, other = folder / f"{name}.mp4", alone / f"{name}.mp4"
     assert video.read_bytes() == other.read_bytes()
     record, other = (json.loads(p.with_suffix(".json").read_text()) for p in (video, other))
-    assert (record["num_gpus"], record["division"]) == (2, "2 GPUs: tokens x2")
-    assert (other["num_gpus"], other["division"]) == (1, None)
+    assert (record["num_gpus"], record["ranks"]) == (2, "2 GPUs: tokens x2")
+    assert (other["num_gpus"], other["ranks"]) == (1, None)
     assert record["computed_steps"] == other["computed_steps"]
 
 

@@ -12,8 +12,8 @@ from ranks import FORECAST, STEPS, TEXT, THRESHOLDS, VIDEO, WIDE, free_port, sam
 from support import ROOT
 
 from teacache.base.errors import ArgumentError
-from teacache.core.team import ALONE, Team
-from teacache.parallel.division import Division, bytes_sent, divide, h100_seconds
+from teacache.core.ranks import ALONE, Ranks
+from teacache.parallel.division import divide
 
 F32, BF16 = torch.float32, torch.bfloat16
 CASES = {
@@ -49,6 +49,15 @@ def on_ranks(tmp_path_factory):
 alone = functools.cache(sample)
 
 
+def bytes_sent(halves: int, parts: int, batch: int, layers: int, tokens: int, width: int) -> int:
+    """What each rank sends in a computed step, in half precision, by the room's README.
+
+    Of its own share of query, key, value and output of each layer it keeps one in `parts`.
+    """
+    own = batch // halves * (tokens // parts) * width
+    return 4 * layers * (own - own // parts) * 2
+
+
 @pytest.mark.parametrize("case", [case for cases in CASES.values() for case in cases])
 def test_ranks_agree_with_each_other_and_with_one_process(on_ranks, case):
     halves, _, dtype, guidance_scale, how = case
@@ -74,14 +83,14 @@ def test_ranks_agree_with_each_other_and_with_one_process(on_ranks, case):
 )
 def test_what_is_sent_is_what_the_formula_says(on_ranks, case):
     halves, parts, dtype, guidance_scale, _ = case
-    division, layers = Division(halves, parts), WIDE["num_layers"]
+    layers = WIDE["num_layers"]
     width = WIDE["num_attention_heads"] * WIDE["attention_head_dim"]
     batch = 2 if guidance_scale > 1 else 1
     for _, schedules, exchanged in on_ranks[case]:
         computed = sum(len(steps) for steps in schedules)
         # Query, key, value and output of each layer, and nothing to tell sizes by.
         assert len(exchanged) == (4 * layers * computed if parts > 1 else 0)
-        each = bytes_sent(division, batch, layers, TEXT + VIDEO, width) * dtype.itemsize // 2
+        each = bytes_sent(halves, parts, batch, layers, TEXT + VIDEO, width) * dtype.itemsize // 2
         # A rank keeps one in `parts` of what it exchanges.
         assert sum(exchanged) * (parts - 1) // parts == each * computed
     assert len(schedules) == len(THRESHOLDS) + 1
@@ -89,8 +98,9 @@ def test_what_is_sent_is_what_the_formula_says(on_ranks, case):
 
 def test_the_published_size_divides_among_2_4_and_8():
     real = {"heads": 48, "text": 226, "video": 17550}
-    assert [divide(n, True, **real) for n in (1, 2, 4, 8)] == [(1, 1), (2, 1), (2, 2), (2, 4)]
-    assert [divide(n, False, **real) for n in (1, 2, 4, 8)] == [(1, 1), (1, 2), (1, 4), (1, 8)]
+    shares = ((1, 1), (2, 1), (2, 2), (2, 4))
+    assert [divide(n, True, **real) for n in (1, 2, 4, 8)] == [Ranks(*each) for each in shares]
+    assert [divide(n, False, **real) for n in (1, 2, 4, 8)] == [Ranks(1, n) for n in (1, 2, 4, 8)]
     with pytest.raises(ArgumentError, match=r"--num_gpus 3: 17776 tokens .* 2 and 4 would do"):
         divide(3, True, **real)
     with pytest.raises(ArgumentError, match=r"--num_gpus 64: .* 32 would do"):
@@ -98,23 +108,12 @@ def test_the_published_size_divides_among_2_4_and_8():
     assert str(divide(4, True, **real)) == "4 GPUs: guidance x2, tokens x2"
     assert str(divide(2, True, **real)) == "2 GPUs: guidance x2"
     # 17,776 x 3072 numbers of 2 bytes, 4 in each of 42 layers; a half of its half is sent.
-    assert bytes_sent(Division(2, 2), 2, 42, 17776, 3072) == pytest.approx(4.59e9, rel=1e-3)
-
-
-def test_the_arithmetic_is_that_of_the_readme():
-    readme = (ROOT / "teacache" / "parallel" / "README.md").read_text(encoding="utf-8")
-    for halves, parts in ((1, 1), (2, 1), (2, 2), (2, 4)):
-        division = Division(halves, parts)
-        sent, seconds = bytes_sent(division, 2, 42, 17776, 3072), h100_seconds(division, True)
-        cells = (
-            f"| {halves} x {parts} | {f'{sent / 1e9:.1f} GB' if sent else 0} | {seconds:.2f} s |"
-        )
-        assert cells in readme
+    assert bytes_sent(2, 2, 2, 42, 17776, 3072) == pytest.approx(4.59e9, rel=1e-3)
 
 
 def test_the_embedded_checkpoint_divides_where_every_part_has_video_tokens():
     embedded = {"heads": 6, "text": 226, "video": 294}
-    assert divide(4, True, **embedded) == (2, 2)
+    assert divide(4, True, **embedded) == Ranks(2, 2)
     with pytest.raises(ArgumentError, match=r"--num_gpus 8: .* 4 would do"):
         divide(8, True, **embedded)
 
@@ -123,7 +122,7 @@ def test_the_embedded_checkpoint_divides_where_every_part_has_video_tokens():
 def test_shares_are_everything_once(halves, parts):
     seen = torch.zeros(2, 10 + 30, dtype=torch.int)
     for rank in range(halves * parts):
-        share = Team(halves, parts, rank).share(2, 10, 30)
+        share = Ranks(halves, parts, rank).share(2, 10, 30)
         seen[share.batch, :10][:, share.text] += 1
         seen[share.batch, 10:][:, share.video] += 1
     assert bool((seen == 1).all())

@@ -20,12 +20,11 @@ from teacache.command.machine import choose_device
 from teacache.command.memory import explained_out_of_memory
 from teacache.command.order import Order
 from teacache.command.preflight import Ready
-from teacache.core import team
 from teacache.core.forward import apply_teacache
+from teacache.core.ranks import ALONE, Ranks
 from teacache.core.rule import Schedule
 from teacache.inputs.text import Text
 from teacache.parallel import group
-from teacache.parallel.division import ALONE
 from teacache.sampling import sampler
 from teacache.sampling.sampler import Start
 
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from diffusers import ConsisIDTransformer3DModel
 
 
-class Video(NamedTuple):
+class Task(NamedTuple):
     """What the other ranks need to denoise a video with the first; tensors on the CPU."""
 
     schedule: Schedule | None
@@ -42,12 +41,12 @@ class Video(NamedTuple):
     num_infer_steps: int
 
 
-class Ranks:
+class OtherRanks:
     """The other ranks, as the first one speaks to them; where it is alone, nobody listens."""
 
     def __init__(self, ready: Ready):
-        self._division, self._device = ready.division, ready.device
-        self._alone = ready.division == ALONE
+        self._shared, self._device = ready.ranks, ready.device
+        self._alone = ready.ranks == ALONE
         if not self._alone:
             group.connect(self._device)
 
@@ -56,18 +55,18 @@ class Ranks:
         if not self._alone:
             group.tell((order, dataclasses.replace(ready, images={}, digests={})))
 
-    def join(self, transformer: ConsisIDTransformer3DModel) -> team.Team:
-        """Make a team of all ranks; the others do so once they have loaded the transformer."""
+    def join(self, transformer: ConsisIDTransformer3DModel) -> Ranks:
+        """Share the transformer's steps; the others do so once they have loaded theirs."""
         if self._alone:
-            return team.ALONE
-        return group.join(transformer, self._division, self._device)
+            return ALONE
+        return group.join(transformer, self._shared, self._device)
 
     def denoise(
         self, schedule: Schedule | None, start: Start, text: Text, num_infer_steps: int
     ) -> None:
         """Let the others denoise the video that this one is about to."""
         if not self._alone:
-            group.tell(Video(schedule, *_moved((start, text), "cpu"), num_infer_steps))
+            group.tell(Task(schedule, *_moved((start, text), "cpu"), num_infer_steps))
 
     def end(self) -> None:
         """Let the others end: no video follows."""
@@ -104,16 +103,16 @@ def _denoise_all(order: Order, ready: Ready, stages: Stages) -> None:
     with stages.stage("loading"):
         pipe = load(order, ready, parts=("transformer",))
     with apply_teacache(pipe) as handle, stages.stage("denoising"):
-        handle.team = group.join(pipe.transformer, ready.division, ready.device)
-        while (video := group.listen()) is not None:
-            handle.follow(video.schedule)
-            start, text = _moved((video.start, video.text), ready.device)
+        handle.ranks = group.join(pipe.transformer, ready.ranks, ready.device)
+        while (task := group.listen()) is not None:
+            handle.follow(task.schedule)
+            start, text = _moved((task.start, task.text), ready.device)
             sampler.denoise(
                 pipe,
                 start,
                 text,
                 ready.size,
-                num_infer_steps=video.num_infer_steps,
+                num_infer_steps=task.num_infer_steps,
                 guidance_scale=order.format.guidance_scale,
             )
 
