@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import signal
 import subprocess
@@ -113,9 +114,10 @@ def everywhere(weights, sizes=1, shift=0.0):
 
 def changed_retinaface(tiny, folder, change):
     """A checkpoint whose RetinaFace has other biases in its heads."""
-    shutil.copytree(tiny, folder)
+    shutil.copytree(tiny, folder, copy_function=os.link)
     path = folder / "face_encoder" / "detection_Resnet50_Final.pth"
     weights = torch.load(path, weights_only=True)
+    path.unlink()
     change(weights)
     torch.save(weights, path)
     return folder
