@@ -24,6 +24,7 @@ from teacache.inputs.identity import load_face_models
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 INDEX = "model_index.json"
+QUANTIZED = {"quant_method": "gptq", "bits": 4}
 SCHEDULER = "scheduler/scheduler_config.json"
 
 
@@ -119,31 +120,19 @@ def test_a_folder_or_a_repository(light, tmp_path, monkeypatch):
         local_checkpoint(str(tmp_path / "model.safetensors"))
 
 
-def test_missing_and_empty_files_are_named(light):
-    check_checkpoint(light)
-    for name, empty in (
-        ("face_encoder/models/antelopev2/glintr100.onnx", False),
-        ("tokenizer/spiece.model", True),
-        ("vae/config.json", False),
-    ):
-        (light / name).unlink()
-        if empty:
-            (light / name).touch()
-        with pytest.raises(CheckpointError, match=name):
-            check_checkpoint(light)
-
-
 def test_all_that_is_wrong_is_said_at_once(capsys, light):
     """A shard too few, an empty file, one cut short; before anything is imported for it."""
     (light / TRANSFORMER).rename(light / "transformer" / "part-1.safetensors")
     index = {"weight_map": {"a": "part-1.safetensors", "b": "part-2.safetensors"}}
     (light / f"{TRANSFORMER}.index.json").write_text(json.dumps(index))
     replace(light / "face_encoder" / "parsing_bisenet.pth", b"")
+    half(light / "face_encoder" / "detection_Resnet50_Final.pth")
+    (light / "tokenizer" / "spiece.model").unlink()
     half(light / "vae" / "diffusion_pytorch_model.safetensors")
     assert command(capsys, light) == (
-        f"error: {light} is not whole, missing or empty: face_encoder/parsing_bisenet.pth, "
-        "transformer/part-2.safetensors; "
-        "cut short or damaged: vae/diffusion_pytorch_model.safetensors\n"
+        f"error: {light} is not whole, missing or empty: tokenizer/spiece.model, "
+        "face_encoder/parsing_bisenet.pth, transformer/part-2.safetensors; cut short or damaged: "
+        "face_encoder/detection_Resnet50_Final.pth, vae/diffusion_pytorch_model.safetensors\n"
     )
 
 
@@ -151,23 +140,15 @@ def test_all_that_is_wrong_is_said_at_once(capsys, light):
     ("name", "changed", "told"),
     [
         (INDEX, {"_class_name": "CogVideoXPipeline"}, "holds a CogVideoXPipeline, not a ConsisID"),
-        (
-            INDEX,
-            {"transformer": ["diffusers", "CogVideoXTransformer3DModel"]},
-            "names CogVideoXTransformer3DModel as transformer, not ConsisIDTransformer3DModel",
-        ),
+        (INDEX, {"transformer": ["diffusers", "CogVideoX"]}, "CogVideoX as transformer, not Co"),
         (INDEX, {"vae": ["diffusers", "AutoencoderKL"]}, "names AutoencoderKL as vae, not Auto"),
-        (
-            INDEX,
-            {"scheduler": ["diffusers", "DDIMScheduler"]},
-            "names DDIMScheduler as scheduler, not CogVideoXDPMScheduler or CogVideoXDDIMScheduler",
-        ),
+        (INDEX, {"scheduler": ["diffusers", "DDIM"]}, "DDIM as scheduler, not CogVideoXDPMSch"),
         (INDEX, {"scheduler": None}, "names None as scheduler"),
         ("transformer/config.json", {"patch_size_t": 2}, "as of a model on CogVideoX1.5, and"),
         ("transformer/config.json", {"is_train_face": False}, "such a model takes no face"),
         (
             "text_encoder/config.json",
-            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            {"quantization_config": QUANTIZED},
             "quantized with gptq, and the package optimum is not installed",
         ),
     ],
@@ -187,8 +168,7 @@ def test_models_that_are_as_good(light):
 
 
 def test_quantized_weights_whose_package_does_not_work_are_named_when_they_are_loaded(light):
-    quantized = {"quant_method": "gptq", "bits": 4}
-    edit(light / "text_encoder" / "config.json", quantization_config=quantized)
+    edit(light / "text_encoder" / "config.json", quantization_config=QUANTIZED)
     with pytest.raises(CheckpointError, match=r"text_encoder is quantized, and cannot be read: "):
         load_pipeline(light, CPU, torch.float32, parts=("text_encoder",))
 
@@ -208,27 +188,24 @@ def test_size_is_the_transformers_own(tiny, caplog):
         video_size(tiny, 160, 96, None)
 
 
-@pytest.mark.parametrize(
-    ("asked", "complaint"),
-    [
+def test_nearest_sizes_are_named(light):
+    edit(light / "transformer" / "config.json", use_learned_positional_embeddings=False)
+    assert video_size(light, 160, 80, 17) == (160, 80, 17)
+    for asked, complaint in (
         ((150, 96, 13), "nearest are 144 and 160"),
         ((144, 8, 13), "nearest are 16 and 32"),
         ((144, 96, 11), "nearest are 9 and 12"),
         ((144, 96, 2), "nearest are 1 and 4"),
-    ],
-)
-def test_nearest_sizes_are_named(light, asked, complaint):
-    edit(light / "transformer" / "config.json", use_learned_positional_embeddings=False)
-    assert video_size(light, 160, 80, 17) == (160, 80, 17)
-    with pytest.raises(ArgumentError, match=complaint):
-        video_size(light, *asked)
+    ):
+        with pytest.raises(ArgumentError, match=complaint):
+            video_size(light, *asked)
 
 
 def test_frames_that_the_vae_makes_are_those_that_it_is_asked_for():
     """The rule for --num_frames, against what the VAE decodes, at the real compression of 4."""
     torch.manual_seed(0)
     vae = AutoencoderKLCogVideoX(**{**VAE, "temporal_compression_ratio": 4}).eval()
-    for num_frames in range(1, 26):
+    for num_frames in range(1, 18):
         latent_frames = (num_frames - 1) // 4 + 1
         with torch.no_grad():
             made = vae.decode(torch.zeros(1, 16, latent_frames, 2, 2)).sample.shape[2]
@@ -239,45 +216,31 @@ def test_frames_that_the_vae_makes_are_those_that_it_is_asked_for():
                 check_num_frames(num_frames, 4)
 
 
-@pytest.mark.parametrize("damage", ["short", "long", "no header", "noise", "empty header"])
-def test_weights_that_are_cut_short_are_named_with_whatever_else_is_missing(light, damage):
+def test_weights_that_are_not_whole(light):
     path = light / "vae" / "diffusion_pytorch_model.safetensors"
     content = path.read_bytes()
-    damaged = {
-        "short": content[:-1],
-        "long": content + b"x",
-        "no header": content[:8],
-        "noise": bytes(range(256)) * 8,
-        "empty header": (2).to_bytes(8, "little") + b"{}",
-    }
-    replace(path, damaged[damage])
-    (light / "tokenizer" / "spiece.model").unlink()
-    with pytest.raises(CheckpointError) as raised:
-        check_checkpoint(light)
-    assert str(raised.value) == (
-        f"{light} is not whole, missing or empty: tokenizer/spiece.model; "
-        "cut short or damaged: vae/diffusion_pytorch_model.safetensors"
-    )
+    for damaged in (
+        *(content[:-1], content + b"x", content[:8], bytes(range(256)) * 8),
+        (2).to_bytes(8, "little") + b"{}",  # an empty header
+    ):
+        replace(path, damaged)
+        with pytest.raises(CheckpointError, match=r"cut short or damaged: vae/diff\S*$"):
+            check_checkpoint(light)
 
 
 @pytest.mark.parametrize(
-    ("files", "told"),
+    ("file", "told"),
     [
-        (["pytorch_lora_weights.safetensors"], "a LoRA, which goes with a checkpoint"),
-        (["adapter_config.json", "adapter_model.safetensors"], "a LoRA, which goes with a check"),
-        (["consisid.safetensors"], "single files such as consisid.safetensors, where a checkpoint"),
-        (["notes.txt"], "nothing of a checkpoint"),
-        ([], "nothing"),
+        ("pytorch_lora_weights.safetensors", "a LoRA, which goes with a checkpoint"),
+        ("adapter_config.json", "a LoRA, which goes with a checkpoint"),
+        ("consisid.safetensors", "single files such as consisid.safetensors, where a checkpoint"),
+        ("notes.txt", "nothing of a checkpoint"),
     ],
 )
-def test_what_is_no_checkpoint_is_named_as_what_it_is(tmp_path, files, told):
-    for file in files:
-        (tmp_path / file).write_text("{}")
+def test_what_is_no_checkpoint_is_named_as_what_it_is(tmp_path, tiny, file, told):
+    (tmp_path / file).write_text("{}")
     with pytest.raises(CheckpointError, match=f"has no {INDEX}: it holds {told}"):
         check_checkpoint(tmp_path)
-
-
-def test_a_part_of_a_checkpoint_is_named(tiny):
     with pytest.raises(CheckpointError, match="one model, ConsisIDTransformer3DModel, where"):
         check_checkpoint(tiny / "transformer")
     with pytest.raises(CheckpointError, match="it holds one model, of transformers, where"):
@@ -416,10 +379,3 @@ def test_a_file_that_may_not_be_read(capsys, light, monkeypatch):
 def test_a_plan_of_weights_that_are_cut_short(capsys, light):
     half(light / TRANSFORMER)
     assert "transformer cannot be read: SafetensorError" in command(capsys, light, "--plan")
-
-
-def test_a_face_file_that_is_cut_off_is_named(light):
-    name = "face_encoder/detection_Resnet50_Final.pth"
-    half(light / name)
-    with pytest.raises(CheckpointError, match=f"cut short or damaged: {name}$"):
-        check_checkpoint(light)
