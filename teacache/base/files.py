@@ -71,7 +71,8 @@ def locked(path: Path, wait: bool = False) -> Iterator[bool]:
         yield True
     finally:
         # While it is held: a process that has opened it sees that it is gone, and tries again.
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder that takes no more changes
+            path.unlink()
         lock.release()
 
 
