@@ -235,11 +235,15 @@ def test_full_size_without_a_gpu_says_what_there_is_instead(capsys, tmp_path, mo
     shutil.copytree(tiny, tmp_path / "checkpoint", copy_function=os.link)
     # A whole file of 11 GB, as far as its header tells, which takes no room on the disk.
     weights = tmp_path / "checkpoint" / "transformer" / "diffusion_pytorch_model.safetensors"
-    size = 11 * 2**30
-    header = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    content, size = weights.read_bytes(), 11 * 2**30
+    length = int.from_bytes(content[:8], "little")
+    entries = json.loads(content[8 : 8 + length])
+    start = len(content) - 8 - length
+    entries["more"] = {"dtype": "U8", "shape": [size], "data_offsets": [start, start + size]}
+    header = json.dumps(entries).encode()
     weights.unlink()
-    weights.write_bytes(len(header).to_bytes(8, "little") + header)
-    os.truncate(weights, 8 + len(header) + size)
+    weights.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+    os.truncate(weights, 8 + len(header) + start + size)
     for checkpoint in ("checkpoint", "BestWishYsh/ConsisID-preview"):
         code, _, error = main(capsys, "--ckpts_path", checkpoint)
         assert code == 2
