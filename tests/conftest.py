@@ -51,13 +51,11 @@ def tiny(tmp_path_factory, worker_id) -> Iterator[Path]:
         yield own
 
 
-# Of the rule and the forecast, and what else takes no more than seconds: `pytest -m fast`.
-FAST = ("test_forward.py", "test_forecast.py", "test_blocks.py", "test_attention.py")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark rule, forecast, forward and units as fast, but for the videos of 50 steps."""
     for item in items:
-        if item.path.parent.name == "unit" or item.path.name in FAST:
+        of_core = item.path.name in ("test_forward.py", "test_forecast.py")
+        if item.path.parent.name == "unit" or (of_core and "test_nearer_to_every" not in item.name):
             item.add_marker("fast")
 
 
