@@ -45,7 +45,7 @@ def with_ending(stem: Path, ending: str) -> Path:
 
 
 @contextlib.contextmanager
-def locked(path: Path, wait: bool = False) -> Iterator[bool]:
+def locked(path: Path, wait: bool = False, always: bool = False) -> Iterator[bool]:
     """Hold the lock of a file for as long as the block runs, and remove the file.
 
     The system gives the lock back whatever ends the process, SIGKILL too; then the empty file stays
@@ -54,11 +54,12 @@ def locked(path: Path, wait: bool = False) -> Iterator[bool]:
 
     Args:
         wait: for another process that holds the lock.
+        always: also on a file system without locks, where a killed process leaves it locked.
 
     Yields:
         whether it is held: False where another process has it.
     """
-    lock = filelock.FileLock(path, timeout=-1 if wait else 0, fallback_to_soft=False)
+    lock = filelock.FileLock(path, timeout=-1 if wait else 0, fallback_to_soft=always)
     try:
         lock.acquire()
     except filelock.Timeout:

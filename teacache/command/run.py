@@ -168,8 +168,8 @@ class Session:
             *self._denoise(loaded, job, ready, identity, text, own),
             None,
         )
-        with claimed_slot(order.output_path, record.settings.prefix) as slot:
-            slot.keep(latents, record, kept)
+        with claimed_slot(order.output_path, record.settings.prefix, kept) as slot:
+            slot.keep(latents, record)
             with own.stage("decoding"), loaded.room.to_decode(last):
                 frames = sampler.decode(loaded.pipe, latents)
             with own.stage("writing"):

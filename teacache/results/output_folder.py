@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from teacache.base.errors import OutputError, reason
-from teacache.base.files import with_ending
+from teacache.base.files import locked, with_ending
 
 LATENTS_ENDING = ".latents.safetensors"
 ENDINGS = (".mp4", ".json", ".md", ".png", LATENTS_ENDING)  # of all that a name may stand for
@@ -51,23 +51,22 @@ def check_space(folder: Path, frame_pixels: int, num_frames: int, videos: int) -
 
 
 @contextlib.contextmanager
-def claimed_stem(folder: Path, prefix: str) -> Iterator[Path]:
+def claimed_stem(folder: Path, prefix: str, latents: Path | None = None) -> Iterator[Path]:
     """Hold `folder/{prefix}_{index:04d}`, without an ending, for as long as the block runs.
 
-    The index is the first that no file has and no other process holds. A process holds it by a
-    hidden file that only one of them can create, and looks for finished files afterwards: whoever
-    held it before has either left its files by then or given it up.
+    The index is the first that no file has and no other process holds. A process looks for files
+    once it holds a name: whoever held it before has either left its files by then or given it up.
+
+    Args:
+        latents: a file that an earlier run has kept; where it lies in the folder, its name is taken
+            before the others.
     """
-    for index in itertools.count():
-        stem = folder / f"{prefix}_{index:04d}"
-        claim = folder / f".{stem.name}.claim"
-        try:
-            os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        except FileExistsError:
-            continue
-        try:
-            if not any(with_ending(stem, ending).exists() for ending in ENDINGS):
+    stems: Iterator[Path] = (folder / f"{prefix}_{index:04d}" for index in itertools.count())
+    if latents is not None and latents.parent == folder:
+        stems = itertools.chain([folder / latents.name.removesuffix(LATENTS_ENDING)], stems)
+    for stem in stems:
+        with locked(folder / f".{stem.name}.lock", always=True) as ours:
+            files = {with_ending(stem, ending) for ending in ENDINGS} - {latents}
+            if ours and not any(path.exists() for path in files):
                 yield stem
                 return
-        finally:
-            claim.unlink()

@@ -36,30 +36,27 @@ class Slot:
     Args:
         stem: the name, without an ending.
         mp4, json_file: where video and record are written until they get that name.
+        latents: a file that an earlier run has kept.
 
     Attributes:
         video: the path of the mp4.
         fate_of_latents: what to say of the latents where there is no video; empty before any.
     """
 
-    def __init__(self, stem: Path, mp4: Path, json_file: Path):
+    def __init__(self, stem: Path, mp4: Path, json_file: Path, latents: Path | None):
         self.video = with_ending(stem, ".mp4")
         self.fate_of_latents = ""
         self._stem, self._mp4, self._json = stem, mp4, json_file
-        self._latents: Path | None = None
+        self._latents = latents
         self._record: Record | None = None
 
-    def keep(self, latents: torch.Tensor, record: Record, kept: Path | None = None) -> None:
+    def keep(self, latents: torch.Tensor, record: Record) -> None:
         """Write the latents where they outlive this process, with the record so far.
 
         That is in the output folder, or where it is full or gone, in the system's temporary one.
-
-        Args:
-            kept: a file that an earlier run has written of them; then none is written.
         """
-        self._latents = kept
         self.fate_of_latents = "Nothing is kept"
-        if kept is None:
+        if self._latents is None:
             named = {"latents": latents.contiguous().cpu()}
             content = save(named, metadata={"record": json.dumps(record.as_json())})
             with contextlib.suppress(OSError):
@@ -93,7 +90,7 @@ class Slot:
 
 
 @contextlib.contextmanager
-def claimed_slot(folder: Path, prefix: str) -> Iterator[Slot]:
+def claimed_slot(folder: Path, prefix: str, latents: Path | None = None) -> Iterator[Slot]:
     """Hold a slot for as long as the block runs, which writes its video and record.
 
     What ends the block early says where the latents are: what a user can act on, in the one line of
@@ -101,15 +98,16 @@ def claimed_slot(folder: Path, prefix: str) -> Iterator[Slot]:
 
     Args:
         prefix: of the name, `folder/{prefix}_{index:04d}`.
+        latents: a file of the video's latents that an earlier run has kept; its name is taken.
 
     Raises:
         OutputError: where the video or its record cannot be written.
     """
-    with claimed_stem(folder, prefix) as stem:
+    with claimed_stem(folder, prefix, latents) as stem:
         slot = None
         try:
             with written_whole(stem, ".mp4", ".json") as (mp4, json_file):
-                slot = Slot(stem, mp4, json_file)
+                slot = Slot(stem, mp4, json_file, latents)
                 yield slot
         except BaseException as error:
             fate = slot.fate_of_latents if slot else ""

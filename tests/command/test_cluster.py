@@ -122,7 +122,7 @@ def test_ctrl_c_then_the_rest_by_one_process(capsys, tmp_path, tiny):
     done = len(list(tmp_path.glob("[0-9]*.mp4")))
     assert f"{done} of 3 videos: see --resume" in output
     hidden = [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
-    assert hidden == [".lock"], "the worker has cleaned up"
+    assert not hidden, "the worker has cleaned up"
     code, output, _ = main(capsys, *arguments, "--resume")
     assert (code, output.count("done before")) == (0, done)
     assert len(list(tmp_path.glob("[0-9]*.mp4"))) == 3
@@ -155,7 +155,7 @@ def test_a_worker(tmp_path, monkeypatch, tiny, faceless):
 
     decode = sampler.decode
     monkeypatch.setattr(sampler, "decode", lambda *a: worker.stop() or decode(*a))
-    with pytest.raises(SamplingError, match=r"^The latents are kept, "):
+    with pytest.raises(SamplingError, match=r"^The latents are kept in "):
         list(worker.sample((second,)))
     worker.folder = tmp_path / "elsewhere"
     with pytest.raises(DeviceError, match=r" lacks .*/elsewhere: all machines need it"):

@@ -300,10 +300,11 @@ def test_killed_while_decoding(capsys, tmp_path, monkeypatch, whole):
     assert kept.exists(), "of other settings"
     monkeypatch.setattr(sampler, "denoise", no_memory)
     code, output, _ = main(capsys, *asked)
-    assert (code, output) == (0, f"{tmp_path}/42_0.0_0006.mp4\n")
+    assert (code, output) == (0, f"{tmp_path}/{NAME}.mp4\n"), "the name that its latents had"
     assert Path(output.strip()).read_bytes() == whole.read_bytes()
     assert not kept.exists()
     assert all(path.exists() for path in others)
+    assert not list(tmp_path.glob(".*")), "nothing is left of the killed process"
 
 
 def test_a_missing_encoder_is_found_before_loading(capsys, tmp_path, monkeypatch):

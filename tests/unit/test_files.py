@@ -61,6 +61,28 @@ def test_a_claim_that_failed_is_given_up(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_kept_latents_keep_their_name(tmp_path):
+    kept = tmp_path / "a_0002.latents.safetensors"
+    kept.touch()
+    with claimed_stem(tmp_path, "a", kept) as stem:
+        assert stem.name == "a_0002"
+        with claimed_stem(tmp_path, "a", kept) as other:
+            assert other.name == "a_0000", "another process is at it"
+    with claimed_stem(tmp_path, "a", tmp_path.parent / kept.name) as stem:
+        assert stem.name == "a_0000", "those of the temporary folder have no name here"
+
+
+def test_a_killed_process_holds_no_name(tmp_path):
+    program = WRITE_FIVE.replace(
+        "with written_whole", "import os; os.kill(os.getpid(), 9)\n        with written_whole"
+    )
+    ended = subprocess.run([sys.executable, "-c", program, str(tmp_path), "0"], check=False)
+    assert ended.returncode == -9
+    with claimed_stem(tmp_path, "42_0.1") as stem:
+        assert stem.name == "42_0.1_0000"
+    assert not list(tmp_path.iterdir())
+
+
 def test_processes_side_by_side_share_no_name(tmp_path):
     """20 processes, 5 videos each, in one folder."""
 
