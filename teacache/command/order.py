@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from teacache.command.jobs import CHOICES, FIELDS, Job, read_jobs
-from teacache.command.shards import Shard, part_of
+from teacache.command.readers import Shard
+from teacache.command.shards import part_of
 from teacache.core.rule import Coefficients, Limits
 
 

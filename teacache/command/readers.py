@@ -14,12 +14,12 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
 from teacache.base.errors import ArgumentError
-from teacache.command.shards import Shard
 from teacache.core.rule import UNBOUNDED, Coefficients
 
 DEGREE = 4  # of the rescaling polynomial
@@ -29,6 +29,17 @@ PROVENANCE = (
     *("num_infer_steps", "versions", "date"),
 )
 Number = TypeVar("Number", int, float)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of `count` parts, counted from 0."""
+
+    index: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
 
 
 def text(value: str) -> str:

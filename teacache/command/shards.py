@@ -5,24 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from teacache.command.jobs import Job
+from teacache.command.jobs import Job
+from teacache.command.readers import Shard
 
 MOST_IN_A_TASK = 32  # jobs, whose texts are in memory together: 8 MB each at full size
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One of `count` parts, counted from 0."""
-
-    index: int
-    count: int
-
-    def __str__(self) -> str:
-        return f"{self.index}/{self.count}"
 
 
 def units(jobs: Sequence[Job], workers: int) -> list[list[Job]]:

@@ -7,7 +7,8 @@ import pytest
 from teacache.command.arguments import parse_arguments
 from teacache.command.jobs import Job
 from teacache.command.order import Order
-from teacache.command.shards import Shard, part_of, tasks, units
+from teacache.command.readers import Shard
+from teacache.command.shards import part_of, tasks, units
 
 
 def order(*arguments: object) -> Order:
