@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections import Counter
 from dataclasses import replace
@@ -202,49 +201,35 @@ def test_schedule_of_the_tiny_checkpoint(shallow, sample, published_schedule, sc
 @pytest.mark.parametrize(
     "earlier",
     [
-        pytest.param({}, id="back to back"),
-        pytest.param({"steps": 12}, id="other number of steps"),
-        pytest.param({"steps": 1}, id="one step"),
-        pytest.param({"rel_l1_thresh": 0.5}, id="other threshold"),
-        pytest.param({"rel_l1_thresh": 0.0}, id="threshold 0"),
-        pytest.param({"num_frames": 9}, id="other size"),
-        pytest.param({"guidance_scale": 1.0}, id="no guidance"),
-        pytest.param({"prompt": ["a man", "a girl"], "image": 2}, id="other batch"),
-        pytest.param({"seed": 7}, id="other seed"),
-        *(
-            pytest.param({"callback_on_step_end": stop_after(step)}, id=f"stopped after {step}")
-            for step in (0, 1, 5, STEPS - 2, STEPS - 1)
-        ),
-        pytest.param(
-            {"callback_on_step_end": stop_after(5), "num_frames": 9}, id="stopped at another size"
-        ),
+        *({}, {"steps": 12}, {"steps": 1}, {"num_frames": 9}, {"seed": 7}),
+        *({"threshold": 0.5}, {"threshold": 0.0}, {"guidance_scale": 1.0}),
+        {"prompt": ["a man", "a girl"]},
+        *({"stop": step} for step in (0, 1, 5, STEPS - 2, STEPS - 1)),
+        {"stop": 5, "num_frames": 9},
     ],
+    ids=lambda earlier: ", ".join(f"{key} {value}" for key, value in earlier.items()) or "the same",
 )
 def test_every_video_starts_clean(pipe, sample, identity, fresh, earlier):
-    """What came before, and how it ended, shows neither in the schedule nor in the latents."""
+    """What came before, and how it ended, shows neither in the schedule nor in the latents.
+
+    Of one that is stopped the schedule says what was done.
+    """
     expected, schedule = fresh()
     earlier = dict(earlier)
-    if "image" in earlier:
-        earlier["image"] = [identity.face] * earlier["image"]
-    stops = pytest.raises(Stop) if "callback_on_step_end" in earlier else contextlib.nullcontext()
-    with apply_teacache(pipe, earlier.pop("rel_l1_thresh", THRESHOLD)) as handle:
-        with stops:
+    stop, threshold = earlier.pop("stop", None), earlier.pop("threshold", THRESHOLD)
+    if "prompt" in earlier:
+        earlier["image"] = [identity.face] * len(earlier["prompt"])
+    with apply_teacache(pipe, threshold) as handle:
+        assert handle.schedule is None
+        if stop is None:
             sample(pipe, **earlier)
+        else:
+            with pytest.raises(Stop):
+                sample(pipe, callback_on_step_end=stop_after(stop), **earlier)
+            assert handle.schedule == schedule.until(stop + 1)
         handle.rel_l1_thresh = THRESHOLD
         assert torch.equal(sample(pipe), expected)
-    assert handle.schedule == schedule
-
-
-def test_a_video_after_one_stopped_within_its_first_step(pipe, sample, fresh):
-    def fail(module, args):
-        raise Stop
-
-    with apply_teacache(pipe, THRESHOLD):
-        hook = pipe.transformer.transformer_blocks[1].register_forward_pre_hook(fail)
-        with pytest.raises(Stop):
-            sample(pipe)
-        hook.remove()
-        assert torch.equal(sample(pipe), fresh()[0])
+    assert handle.schedule == schedule, "known also when TeaCache has gone"
 
 
 def test_another_size_where_the_model_allows_it(pipe, sample):
@@ -391,9 +376,16 @@ def test_two_pipelines_do_not_meet(make_pipe, sample, fresh):
 
 
 def test_a_transformer_on_its_own(pipe, sample, fresh):
+    """Its first video is stopped within the first step."""
+
+    def fail(module, args):
+        raise Stop
+
     with apply_teacache(pipe.transformer, THRESHOLD, scheduler=pipe.scheduler):
+        hook = pipe.transformer.transformer_blocks[1].register_forward_pre_hook(fail)
         with pytest.raises(Stop):
-            sample(pipe, callback_on_step_end=stop_after(5))
+            sample(pipe)
+        hook.remove()
         for _ in range(2):
             assert torch.equal(sample(pipe), fresh()[0])
 
@@ -422,17 +414,6 @@ def test_a_schedule_in_place_of_a_threshold(pipe, sample, fresh):
     assert torch.equal(ours, sample(pipe))
 
 
-def test_a_video_that_is_stopped_records_what_was_done(pipe, sample, fresh):
-    stopped = fresh()[1].until(6)
-    with apply_teacache(pipe, THRESHOLD) as handle:
-        assert handle.schedule is None
-        with pytest.raises(Stop):
-            sample(pipe, callback_on_step_end=stop_after(5))
-        assert handle.schedule == stopped
-        assert stopped.num_steps == 6
-    assert handle.schedule == stopped, "known also when TeaCache has gone"
-
-
 def test_another_face_in_the_middle_of_a_video_is_seen(pipe, sample, plain, identity):
     """A caller that changes the identity between steps gets what the plain forward gives."""
 
@@ -453,15 +434,6 @@ def test_another_face_in_the_middle_of_a_video_is_seen(pipe, sample, plain, iden
         assert torch.equal(sample_with_two_faces(), expected)
 
 
-def test_removing_twice_and_applying_again(pipe):
-    handle = apply_teacache(pipe)
-    handle.remove()
-    with apply_teacache(pipe):
-        patched = pipe.transformer.forward
-        handle.remove()
-        assert pipe.transformer.forward == patched, "the first handle has no say over the second"
-
-
 def test_refuses_what_it_cannot_patch(pipe):
     with pytest.raises(ArgumentError, match="AutoencoderKLCogVideoX"):
         apply_teacache(pipe.vae)
@@ -471,8 +443,12 @@ def test_refuses_what_it_cannot_patch(pipe):
         apply_teacache(pipe, -1.0)
     with pytest.raises(ArgumentError, match="a pipeline has its own"):
         apply_teacache(pipe, scheduler=pipe.scheduler)
-    with apply_teacache(pipe), pytest.raises(ArgumentError, match="already"):
-        apply_teacache(pipe)
+    removed = apply_teacache(pipe)
+    removed.remove()
+    with apply_teacache(pipe):
+        removed.remove()  # which has no say over the second handle
+        with pytest.raises(ArgumentError, match="already"):
+            apply_teacache(pipe)
     hook_model(pipe.transformer)
     with apply_teacache(pipe), pytest.raises(ArgumentError, match="already"):
         apply_teacache(pipe.transformer, scheduler=pipe.scheduler)
