@@ -29,7 +29,7 @@ from support import ROOT
 
 SAMPLE = ("teacache_sample_video.py",)
 READ_AT_START = ("PYTHON", "HF_", "XDG_", "LD_", "LC_", "LANG", "TZ", "OMP_", "MKL_", "CUDA_")
-READ_AT_START += ("TORCH", "DIFFUSERS_", "TRANSFORMERS_", "HOME")
+READ_AT_START += ("ONEDNN_", "TORCH", "DIFFUSERS_", "TRANSFORMERS_", "HOME")
 SET_CHILD_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of linux/prctl.h
 
 

@@ -86,6 +86,8 @@ def pretend(free: float) -> None:
     torch.Generator = Generator
     torch.nn.functional.scaled_dot_product_attention = attend
     torch._C._nn.scaled_dot_product_attention = attend
+    is_alias = torch._C._is_alias_of
+    torch._C._is_alias_of = lambda one, other: is_alias(on_host(one), on_host(other))
     # A module that moves gets new parameters: torch exchanges the old ones' memory below Python.
     torch.backends.cudnn.enabled = False  # whose batch norms a CPU does not have
     torch.__future__.set_overwrite_module_params_on_conversion(True)
