@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import shlex
 import subprocess
 import tomllib
 
@@ -34,7 +36,7 @@ def test_the_tables_are_those_of_the_flags():
 
 def test_the_rooms_are_those_of_the_package():
     layout = section(README, "Layout").split("tests/")[0]
-    named = set(re.findall(r"^  ([a-z]+)/", layout, re.MULTILINE))
+    named = set(re.findall(r"([a-z]+)/", layout)) - {"teacache"}
     rooms = {path.parent.name for path in (ROOT / "teacache").glob("*/__init__.py")}
     assert named == rooms
 
@@ -63,6 +65,28 @@ def test_optional_packages_are_those_that_are_tested():
     assert {package.partition("==")[0] for package in named} == {"peft", "ray", "torchao"}
     assert named <= set(tested)
     assert RAY in named
+
+
+PROGRAM = r"python3 (-m teacache[.\w]*|teacache_sample_video\.py)((?:\\\n|[^\n`;&])*)"
+
+
+@pytest.mark.parametrize(("program", "words"), re.findall(PROGRAM, COMMANDS))
+def test_every_command_is_understood(capsys, tmp_path, monkeypatch, program, words):
+    """Each value by its reader, and each flag: with --help at its end nothing is run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "me.jpg").touch()
+    words = re.sub(r'"?\$\w+/(4|8|"\$\w+"|\$\w+"?)', "0/8", words.replace("\\\n", " "))
+    arguments = [word for word in shlex.split(words, comments=True) if word != "..."]
+    module = program.removeprefix("-m ").replace(
+        "teacache_sample_video.py", "teacache.command.main"
+    )
+    package = importlib.util.find_spec(module).submodule_search_locations
+    main = importlib.import_module(f"{module}.__main__" if package else module).main
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--help"])
+    output, error = capsys.readouterr()
+    assert ended.value.code == 0, error
+    assert [word for word in arguments if word.startswith("--") and word not in output] == []
 
 
 @pytest.mark.parametrize("block", re.findall(r"```bash\n(.*?)```", COMMANDS, re.DOTALL))
