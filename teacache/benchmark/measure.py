@@ -32,7 +32,7 @@ from teacache.results.video import write_video
 from teacache.sampling import acceleration, attention, sampler
 from teacache.sampling.blocks import use_lean_blocks
 from teacache.sampling.decoder import use_lean_decoder
-from teacache.sampling.room import Room
+from teacache.sampling.decoder_memory import DecoderMemory
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLCogVideoX, ConsisIDTransformer3DModel
@@ -191,7 +191,7 @@ class Bench:
                 reused = [steps[n] for n in done.reused_steps]
             room: contextlib.AbstractContextManager = contextlib.nullcontext()
             if handle:  # the plain pipeline keeps its transformer
-                room = Room(pipe, self.material.size, "none").to_decode(last=False)
+                room = DecoderMemory(pipe, self.material.size, "none").to_decode(last=False)
             with room, _timed(seconds, "decoding", self.device):
                 frames = sampler.decode(pipe, latents)
             with _timed(seconds, "writing", self.device):

@@ -135,7 +135,7 @@ def test_a_worker(tmp_path, monkeypatch, tiny, faceless):
     arguments = (*COMMON, "--num_infer_steps", 12, "--jobs", tmp_path / "jobs")
     arguments += ("--output_path", tmp_path / "out", "--prompt", "a man " * 300, "--resume")
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(interruption, "_asked", None)
+    monkeypatch.setattr(interruption, "_signal_time", None)
     worker = Worker(Order.of(parse_arguments([*map(str, arguments)])), tmp_path)
     first, without_face, second = worker.order.jobs
 
