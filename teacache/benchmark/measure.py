@@ -19,7 +19,7 @@ from teacache.benchmark.random_weights import Material
 from teacache.checkpoint.pipeline import load_pipeline
 from teacache.checkpoint.size import video_size
 from teacache.command.arguments import DEFAULT_PROMPT
-from teacache.command.preflight import find_whole_checkpoint
+from teacache.command.preflight import find_checkpoint
 from teacache.core.forward import apply_teacache
 from teacache.core.handle import TeaCacheHandle
 from teacache.core.ranks import ALONE
@@ -97,7 +97,7 @@ def of_checkpoint(
     name: str, num_infer_steps: int, device: torch.device, dtype: torch.dtype
 ) -> Bench:
     """A bench on a checkpoint that is here already, with the photograph of the astronaut."""
-    folder = find_whole_checkpoint(name)
+    folder = find_checkpoint(name)
     if folder is None:
         raise CheckpointError(f"--ckpts_path {name}: there is no such folder here")
     conditioning = Conditioning(folder, device, dtype, "none", cache=None)

@@ -41,17 +41,11 @@ def prepare_acceleration(
     Raises:
         DeviceError: if the machine lacks something, or the flags conflict with `--offload`.
     """
-    if offload == "sequential" and (compiling or quantize):
-        option = "--compile" if compiling else f"--quantize {quantize}"
-        raise DeviceError(
-            f"{option} does not go with --offload sequential, which replaces the weights at each "
-            "call: --offload model does"
-        )
-    if offload == "blocks" and quantize:
-        raise DeviceError(
-            f"--quantize {quantize} does not go with --offload blocks, which moves plain weights: "
-            "--offload model does"
-        )
+    if (quantize and offload in ("sequential", "blocks")) or (
+        compiling and offload == "sequential"
+    ):
+        flag = f"--quantize {quantize}" if quantize else "--compile"
+        raise DeviceError(f"{flag} does not go with --offload {offload}: --offload model does")
     if compiling:
         check_compiler(device)
         # A reboot may clear Inductor's default folder.
@@ -61,7 +55,7 @@ def prepare_acceleration(
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise DeviceError if there is no working C++ compiler (for a CPU) or C compiler (for CUDA)."""
+    """Raise DeviceError if there is no working compiler: C++ for a CPU, C for CUDA."""
     on_cpu = device.type == "cpu"
     variable, usual = ("CXX", ("g++", "clang++")) if on_cpu else ("CC", ("gcc", "clang"))
     named = shlex.split(os.environ.get(variable, ""))

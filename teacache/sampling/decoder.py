@@ -48,8 +48,7 @@ def use_lean_decoder(vae: AutoencoderKLCogVideoX) -> None:
 def _lean_forward(module: torch.nn.Module):  # type: ignore[no-untyped-def]
     """The replacement for a module's forward; None if it needs none."""
     if isinstance(module, CogVideoXCausalConv3d):
-        one_frame = module.time_kernel_size == 1 and module.pad_mode != "replicate"
-        return _convolve_one_frame if one_frame else None
+        return _convolve_one_frame if module.time_kernel_size == 1 else None
     if isinstance(module, CogVideoXSpatialNorm3D):
         return _spatial_norm
     if isinstance(module, CogVideoXDecoder3D):
@@ -57,9 +56,7 @@ def _lean_forward(module: torch.nn.Module):  # type: ignore[no-untyped-def]
     if isinstance(module, CogVideoXUpBlock3D):
         return _up_block
     if isinstance(module, CogVideoXResnetBlock3D):
-        plain = isinstance(module.nonlinearity, torch.nn.SiLU) and not module.use_conv_shortcut
-        plain = plain and module.conv1.pad_mode != "replicate"
-        return _residual_block if plain and not module.training else None
+        return _residual_block if isinstance(module.nonlinearity, torch.nn.SiLU) else None
     return None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from diffusers import CogVideoXDPMScheduler
@@ -132,10 +132,11 @@ class Loop:
             rotary = pipe._prepare_rotary_positional_embeddings(
                 size.height, size.width, start.noise.shape[1], device
             )
+        self._embeds = text.prompt_embeds
+        if text.negative_prompt_embeds is not None:
+            self._embeds = torch.cat([text.negative_prompt_embeds, text.prompt_embeds])
         self._conditions = {
-            "encoder_hidden_states": text.prompt_embeds
-            if text.negative_prompt_embeds is None
-            else torch.cat([text.negative_prompt_embeds, text.prompt_embeds]),
+            "encoder_hidden_states": self._embeds,
             "image_rotary_emb": rotary,
             "id_cond": start.identity.id_cond,
             "id_vit_hidden": start.identity.id_vit_hidden,
@@ -143,8 +144,8 @@ class Loop:
         generator = torch.Generator(device)
         generator.set_state(start.generator_state)
         self._extra = pipe.prepare_extra_step_kwargs(generator, eta=0.0)
-        # The scheduler looks up coefficients by the timestep. A Python number avoids a read from the
-        # device, which would synchronise.
+        # The scheduler looks up coefficients by the timestep. With a Python number it need not read
+        # from the device, which would synchronise.
         self._values = pipe.scheduler.timesteps.tolist()
         self.step = 0
         self.latents = start.noise
@@ -157,7 +158,7 @@ class Loop:
         One forward, with both halves of guidance as a batch of two.
         """
         t = self._pipe.scheduler.timesteps[self.step]
-        batch = len(self._conditions["encoder_hidden_states"])
+        batch = len(self._embeds)
         noisy = self._pipe.scheduler.scale_model_input(torch.cat([self.latents] * batch), t)
         predicted = self._pipe.transformer(
             # [batch, latent frames, 32, h, w]: the noisy latents, then the face's latents
