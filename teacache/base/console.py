@@ -15,22 +15,9 @@ from teacache.base import interruption
 
 # The stages of a run, in order. `teacache.command.memory` advises flags by the stage.
 Stage = Literal[
-    "checkpoint",
-    "torch",
-    "image",
-    "download",
-    "schedule",
-    "diffusers",
-    "identity",
-    "text",
-    "loading",
-    "compiling",
-    "encoding",
-    "denoising",
-    "decoding",
-    "writing",
-    "quality",
-]
+    "checkpoint", "torch", "image", "download", "schedule", "diffusers", "identity", "text",
+    "loading", "compiling", "encoding", "denoising", "decoding", "writing", "quality",
+]  # fmt: skip
 
 
 def print_now(line: str) -> None:

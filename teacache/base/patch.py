@@ -52,9 +52,7 @@ def put_in_place(module: torch.nn.Module, forward: Callable) -> None:
 def take_away(module: torch.nn.Module, forward: Callable) -> None:
     """Undo `put_in_place`. Does nothing if `forward` is not in place."""
     for holder, name, current in list(forwards(module)):
-        if current is not forward:
-            continue
-        if (holder, name) == (module, "forward"):
+        if current is forward and (holder, name) == (module, "forward"):
             del module.forward
-        else:
+        elif current is forward:
             setattr(holder, name, type(module).forward.__get__(module))

@@ -35,19 +35,12 @@ WHERE = {
 
 
 class Needs(NamedTuple):
-    """GPU memory of the stages in bytes, weights included.
+    """GPU memory of the stages in bytes, weights included."""
 
-    Attributes:
-        text: the text encoder.
-        resident: denoising with the whole transformer on the GPU.
-        streamed: denoising with two of its blocks on the GPU.
-        decoding: without the transformer.
-    """
-
-    text: int
-    resident: int
-    streamed: int
-    decoding: int
+    text: int  # the text encoder
+    resident: int  # denoising, with the whole transformer on the GPU
+    streamed: int  # denoising, with two of its blocks on the GPU
+    decoding: int  # without the transformer
 
 
 def fit_to_card(

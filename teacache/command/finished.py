@@ -55,11 +55,7 @@ def find_earlier(
     console: Console,
     comparison: Comparison | None,
 ) -> dict[Job, tuple[Path, Record]]:
-    """The jobs with a finished video in the output folder, which is printed and compared.
-
-    Args:
-        places: index of every job in the request.
-    """
+    """The jobs with a finished video in the output folder, which is printed and compared."""
     earlier = {}
     for job in jobs:
         finished = find_finished(settings_of(job, order, ready), order)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import sys
 from typing import NoReturn
@@ -25,7 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     if is_one_of_several():
         args.num_gpus = world_size()
     elif args.num_gpus > 1 and not args.plan:
-        return interruption.run_command(lambda: _check(args)) or launch(args.num_gpus, main, argv)
+        return interruption.run_command(lambda: check_ranks(Order.of(args))) or launch(
+            args.num_gpus, main, argv
+        )
     console = Console(args.quiet)
 
     def work() -> None:
@@ -48,13 +49,6 @@ def main(argv: list[str] | None = None) -> int:
     if is_one_of_several():
         return run_as_rank(work, helping=rank() > 0)
     return interruption.run_command(work)
-
-
-def _check(args: argparse.Namespace) -> None:
-    """Raise TeaCacheError for errors that are known before the other ranks start."""
-    order = Order.of(args)
-    prepare_environment()
-    check_ranks(order)
 
 
 def run_and_exit() -> NoReturn:

@@ -140,8 +140,10 @@ def preflight(order: Order, stages: Stages) -> Ready:
 def check_ranks(order: Order) -> None:
     """Raise TeaCacheError if the order's GPUs cannot share a step.
 
-    If the checkpoint is not downloaded yet, the first rank checks it in `preflight`.
+    The command calls it before it starts the ranks. If the checkpoint is not downloaded yet, the
+    first rank checks it in `preflight`.
     """
+    prepare_environment()
     checkpoint = find_checkpoint(order.ckpts_path)
     if checkpoint is not None:
         form = order.format

@@ -23,8 +23,7 @@ from teacache.core.rule import UNBOUNDED, Coefficients
 DEGREE = 4  # of the rescaling polynomial
 # Keys that `teacache.fit` writes beside the coefficients. The sampler ignores them.
 PROVENANCE = (
-    *("r2", "videos", "checkpoint", "checkpoint_sha256", "scheduler"),
-    *("num_infer_steps", "versions", "date"),
+    "r2 videos checkpoint checkpoint_sha256 scheduler num_infer_steps versions date".split()
 )
 Number = TypeVar("Number", int, float)
 

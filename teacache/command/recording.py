@@ -93,11 +93,7 @@ def record_of(
 def completed(
     record: Record, job: Job, order: Order, ready: Ready, stages: Stages, video: Path
 ) -> Record:
-    """The record of a video after decoding.
-
-    Args:
-        video: its path. The record gets the same name with `.json`.
-    """
+    """The record of a video after decoding. `video` is its path."""
     return dataclasses.replace(
         record,
         seconds=stages.with_total(),

@@ -22,12 +22,7 @@ if TYPE_CHECKING:
 
 
 class Denoised(NamedTuple):
-    """The result of `denoise`.
-
-    Attributes:
-        latents: [1, latent frames, 16, height / 8, width / 8].
-        step_seconds: of each denoising step.
-    """
+    """Latents, [1, latent frames, 16, height / 8, width / 8], and the seconds of each step."""
 
     latents: torch.Tensor
     step_seconds: list[float]

@@ -92,12 +92,7 @@ class Point:
 
 
 class Slot:
-    """Device memory for one block.
-
-    Attributes:
-        block: index of the block in it; None before the first.
-        arrived, computed: the end of the copy, and of the computation.
-    """
+    """Device memory for one block, its index, and the ends of its copy and its computation."""
 
     def __init__(self, nbytes: int, device: torch.device):
         self.buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
