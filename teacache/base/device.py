@@ -69,7 +69,7 @@ def free_cached_memory(device: torch.device) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that an allocation failed, on a GPU or on the host."""
+    """Whether an error is a failed memory allocation, on a GPU or on the host."""
     phrases = (
         *("can't allocate memory", "Cannot allocate memory", "not enough memory"),
         *("CUDA error: out of memory", "ALLOC_FAILED"),

@@ -81,16 +81,16 @@ def pending(
         yield True, None
         return
     settings = settings_of(job, order, ready)
-    with locked(order.output_path, settings.name) as ours:
-        finished = find_finished(settings, order) if ours else None
+    with locked(order.output_path, settings.name) as held:
+        finished = find_finished(settings, order) if held else None
         if finished:
             console.done(finished[0], f"done by another process {finished[0]}")
-        elif not ours:
+        elif not held:
             console.say(f"seed {job.seed}, {job.which}: another process samples it")
-        yield ours, finished
+        yield held, finished
 
 
-def kept_latents(
+def saved_latents(
     job: Job, order: Order, ready: Ready, stages: Stages, console: Console
 ) -> tuple[torch.Tensor, Record, Path] | None:
     """With `--resume`, latents of a job that an earlier run saved and did not decode.
@@ -102,12 +102,14 @@ def kept_latents(
         the latents, their record with the settings of this run, and their file; or None.
     """
     settings = settings_of(job, order, ready)
-    for path, record in find_latents(order.output_path, settings) if order.resume else ():
-        console.say(f"latents     {path}")
-        stages.include(record.seconds)
-        latents = load_file(path)["latents"].to(ready.device)
-        return latents, dataclasses.replace(record, settings=settings), path
-    return None
+    saved = next(find_latents(order.output_path, settings), None) if order.resume else None
+    if saved is None:
+        return None
+    path, record = saved
+    console.say(f"latents     {path}")
+    stages.include(record.seconds)
+    latents = load_file(path)["latents"].to(ready.device)
+    return latents, dataclasses.replace(record, settings=settings), path
 
 
 def add_finished(comparison: Comparison, places: dict[Job, int], order: Order, ready: Ready) -> int:

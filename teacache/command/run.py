@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from teacache.base.console import Console, Stages
 from teacache.base.files import cache_folder
 from teacache.checkpoint.folder import is_full_size
-from teacache.command.finished import add_finished, find_earlier, kept_latents, pending
+from teacache.command.finished import add_finished, find_earlier, saved_latents, pending
 from teacache.command.jobs import Job
 from teacache.command.loading import load
 from teacache.command.memory import explained_out_of_memory
@@ -101,7 +101,7 @@ class Session:
         self._others = OtherRanks(ready)
         self._loaded: Loaded | None = None
         self._start: sampler.Start | None = None
-        self._drawn_for: tuple[str, int] | None = None
+        self._start_key: tuple[str, int] | None = None
 
     def videos(self, jobs: Sequence[Job], ready: Ready, final: bool) -> Iterator[Video]:
         """Sample jobs; yield each video after it is written. `--resume` yields finished ones first.
@@ -185,7 +185,7 @@ class Session:
     ) -> Video:
         """Sample a job's video, write it with its record, and compare it."""
         order, own = self.order, Stages(self.console, shared=self.stages)
-        latents, record, file = kept_latents(job, order, ready, own, self.console) or (
+        latents, record, file = saved_latents(job, order, ready, own, self.console) or (
             *self._denoise(loaded, job, ready, identity, text, own),
             None,
         )
@@ -228,8 +228,8 @@ class Session:
         self, pipe: ConsisIDPipeline, job: Job, ready: Ready, identity: Identity
     ) -> sampler.Start:
         """The start of a job's video. Jobs with the same image and seed share it."""
-        if self._start is None or self._drawn_for != (job.image, job.seed):
-            self._start, self._drawn_for = None, (job.image, job.seed)
+        if self._start is None or self._start_key != (job.image, job.seed):
+            self._start, self._start_key = None, (job.image, job.seed)
             self._start = sampler.prepare(pipe, identity, ready.size, job.seed)
         return self._start
 

@@ -1,4 +1,4 @@
-"""LoRAs: found, checked against the checkpoint, and fused into the transformer's weights.
+"""Finds LoRAs, checks them against the checkpoint, and fuses them into the transformer's weights.
 
 A fused LoRA adds no cost to sampling, and works with quantization, offloading and compilation.
 """
