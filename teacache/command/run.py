@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from teacache.base.console import Console, Stages
 from teacache.base.files import cache_folder
 from teacache.checkpoint.folder import is_full_size
-from teacache.command.finished import add_finished, find_earlier, saved_latents, pending
+from teacache.command.finished import add_finished, find_earlier, pending, saved_latents
 from teacache.command.jobs import Job
 from teacache.command.loading import load
 from teacache.command.memory import explained_out_of_memory
