@@ -188,8 +188,9 @@ def find_checkpoint(name: str, complete: bool = True) -> Path | None:
     if name == "tiny":
         from teacache.embedded.cached import cached_tiny_checkpoint
 
-        return cached_tiny_checkpoint()
-    checkpoint = local_checkpoint(name)
+        checkpoint: Path | None = cached_tiny_checkpoint()
+    else:
+        checkpoint = local_checkpoint(name)
     if complete and checkpoint is not None:
         check_checkpoint(checkpoint)
     return checkpoint
