@@ -28,11 +28,11 @@ def without_credentials(text: str) -> str:
     it. So only very short values stay. A fragment is masked as a whole.
     """
     text = USER.sub("***@", text)
-    text = QUERY.sub(lambda query: query[1] + "&".join(map(_masked, query[2].split("&"))), text)
+    text = QUERY.sub(lambda query: query[1] + "&".join(map(_mask, query[2].split("&"))), text)
     return FRAGMENT.sub(r"\1***", text)
 
 
-def _masked(field: str) -> str:
+def _mask(field: str) -> str:
     """A field of a query, `name=value` or a value without a name, with its value masked."""
     name, equals, value = field.partition("=")
     if not equals:

@@ -22,23 +22,23 @@ def written_whole(stem: Path, *endings: str) -> Iterator[list[Path]]:
     Yields:
         a hidden path for each ending, to write to. It is renamed to `stem` + ending.
     """
-    beside = [stem.with_name(f".{stem.name}.part{ending}") for ending in endings]
-    named = []
+    hidden = [stem.with_name(f".{stem.name}.part{ending}") for ending in endings]
+    renamed = []
     try:
-        yield beside
-        for path in beside:
+        yield hidden
+        for path in hidden:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        for path, ending in zip(beside, endings, strict=True):
+        for path, ending in zip(hidden, endings, strict=True):
             if not with_ending(stem, ending).exists():
-                named.append(with_ending(stem, ending))
+                renamed.append(with_ending(stem, ending))
             path.rename(with_ending(stem, ending))
     except BaseException:
-        for path in named:
+        for path in renamed:
             path.unlink(missing_ok=True)
         raise
     finally:
-        for path in beside:
+        for path in hidden:
             path.unlink(missing_ok=True)
 
 

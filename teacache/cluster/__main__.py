@@ -44,7 +44,7 @@ def _sample(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("ray") is None:
         raise DeviceError(f"teacache.cluster needs the package ray: pip install {RAY}")
     order = Order.of(args)
-    with _connected() as gpus:
+    with _connection() as gpus:
         from teacache.cluster.pool import Pool  # imports ray
 
         workers = args.workers or sum(gpus) or len(gpus)
@@ -52,7 +52,7 @@ def _sample(args: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def _connected() -> Iterator[list[int]]:
+def _connection() -> Iterator[list[int]]:
     """Connect to the Ray cluster, or start one here; yield the number of GPUs of each machine."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray  # optional

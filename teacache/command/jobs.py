@@ -81,7 +81,7 @@ def read_jobs(path: Path) -> list[dict[str, Any]]:
     rows = _csv_rows if path.suffix.lower() == ".csv" else _json_rows
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            jobs = list(map(_converted, rows(file, f"--jobs {path}, line")))
+            jobs = list(map(_convert, rows(file, f"--jobs {path}, line")))
     except OSError as error:
         raise ArgumentError(f"--jobs {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -123,7 +123,7 @@ def _csv_rows(file: TextIO, where: str) -> Iterator[Row]:
         raise ArgumentError(f"{where} {reader.reader.line_num}: {error}") from error
 
 
-def _converted(row: Row) -> dict[str, Any]:
+def _convert(row: Row) -> dict[str, Any]:
     where, texts = row
     values = {}
     for name, text in texts.items():

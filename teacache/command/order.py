@@ -78,10 +78,10 @@ class Order:
             jobs=tuple(part_of(jobs, args.shard)) if args.shard else jobs,
             all_jobs=jobs,
             shard=args.shard,
-            format=Format(**_named(Format, args)),
-            machine=Machine(**_named(Machine, args)),
+            format=Format(**_fields_of(Format, args)),
+            machine=Machine(**_fields_of(Machine, args)),
             coefficients=args.coefficients,
-            limits=Limits(**_named(Limits, args)),
+            limits=Limits(**_fields_of(Limits, args)),
             scheduler=args.scheduler,
             ckpts_path=args.ckpts_path,
             output_path=args.output_path,
@@ -113,7 +113,7 @@ def in_order(jobs: Sequence[Job], digests: dict[str, str]) -> list[Job]:
     )
 
 
-def _named(kind: type, args: argparse.Namespace) -> dict[str, Any]:
+def _fields_of(kind: type, args: argparse.Namespace) -> dict[str, Any]:
     """The arguments with the names of a dataclass's fields."""
     return {field.name: getattr(args, field.name) for field in fields(kind)}
 

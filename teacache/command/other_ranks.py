@@ -66,7 +66,7 @@ class OtherRanks:
     ) -> None:
         """Let the others denoise a video. This rank must denoise it too."""
         if not self._alone:
-            group.broadcast(Task(schedule, *_moved((start, text), "cpu"), num_infer_steps))
+            group.broadcast(Task(schedule, *_move((start, text), "cpu"), num_infer_steps))
 
     def end(self) -> None:
         """Let the others end after the last video."""
@@ -106,7 +106,7 @@ def _denoise_all(order: Order, ready: Ready, stages: Stages) -> None:
         handle.ranks = group.join(pipe.transformer, ready.ranks, ready.device)
         while (task := group.receive()) is not None:
             handle.follow(task.schedule)
-            start, text = _moved((task.start, task.text), ready.device)
+            start, text = _move((task.start, task.text), ready.device)
             sampler.denoise(
                 pipe,
                 start,
@@ -117,7 +117,7 @@ def _denoise_all(order: Order, ready: Ready, stages: Stages) -> None:
             )
 
 
-def _moved(inputs: tuple[Start, Text], device: Any) -> tuple[Start, Text]:
+def _move(inputs: tuple[Start, Text], device: Any) -> tuple[Start, Text]:
     """Start and text with tensors on a device. The generator's state stays on the host."""
     start, text = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), inputs)
     identity = start.identity._replace(face=None)  # the image, whose latents are in the start

@@ -50,7 +50,7 @@ class Video(NamedTuple):
     earlier: bool = False
 
 
-class Loaded(NamedTuple):
+class Models(NamedTuple):
     """A pipeline, TeaCache on its transformer, and the memory for its decoder."""
 
     pipe: ConsisIDPipeline
@@ -99,7 +99,7 @@ class Session:
                 len(order.all_jobs), load_analyser=lambda: load_analyser(ready.checkpoint)
             )
         self._others = OtherRanks(ready)
-        self._loaded: Loaded | None = None
+        self._models: Models | None = None
         self._start: sampler.Start | None = None
         self._start_key: tuple[str, int] | None = None
 
@@ -120,7 +120,7 @@ class Session:
             return
         jobs = in_order(jobs, ready.digests)
         with explained_out_of_memory(ready.machine, console):
-            loaded, identities, texts = self._prepare(jobs, ready)
+            models, identities, texts = self._prepare(jobs, ready)
             for job in jobs:
                 with pending(job, order, ready, console) as (locked, other):
                     if other:
@@ -129,7 +129,7 @@ class Session:
                         if len(order.jobs) > 1:
                             console.say(f"seed {job.seed}, {job.which}")
                         inputs = identities[job.image], texts[job]
-                        yield self._sample(loaded, job, ready, *inputs, final and job is jobs[-1])
+                        yield self._sample(models, job, ready, *inputs, final and job is jobs[-1])
 
     def end(self) -> None:
         """Let the other ranks end, after the last job."""
@@ -137,19 +137,19 @@ class Session:
 
     def _prepare(
         self, jobs: list[Job], ready: Ready
-    ) -> tuple[Loaded, dict[str, Identity], dict[Job, Text]]:
+    ) -> tuple[Models, dict[str, Identity], dict[Job, Text]]:
         """The pipeline, the identity by image, and the text of each job."""
-        if self._loaded is None:
+        if self._models is None:
             self._others.begin(self.order, ready)
         hint_at_short_prompts(jobs, ready, self.console)
         # The text encoder and the face models need less memory than decoding.
-        with self._loaded.memory.to_decode(last=False) if self._loaded else nullcontext():
+        with self._models.memory.to_decode(last=False) if self._models else nullcontext():
             identities, texts = condition(jobs, self.order, ready, self.stages)
-        if self._loaded is None:
-            self._loaded = self._load(ready, identities[jobs[0].image], texts[jobs[0]])
-        return self._loaded, identities, texts
+        if self._models is None:
+            self._models = self._load(ready, identities[jobs[0].image], texts[jobs[0]])
+        return self._models, identities, texts
 
-    def _load(self, ready: Ready, identity: Identity, text: Text) -> Loaded:
+    def _load(self, ready: Ready, identity: Identity, text: Text) -> Models:
         """Load the pipeline, and compile it if `--compile` is set."""
         with self.stages.stage("loading"):
             pipe = load(self.order, ready)
@@ -159,7 +159,7 @@ class Session:
         if self.order.machine.compile:
             with self.stages.stage("compiling"):
                 self._compile(pipe, identity, text, ready, memory)
-        return Loaded(pipe, handle, memory)
+        return Models(pipe, handle, memory)
 
     def _compile(
         self,
@@ -181,18 +181,18 @@ class Session:
                 sampler.decode(pipe, latents)
 
     def _sample(
-        self, loaded: Loaded, job: Job, ready: Ready, identity: Identity, text: Text, last: bool
+        self, models: Models, job: Job, ready: Ready, identity: Identity, text: Text, last: bool
     ) -> Video:
         """Sample a job's video, write it with its record, and compare it."""
         order, own = self.order, Stages(self.console, shared=self.stages)
         latents, record, file = saved_latents(job, order, ready, own, self.console) or (
-            *self._denoise(loaded, job, ready, identity, text, own),
+            *self._denoise(models, job, ready, identity, text, own),
             None,
         )
         with claimed_slot(order.output_path, record.settings.prefix, file) as slot:
             slot.keep(latents, record)
-            with own.stage("decoding"), loaded.memory.to_decode(last):
-                frames = sampler.decode(loaded.pipe, latents)
+            with own.stage("decoding"), models.memory.to_decode(last):
+                frames = sampler.decode(models.pipe, latents)
             with own.stage("writing"):
                 slot.write(frames)
             record = completed(record, job, order, ready, own, slot.video)
@@ -204,17 +204,17 @@ class Session:
         return Video(job, slot.video, record)
 
     def _denoise(
-        self, loaded: Loaded, job: Job, ready: Ready, identity: Identity, text: Text, own: Stages
+        self, models: Models, job: Job, ready: Ready, identity: Identity, text: Text, own: Stages
     ) -> tuple[torch.Tensor, Record]:
         """The latents of a job's video, and the record after denoising."""
         with own.stage("encoding"):
-            start = self._start_of(loaded.pipe, job, ready, identity)
-        loaded.handle.follow(ready.schedules[job])
+            start = self._start_of(models.pipe, job, ready, identity)
+        models.handle.follow(ready.schedules[job])
         self._others.denoise(ready.schedules[job], start, text, job.num_infer_steps)
-        bar = self.console.bar(job.num_infer_steps, loaded.handle.counts)
+        bar = self.console.bar(job.num_infer_steps, models.handle.counts)
         with own.stage("denoising"), bar as on_step:
             latents, step_seconds = sampler.denoise(
-                loaded.pipe,
+                models.pipe,
                 start,
                 text,
                 ready.size,

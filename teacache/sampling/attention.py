@@ -54,9 +54,7 @@ class ConsisIDAttnProcessor:
             video and text tokens, in the same shapes.
         """
         text_tokens = encoder_hidden_states.shape[1]
-        query, key, value = _projected(
-            attn, torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        )
+        query, key, value = _project(attn, torch.cat([encoder_hidden_states, hidden_states], dim=1))
         if image_rotary_emb is not None:
             apply_rotary_(query[:, text_tokens:], image_rotary_emb)
             apply_rotary_(key[:, text_tokens:], image_rotary_emb)
@@ -73,7 +71,7 @@ class ConsisIDAttnProcessor:
         return video, text
 
 
-def _projected(
+def _project(
     attn: Attention, tokens: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Query, key and value, [batch, tokens, heads, head dim], which is the dispatcher's layout.
