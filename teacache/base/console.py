@@ -1,4 +1,4 @@
-"""What a run prints: its stages as they pass, a bar while it denoises, lines for the user."""
+"""What a run prints: the stages with their seconds, a progress bar, lines for the user."""
 
 from __future__ import annotations
 
@@ -13,30 +13,17 @@ from typing import Literal
 
 from teacache.base import interruption
 
-# Of a run, in their order. What to do where memory runs out in one, `teacache.command.memory` says.
+# The stages of a run, in order. `teacache.command.memory` advises flags by the stage.
 Stage = Literal[
-    "checkpoint",
-    "torch",
-    "image",
-    "download",
-    "schedule",
-    "diffusers",
-    "identity",
-    "text",
-    "loading",
-    "compiling",
-    "encoding",
-    "denoising",
-    "decoding",
-    "writing",
-    "quality",
-]
+    "checkpoint", "torch", "image", "download", "schedule", "diffusers", "identity", "text",
+    "loading", "compiling", "encoding", "denoising", "decoding", "writing", "quality",
+]  # fmt: skip
 
 
 def print_now(line: str) -> None:
-    """Print at once, also into a pipe, where a run of minutes would otherwise stay silent.
+    """Print and flush: a pipe would otherwise show nothing for minutes.
 
-    Where nobody reads any more, as behind `| head`, the run goes on.
+    If nobody reads the pipe any more, as behind `| head`, the run continues without output.
     """
     try:
         print(line, flush=True)
@@ -45,37 +32,37 @@ def print_now(line: str) -> None:
 
 
 class Console:
-    """Standard output, and what is under way.
+    """Standard output, and the current stage.
 
     Args:
-        quiet: print nothing but the videos' paths.
+        quiet: print only the paths of the videos.
 
     Attributes:
-        under_way: the stage that is not over, or that an error has ended.
+        stage: the current stage, or the stage in which an error was raised.
     """
 
     def __init__(self, quiet: bool):
         self.quiet = quiet
-        self.under_way: Stage | None = None
+        self.stage: Stage | None = None
 
     def say(self, line: str) -> None:
-        """A line for the user; nothing where it is quiet."""
+        """Print a line for the user, unless quiet."""
         if not self.quiet:
             print_now(line)
 
     def done(self, video: Path, summary: str) -> None:
-        """A finished video: its path alone where it is quiet, else the summary."""
+        """Report a finished video: only its path if quiet, else the summary."""
         print_now(str(video) if self.quiet else summary)
 
     @contextlib.contextmanager
     def bar(
         self, steps: int, counts: Callable[[], dict[str, int]] = dict, what: str = "denoising"
     ) -> Iterator[Callable[[], None]]:
-        """A progress bar over denoising steps; nothing where standard error is no terminal.
+        """A progress bar over denoising steps, if standard error is a terminal.
 
         Args:
-            counts: what it shows beside, after each step.
-            what: the steps are of.
+            counts: returns the numbers to show beside the bar, after each step.
+            what: label of the bar.
 
         Yields:
             the function to call after each step.
@@ -97,14 +84,13 @@ class Console:
 
 
 class Stages:
-    """Times the stages of a run, or of one of its videos, and says a line as each one ends.
+    """Measures the seconds of each stage, and prints a line at the end of each.
 
     Args:
-        shared: the stages that a run of several videos has gone through before them all: their
-            seconds are in each video's.
+        shared: the stages that several videos of a run share. Their seconds are included.
 
     Attributes:
-        seconds: of each stage that has ended, in their order.
+        seconds: of each finished stage, in order.
     """
 
     def __init__(self, console: Console, shared: Stages | None = None):
@@ -115,23 +101,23 @@ class Stages:
 
     @contextlib.contextmanager
     def stage(self, name: Stage) -> Iterator[None]:
-        """Time the block as a stage."""
+        """Run the block as a stage."""
         interruption.check()
         start = time.perf_counter()
-        self._console.under_way = name
+        self._console.stage = name
         yield
         interruption.check()
         self.seconds[name] = time.perf_counter() - start
         self._console.say(f"{name:<12}{self.seconds[name]:8.1f} s")
 
     def include(self, seconds: dict[str, float]) -> None:
-        """Count what an earlier run has taken for the same video, as `with_total` returned it."""
+        """Add the seconds of an earlier run for the same video, as `with_total` returns them."""
         earlier = dict(seconds)
         self._before += earlier.pop("total")
         self.seconds = {**earlier, **self.seconds}
 
     def with_total(self) -> dict[str, float]:
-        """The seconds of each stage so far, and their `total` with what lay between them."""
+        """The seconds of each stage so far, and the `total`, which includes the time between."""
         total = self._before + time.perf_counter() - self._start
         seconds = {**self.seconds, "total": total}
         return {name: round(value, 3) for name, value in seconds.items()}

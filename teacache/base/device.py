@@ -1,4 +1,4 @@
-"""What a run computes on, and how much of its memory that took."""
+"""The device of a run: timing, memory, names, and its out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def device_name(device: torch.device) -> str:
 
 
 def mark(device: torch.device) -> Mark:
-    """A timestamp in the device's queue, taken without synchronising; on a CPU, its clock."""
+    """A timestamp in the device's queue, without synchronising; on a CPU the clock."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -28,7 +28,7 @@ def mark(device: torch.device) -> Mark:
 
 
 def seconds_between(marks: list[Mark]) -> list[float]:
-    """Seconds from each mark to the next, once the device has reached the last."""
+    """Seconds from each mark to the next. Waits until the device has reached the last."""
     events = [each for each in marks if isinstance(each, torch.cuda.Event)]
     if events:
         events[-1].synchronize()
@@ -38,28 +38,27 @@ def seconds_between(marks: list[Mark]) -> list[float]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that was allocated so far: on the GPU by torch, else by the process."""
+    """Peak of the GPU memory that torch allocated; on a CPU peak memory of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB on Linux
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
 
 
 def peak_reserved_bytes(device: torch.device) -> int | None:
-    """The most GPU memory that torch has held so far, what it had free within included."""
+    """Peak of the GPU memory that torch reserved, its cache included; None on a CPU."""
     return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
 
 
 def total_memory_bytes(device: torch.device) -> int:
-    """What a GPU has."""
+    """The memory of a GPU."""
     return torch.cuda.mem_get_info(device)[1]
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """What a GPU has left for torch to allocate."""
+    """The GPU memory that torch can still allocate, its cache included."""
     free, _ = torch.cuda.mem_get_info(device)
-    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free + reserved
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def free_cached_memory(device: torch.device) -> None:
@@ -70,7 +69,7 @@ def free_cached_memory(device: torch.device) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch found no memory for what it was asked for, on a GPU or on the host."""
+    """Whether an error is a failed memory allocation, on a GPU or on the host."""
     phrases = (
         *("can't allocate memory", "Cannot allocate memory", "not enough memory"),
         *("CUDA error: out of memory", "ALLOC_FAILED"),
@@ -81,8 +80,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def is_the_gpus(error: BaseException) -> bool:
-    """Whether the memory that ran out is a GPU's: the host's own has errors of other kinds."""
+def is_gpu_memory(error: BaseException) -> bool:
+    """Whether an out-of-memory error is about GPU memory, not host memory."""
     names = ("CUDA", "CUDNN", "CUBLAS")
     return isinstance(error, torch.OutOfMemoryError) or any(name in str(error) for name in names)
 

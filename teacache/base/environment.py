@@ -1,4 +1,4 @@
-"""What Python and its packages need of the machine: looked at, or set, before torch is imported."""
+"""Checks and settings that must come before torch is imported."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ from teacache.base.errors import DeviceError
 
 
 def prepare_environment() -> None:
-    """Look for what else ends in a traceback from within a library, and choose the GPU's allocator.
+    """Import opencv, and choose torch's allocator on a GPU. Call it before torch is imported.
 
-    To be called before torch is imported. It imports opencv, which is needed later in any case.
-    Unless the user has chosen something, torch's memory on a GPU grows in segments that expand:
-    decoding at published settings then reserves 4 GiB less for the same tensors.
+    Unless the user has configured the allocator, its segments are expandable: decoding at
+    published settings then reserves 4 GiB less for the same tensors.
 
     Raises:
-        DeviceError: where something is missing, with what can be done about it.
+        DeviceError: if opencv cannot be imported, with the command that helps.
     """
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older of its names
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         import cv2  # noqa: F401
     except ImportError as error:
-        missing = re.match(r"(\S+\.so[.\d]*): cannot open shared object file", str(error))
-        if missing:  # servers often lack what draws on a screen
+        library = re.match(r"(\S+\.so[.\d]*): cannot open shared object file", str(error))
+        if library:  # a server often lacks the graphics libraries
             raise DeviceError(
-                f"opencv does not find {missing[1]}: apt-get install libgl1 libglib2.0-0"
+                f"opencv does not find {library[1]}: apt-get install libgl1 libglib2.0-0"
             ) from error
         raise DeviceError(f"opencv cannot be imported: {error}") from error

@@ -1,9 +1,9 @@
-"""The errors that a user can do something about; everything else keeps its traceback."""
+"""Errors that a user can fix. All other errors keep their traceback."""
 
 import re
 
-# The parts of a URL that may be secret: user info (also with unescaped / ? # in the password), the
-# query and the fragment; and the values of a query that are no credentials.
+# Parts of a URL that may be secret: user info (also with unescaped / ? # in the password), query
+# and fragment. HARMLESS matches values of a query that are not secret.
 USER = re.compile(r"(?<=://)([^/?#\s]*@|[^/?#@\s]*:.*@)")
 QUERY = re.compile(r"(://[^\s?#]*\?)([^\s#]*)")
 FRAGMENT = re.compile(r"(://[^\s#]*#)\S+")
@@ -11,30 +11,29 @@ HARMLESS = re.compile(r"(true|false|\d{0,4})")
 
 
 def one_line(message: str) -> str:
-    """The message with its line breaks, and whatever else cannot be printed, written out."""
+    """The message in one line: line breaks and other unprintable characters are escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
 
 
 def reason(error: BaseException) -> str:
-    """What a foreign exception says, in one line: the system's words, its own, or its kind."""
+    """The first line of a library's exception: the system's message, its own, or its type."""
     message = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
     return str(message).splitlines()[0]
 
 
 def without_credentials(text: str) -> str:
-    """A text with URLs in it as it may be shown and recorded: without what lets a reader in.
+    """The text with the credentials in its URLs masked, for messages and records.
 
-    That may be a password, or of a signed URL any value of the query, whose names differ from one
-    service to the next; only the shortest stay. A fragment may hold anything.
+    Any value of a query may be the key of a signed URL, because each service has other names for
+    it. So only very short values stay. A fragment is masked as a whole.
     """
-
     text = USER.sub("***@", text)
-    text = QUERY.sub(lambda query: query[1] + "&".join(map(_masked, query[2].split("&"))), text)
+    text = QUERY.sub(lambda query: query[1] + "&".join(map(_mask, query[2].split("&"))), text)
     return FRAGMENT.sub(r"\1***", text)
 
 
-def _masked(field: str) -> str:
-    """A field of a query: name=value, or a value alone."""
+def _mask(field: str) -> str:
+    """A field of a query, `name=value` or a value without a name, with its value masked."""
     name, equals, value = field.partition("=")
     if not equals:
         return "***"
@@ -42,18 +41,18 @@ def _masked(field: str) -> str:
 
 
 class TeaCacheError(Exception):
-    """A wrong input or a missing piece of the environment, said in one line."""
+    """A wrong input, or something that the machine lacks, as a message of one line."""
 
     def __init__(self, message: str):
         super().__init__(one_line(without_credentials(message)))
 
 
 class ArgumentError(TeaCacheError):
-    """An argument, or a file that an argument names, cannot be used as it is."""
+    """An argument, or a file that an argument names, is wrong."""
 
 
 class CheckpointError(TeaCacheError):
-    """The checkpoint cannot be found, fetched or read as a ConsisID checkpoint."""
+    """The checkpoint cannot be found, downloaded or read as a ConsisID checkpoint."""
 
 
 class DeviceError(TeaCacheError):
@@ -61,7 +60,7 @@ class DeviceError(TeaCacheError):
 
 
 class ImageError(TeaCacheError):
-    """The image cannot be read, or no face can be found in it."""
+    """The image cannot be read, or no face is detected in it."""
 
 
 class SamplingError(TeaCacheError):
@@ -69,4 +68,4 @@ class SamplingError(TeaCacheError):
 
 
 class OutputError(TeaCacheError):
-    """The output folder cannot take the video and its record."""
+    """The video and its record cannot be written to the output folder."""

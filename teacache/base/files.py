@@ -1,4 +1,4 @@
-"""Files that are whole or absent, locks, and the user's cache folder."""
+"""Atomic file writes, locks, and the user's cache folder."""
 
 from __future__ import annotations
 
@@ -14,50 +14,53 @@ from teacache.base.errors import DeviceError
 
 @contextlib.contextmanager
 def written_whole(stem: Path, *endings: str) -> Iterator[list[Path]]:
-    """Hidden paths to write to, each of which becomes `stem` + its ending once the block succeeds.
+    """Write several files atomically: all get their names at the end of the block, or none.
 
-    All contents reach the disk before the first name does. Where anything fails, none is left; a
-    file that was there before, as a record that gets more in it, stays.
+    The contents are flushed to disk before the first file is renamed. If anything fails, no new
+    file is left. A file that existed before, such as a record that is updated, stays.
+
+    Yields:
+        a hidden path for each ending, to write to. It is renamed to `stem` + ending.
     """
-    beside = [stem.with_name(f".{stem.name}.part{ending}") for ending in endings]
-    named = []
+    hidden = [stem.with_name(f".{stem.name}.part{ending}") for ending in endings]
+    renamed = []
     try:
-        yield beside
-        for path in beside:
+        yield hidden
+        for path in hidden:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        for path, ending in zip(beside, endings, strict=True):
+        for path, ending in zip(hidden, endings, strict=True):
             if not with_ending(stem, ending).exists():
-                named.append(with_ending(stem, ending))
+                renamed.append(with_ending(stem, ending))
             path.rename(with_ending(stem, ending))
     except BaseException:
-        for path in named:
+        for path in renamed:
             path.unlink(missing_ok=True)
         raise
     finally:
-        for path in beside:
+        for path in hidden:
             path.unlink(missing_ok=True)
 
 
 def with_ending(stem: Path, ending: str) -> Path:
-    """`stem` + `ending`: not with_suffix, to which the suffix of 42_0.15_0000 is .15_0000."""
+    """`stem` + `ending`. `with_suffix` would cut .15_0000 off the name 42_0.15_0000."""
     return stem.with_name(stem.name + ending)
 
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = False, always: bool = False) -> Iterator[bool]:
-    """Hold the lock of a file for as long as the block runs, and remove the file.
+    """Hold a lock file while the block runs, then remove the file.
 
-    The system gives the lock back whatever ends the process, SIGKILL too; then the empty file stays
-    until the next process that takes the lock. On a file system without locks, and in a folder that
-    takes no more files, there is nothing to be held back by.
+    The system releases the lock when the process ends, even by SIGKILL. Then the empty file stays
+    until the next process takes the lock. Without locks in the file system, or without permission
+    to create the file, the lock counts as held.
 
     Args:
-        wait: for another process that holds the lock.
-        always: also on a file system without locks, where a killed process leaves it locked.
+        wait: wait for another process that holds the lock.
+        always: lock also on a file system without locks. There a killed process leaves the lock.
 
     Yields:
-        whether it is held: False where another process has it.
+        whether the lock is held: False if another process holds it.
     """
     lock = filelock.FileLock(path, timeout=-1 if wait else 0, fallback_to_soft=always)
     try:
@@ -71,8 +74,8 @@ def locked(path: Path, wait: bool = False, always: bool = False) -> Iterator[boo
     try:
         yield True
     finally:
-        # While it is held: a process that has opened it sees that it is gone, and tries again.
-        with contextlib.suppress(OSError):  # a folder that takes no more changes
+        # Before the release: a process that has opened the file sees that it is gone, and retries.
+        with contextlib.suppress(OSError):  # the folder is read-only by now
             path.unlink()
         lock.release()
 
@@ -81,7 +84,7 @@ def cache_folder() -> Path:
     """This package's folder below the user's cache folder.
 
     Raises:
-        DeviceError: where the system does not know the user, as in some containers.
+        DeviceError: if the user has no home directory, as in some containers.
     """
     try:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -1,4 +1,4 @@
-"""How a command ends: Ctrl-C, SIGTERM, a closed terminal, cleaning up on the way; exit codes."""
+"""Signals (Ctrl-C, SIGTERM, a closed terminal) and the exit codes of a command."""
 
 from __future__ import annotations
 
@@ -10,76 +10,77 @@ from collections.abc import Callable, Iterator
 
 from teacache.base.errors import TeaCacheError
 
-# For so long after a signal another one changes nothing: what is cleaned up is not cut short.
+# A second signal within this time is ignored, so that it does not interrupt the clean-up.
 CLEANING_SECONDS = 2.0
-_asked: float | None = None  # when, by the monotonic clock
+_signal_time: float | None = None  # of the monotonic clock; None before any signal
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Raise KeyboardInterrupt in the block when a signal to end comes; then ignore all of them.
+    """Raise KeyboardInterrupt in the block on SIGINT, SIGTERM or SIGHUP; ignore them afterwards.
 
-    Some libraries lose an exception that comes while they are imported, or in a callback of
-    theirs; `check` raises it again.
+    Some libraries swallow an exception during their import or in a callback. `check` raises it
+    again.
     """
-    global _asked
-    _asked = None
+    global _signal_time
+    _signal_time = None
     try:
         before = {
-            number: signal.signal(number, _ask)
+            number: signal.signal(number, _on_signal)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-            # Behind `nohup` a closed terminal is nothing to be told of.
+            # `nohup` ignores SIGHUP, and that stays.
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
         }
-    except ValueError:  # not in the main thread, which alone is told of signals
+    except ValueError:  # not the main thread, which alone receives signals
         before = {}
-    tell_of_lost = sys.unraisablehook
+    hook = sys.unraisablehook
     sys.unraisablehook = lambda lost: (
-        None if isinstance(lost.exc_value, KeyboardInterrupt) else tell_of_lost(lost)
+        None if isinstance(lost.exc_value, KeyboardInterrupt) else hook(lost)
     )
     try:
         yield
         check()
     finally:
-        sys.unraisablehook = tell_of_lost
+        sys.unraisablehook = hook
         for number, handler in before.items():
-            # A process that is about to end as one that was interrupted is not to be killed yet.
+            # An interrupted process is about to end with exit code 130: nothing may kill it first.
             signal.signal(number, signal.SIG_IGN if stop_requested() else handler)
 
 
 def check() -> None:
-    """Raise KeyboardInterrupt where a signal has come, and its exception was lost."""
+    """Raise KeyboardInterrupt if a signal has arrived."""
     if stop_requested():
         raise KeyboardInterrupt
 
 
 def stop_requested() -> bool:
-    """Whether a signal has asked the run to stop; skip optional slow work then."""
-    return _asked is not None
+    """Whether a signal has arrived. Optional slow work is skipped then."""
+    return _signal_time is not None
 
 
 def request_stop() -> None:
-    """Have `check` raise KeyboardInterrupt from now on: in a process that another one controls."""
-    global _asked
-    _asked = time.monotonic()
+    """Let `check` raise KeyboardInterrupt from now on, as after a signal."""
+    global _signal_time
+    _signal_time = time.monotonic()
 
 
-def _ask(number: int, frame: object) -> None:
-    global _asked
+def _on_signal(number: int, frame: object) -> None:
+    global _signal_time
     now = time.monotonic()
-    if _asked is None or now - _asked > CLEANING_SECONDS:
-        _asked = now
+    if _signal_time is None or now - _signal_time > CLEANING_SECONDS:
+        _signal_time = now
         raise KeyboardInterrupt
 
 
 def run_command(work: Callable[[], None], interrupted: str = "interrupted") -> int:
-    """Run `work`; return the process's exit code.
+    """Run `work`, and print its error or interruption in one line.
 
     Args:
-        interrupted: what to say where it was; nothing where another process says so.
+        interrupted: the line to print after an interruption; empty if another process prints it.
 
-    That is 0 where it is done, 2 for wrong input, 130 where it was interrupted. Anything else keeps
-    its traceback, with which Python exits with 1.
+    Returns:
+        the exit code: 0 if done, 2 for a TeaCacheError, 130 after an interruption. Any other error
+        keeps its traceback, and Python exits with 1.
     """
     try:
         with interruptible():
@@ -87,17 +88,16 @@ def run_command(work: Callable[[], None], interrupted: str = "interrupted") -> i
     except (Exception, KeyboardInterrupt) as error:
         if stop_requested() or isinstance(error, KeyboardInterrupt):
             # Some libraries turn an interruption into an error of their own.
-            _tell(". ".join(filter(None, [interrupted, *getattr(error, "__notes__", ())])))
+            _print_error(". ".join(filter(None, [interrupted, *getattr(error, "__notes__", ())])))
             return 130
         if isinstance(error, TeaCacheError):
-            _tell(f"error: {error}")
+            _print_error(f"error: {error}")
             return 2
         raise
     return 0
 
 
-def _tell(line: str) -> None:
-    if not line:
-        return
-    with contextlib.suppress(OSError):  # of a terminal that is closed
-        print(line, file=sys.stderr, flush=True)
+def _print_error(line: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal is closed
+        if line:
+            print(line, file=sys.stderr, flush=True)

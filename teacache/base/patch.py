@@ -1,7 +1,7 @@
-"""Another forward in the place of a module's own, and its undoing.
+"""Replaces the forward of a module, and restores it.
 
-Offload hooks, accelerate's and diffusers', wrap a module's forward too, and keep what they wrap. A
-patch replaces the innermost forward, so that the two go together in any order.
+The offload hooks of accelerate and diffusers wrap a module's forward too, and store the forward
+that they wrap. A patch replaces the innermost forward, so both combine in any order.
 """
 
 from __future__ import annotations
@@ -16,16 +16,13 @@ if TYPE_CHECKING:
 
 
 def forwards(module: torch.nn.Module) -> Iterator[tuple[Any, str, Callable]]:
-    """The forwards that are kept for a module beside its class's own.
+    """The forwards that are stored for a module, by itself or by an offload hook.
 
     Yields:
-        the object that holds it, the name of the attribute, and the forward.
+        the object that stores it, the name of the attribute, and the forward.
     """
-    holders: list[Any] = [
-        module,
-        *getattr(getattr(module, "_diffusers_hook", None), "_fn_refs", ()),
-    ]
-    for holder in holders:
+    hooks = getattr(getattr(module, "_diffusers_hook", None), "_fn_refs", ())
+    for holder in (module, *hooks):
         for name in ("_old_forward", "original_forward", "forward"):
             forward = vars(holder).get(name)
             if forward is not None:
@@ -33,11 +30,11 @@ def forwards(module: torch.nn.Module) -> Iterator[tuple[Any, str, Callable]]:
 
 
 def put_in_place(module: torch.nn.Module, forward: Callable) -> None:
-    """Let `forward` stand in the place of the module's own.
+    """Replace the module's own forward by `forward`.
 
     Raises:
-        ArgumentError: where something else than an offload hook has wrapped the module's forward,
-            and would be lost.
+        ArgumentError: if something else than an offload hook wraps the module's forward, because
+            the patch would remove that wrapper.
     """
     own = type(module).forward
     for holder, name, current in forwards(module):
@@ -53,11 +50,9 @@ def put_in_place(module: torch.nn.Module, forward: Callable) -> None:
 
 
 def take_away(module: torch.nn.Module, forward: Callable) -> None:
-    """Undo `put_in_place`, where `forward` is still in place; else do nothing."""
+    """Undo `put_in_place`. Does nothing if `forward` is not in place."""
     for holder, name, current in list(forwards(module)):
-        if current is not forward:
-            continue
-        if (holder, name) == (module, "forward"):
+        if current is forward and (holder, name) == (module, "forward"):
             del module.forward
-        else:
+        elif current is forward:
             setattr(holder, name, type(module).forward.__get__(module))

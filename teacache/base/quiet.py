@@ -1,4 +1,4 @@
-"""Keeps the noise of the libraries below from the user, and leaves what this package says."""
+"""Suppresses the output of libraries, but not the warnings of this package."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from types import ModuleType
 
 
 def silence_libraries() -> None:
-    """Hide deprecations and advice; let this package's warnings through, a line each.
+    """Hide deprecation warnings and advice; print this package's warnings, one line each.
 
-    For a command, once, before anything heavy is imported.
+    A command calls this once, before it imports torch.
     """
     warnings.simplefilter("ignore")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    for library in ("DIFFUSERS", "TRANSFORMERS", "HF_HUB"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     for name in ("", "diffusers", "transformers", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # What torch says of torchao's enumerations, and of a compiler that finds no CUDA.
+    # torch warns about torchao's enumerations, and about a compiler without CUDA.
     for name in ("torch.utils._pytree", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
     handler = logging.StreamHandler()
@@ -36,44 +35,44 @@ def silence_libraries() -> None:
 
 
 def allow_any_encoding() -> None:
-    """Print a question mark for what a terminal or file without UTF-8 cannot hold."""
+    """Print a question mark for each character that a terminal without UTF-8 cannot show."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
 
 
 @contextlib.contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Hide the bars that diffusers and transformers draw while they read or write weights."""
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
+    """Hide the progress bars of diffusers and transformers for reading and writing weights."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
-    shown = [log for log in (of_diffusers, of_transformers) if log.is_progress_bar_enabled()]
-    for log in shown:
-        log.disable_progress_bar()
+    both = (diffusers_logging, transformers_logging)
+    enabled = [library for library in both if library.is_progress_bar_enabled()]
+    for library in enabled:
+        library.disable_progress_bar()
     try:
         yield
     finally:
-        for log in shown:
-            log.enable_progress_bar()
+        for library in enabled:
+            library.enable_progress_bar()
 
 
 @contextlib.contextmanager
 def silent_programs() -> Iterator[Callable[[], str]]:
-    """Hide what programs that are started in the block say on standard error.
+    """Hide the standard error of programs that the block starts.
 
     Yields:
-        a function that gives the last line of it.
+        a function that returns the last line of their output.
     """
     stderr = os.dup(2)
     try:
         output = tempfile.TemporaryFile()  # noqa: SIM115 - closed below
-    except OSError:  # no room anywhere: then it cannot be told
+    except OSError:  # every temporary folder is full: the line is lost
         output = open(os.devnull, "w+b")  # noqa: SIM115
 
     def last_line() -> str:
         output.seek(0)
-        lines = output.read().decode(errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return output.read().decode(errors="replace").strip().split("\n")[-1].strip()
 
     with output:
         try:
@@ -85,7 +84,7 @@ def silent_programs() -> Iterator[Callable[[], str]]:
 
 
 def import_eva_clip() -> ModuleType:
-    """Import `consisid_eva_clip`, which prints advice about optional packages as it comes in."""
+    """Import `consisid_eva_clip`, without the advice that it prints on import."""
     with contextlib.redirect_stdout(io.StringIO()):
         import consisid_eva_clip
     return consisid_eva_clip

@@ -19,7 +19,7 @@ from teacache.benchmark.random_weights import Material
 from teacache.checkpoint.pipeline import load_pipeline
 from teacache.checkpoint.size import video_size
 from teacache.command.arguments import DEFAULT_PROMPT
-from teacache.command.preflight import find_whole_checkpoint
+from teacache.command.preflight import find_checkpoint
 from teacache.core.forward import apply_teacache
 from teacache.core.handle import TeaCacheHandle
 from teacache.core.ranks import ALONE
@@ -32,7 +32,7 @@ from teacache.results.video import write_video
 from teacache.sampling import acceleration, attention, sampler
 from teacache.sampling.blocks import use_lean_blocks
 from teacache.sampling.decoder import use_lean_decoder
-from teacache.sampling.room import Room
+from teacache.sampling.decoder_memory import DecoderMemory
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLCogVideoX, ConsisIDTransformer3DModel
@@ -97,7 +97,7 @@ def of_checkpoint(
     name: str, num_infer_steps: int, device: torch.device, dtype: torch.dtype
 ) -> Bench:
     """A bench on a checkpoint that is here already, with the photograph of the astronaut."""
-    folder = find_whole_checkpoint(name)
+    folder = find_checkpoint(name)
     if folder is None:
         raise CheckpointError(f"--ckpts_path {name}: there is no such folder here")
     conditioning = Conditioning(folder, device, dtype, "none", cache=None)
@@ -191,7 +191,7 @@ class Bench:
                 reused = [steps[n] for n in done.reused_steps]
             room: contextlib.AbstractContextManager = contextlib.nullcontext()
             if handle:  # the plain pipeline keeps its transformer
-                room = Room(pipe, self.material.size, "none").to_decode(last=False)
+                room = DecoderMemory(pipe, self.material.size, "none").to_decode(last=False)
             with room, _timed(seconds, "decoding", self.device):
                 frames = sampler.decode(pipe, latents)
             with _timed(seconds, "writing", self.device):

@@ -1,4 +1,4 @@
-"""Samples many videos on all the GPUs of a Ray cluster: `python3 -m teacache.cluster --help`."""
+"""Samples many videos on all GPUs of a Ray cluster: `python3 -m teacache.cluster --help`."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ RAY = "ray==2.60.0"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command. Returns its exit code, as the sampler's command does."""
+    """Run the command; return its exit code, as the sampler's command does."""
     parser = OneLineParser(
         prog="python3 -m teacache.cluster",
-        description="Sample many videos on all the GPUs of a Ray cluster, or of this machine.",
+        description="Sample many videos on all GPUs of a Ray cluster, or of this machine.",
         allow_abbrev=False,
     )
     workers = "videos at a time (default: one for each GPU; without GPUs one for each machine)"
@@ -44,7 +44,7 @@ def _sample(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("ray") is None:
         raise DeviceError(f"teacache.cluster needs the package ray: pip install {RAY}")
     order = Order.of(args)
-    with _connected() as gpus:
+    with _connection() as gpus:
         from teacache.cluster.pool import Pool  # imports ray
 
         workers = args.workers or sum(gpus) or len(gpus)
@@ -52,12 +52,12 @@ def _sample(args: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def _connected() -> Iterator[list[int]]:
-    """Connect to the Ray cluster, or begin one on this machine; yield the GPUs of each machine."""
+def _connection() -> Iterator[list[int]]:
+    """Connect to the Ray cluster, or start one here; yield the number of GPUs of each machine."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray  # optional
 
-    # What Ray's own processes say of a lost one would come on standard output.
+    # Ray's own processes would print on standard output when a worker is lost.
     ray._private.worker._worker_logs_enabled = False
     _check_address(os.environ.get("RAY_ADDRESS", ""))
     handler = signal.getsignal(signal.SIGTERM)
@@ -66,19 +66,19 @@ def _connected() -> Iterator[list[int]]:
             ray.init(logging_level=logging.ERROR, log_to_driver=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise DeviceError(f"no Ray cluster can be reached: {reason(error)}") from error
-        except SystemExit as end:  # as Ray's own handler of SIGTERM ends
+        except SystemExit as end:  # raised by Ray's handler of SIGTERM
             raise KeyboardInterrupt from end
-        signal.signal(signal.SIGTERM, handler)  # in whose place Ray has put its own
+        signal.signal(signal.SIGTERM, handler)  # Ray has replaced it
         yield [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
     finally:
         ray.shutdown()
 
 
 def _check_address(address: str) -> None:
-    """Raise DeviceError where nobody answers at `host:port`, for which Ray would wait for ever."""
+    """Raise DeviceError if nobody answers at `host:port`: Ray would wait for ever."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     try:
-        if colon and port.isdecimal():  # else auto, local, or a name that Ray knows
+        if colon and port.isdecimal():  # else auto, local, or another name that Ray knows
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except (OSError, OverflowError) as error:
         raise DeviceError(f"no Ray cluster at RAY_ADDRESS={address}: {reason(error)}") from error

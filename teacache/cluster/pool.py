@@ -1,7 +1,7 @@
-"""The videos of an order on a Ray cluster: each worker takes one task after the other.
+"""The videos of an order on a Ray cluster. Each worker takes one task after the other.
 
-Ray restarts a worker that is killed, and has it do its task again. A worker looks for the records
-of its task first, so that no video is made twice.
+Ray restarts a killed worker and repeats its task. A worker skips the videos that have a record, so
+no video is sampled twice.
 """
 
 from __future__ import annotations
@@ -33,7 +33,11 @@ from teacache.results.record import Record
 
 
 class Worker:
-    """Samples task after task, with models that it loads once; `folder` is that of the command."""
+    """Samples one task after the other with models that it loads once.
+
+    Args:
+        folder: the working directory of the command.
+    """
 
     def __init__(self, order: Order, folder: Path):
         self.order, self.folder = order, folder
@@ -44,10 +48,13 @@ class Worker:
         logging.getLogger("teacache").handlers = [self.warnings]
 
     def sample(self, jobs: tuple[Job, ...]) -> Iterator[tuple[Job, Path, Record, list[str]]]:
-        """Each job's video, and the warnings since the one before. No jobs: check this machine.
+        """Sample a task. Without jobs, only check this machine.
+
+        Yields:
+            each job, its video and record, and the warnings since the previous video.
 
         Raises:
-            TeaCacheError: in one line, for what is wrong with a job or with this machine.
+            TeaCacheError: in one line, if a job or this machine fails.
         """
         try:
             if not self.folder.is_dir():
@@ -57,36 +64,41 @@ class Worker:
             os.chdir(self.folder)
             ready = preflight(replace(self.order, jobs=jobs, all_jobs=jobs), self.stages)
             if self.session is None:
-                from teacache.command.run import Session  # after `preflight`: imports diffusers
+                from teacache.command.run import Session  # imports diffusers: after `preflight`
 
-                # What was chosen by the memory that was free holds for later tasks too.
+                # Later tasks use the same offloading, whatever memory is free then.
                 self.order = replace(self.order, machine=ready.machine)
                 self.session = Session(self.order, ready, self.stages, Console(quiet=True))
             for video in self.session.videos(jobs, ready, final=False):
-                # No class of `run`, for which the command would import diffusers.
+                # As a tuple: to unpickle a `Video` the command would import diffusers.
                 yield *video[:3], [each.getMessage() for each in self.warnings.buffer]
                 self.warnings.flush()
-        except KeyboardInterrupt as error:  # which Ray would take for its own
+        except KeyboardInterrupt as error:  # Ray handles it differently
             raise SamplingError(". ".join(getattr(error, "__notes__", ()))) from error
 
     def stop(self) -> None:
-        """End `sample` within a step: from another thread."""
+        """End `sample` within one step. Another thread calls it."""
         interruption.request_stop()
 
 
 class Pool:
-    """So many workers on Ray, of so many GPUs each, that share the tasks of an order."""
+    """Workers on Ray that share the tasks of an order.
+
+    Args:
+        workers: their number.
+        gpus: number of GPUs of each worker.
+    """
 
     def __init__(self, order: Order, workers: int, gpus: int, console: Console):
         self._order, self._console = order, console
         self._comparison = Comparison(len(order.jobs), load_analyser=lambda: None)
-        self._left = dict.fromkeys(order.jobs)
-        self._warn = functools.cache(logging.getLogger("teacache").warning)  # each once
+        self._pending = dict.fromkeys(order.jobs)
+        self._warn = functools.cache(logging.getLogger("teacache").warning)  # each text once
         self._queue = deque(tasks(order.jobs, workers))
-        self._calls: dict[Any, tuple[Any, tuple[Job, ...]]] = {}  # each with its worker and task
+        self._calls: dict[Any, tuple[Any, tuple[Job, ...]]] = {}  # worker and task of each call
         known = [] if order.resume else [path.name for path in order.output_path.glob("*.json")]
         self._arguments = replace(order, resume=True, ignored=frozenset(known)), Path.cwd()
-        # A second thread for `stop`. SPREAD: over the machines, also where none has a GPU.
+        # A second thread for `stop`. SPREAD uses all machines, also without GPUs.
         options: dict[str, Any] = {"num_gpus": gpus, "concurrency_groups": {"stop": 1}}
         options |= {"scheduling_strategy": "SPREAD", "max_restarts": -1, "max_task_retries": 2}
         self._actor: Any = ray.remote(**options)(Worker)
@@ -94,14 +106,14 @@ class Pool:
             self._give(self._actor.remote(*self._arguments), ())
 
     def run(self) -> None:
-        """Sample every video that can be, and report on all.
+        """Sample all videos, and write the report.
 
         Raises:
-            TeaCacheError: in one line, where a machine cannot sample, or videos failed.
+            TeaCacheError: in one line, if a machine cannot sample, or videos failed.
         """
-        every = len(self._order.jobs)
+        count = len(self._order.jobs)
         try:
-            while self._left:
+            while self._pending:
                 for worker, task, error in self._ended(seconds=1):
                     self._after_task(worker, task, error)
                 interruption.check()
@@ -115,17 +127,18 @@ class Pool:
                         interrupted.add_note(str(error))
             raise
         finally:
-            if every > 1:
-                write_report(self._comparison, self._order, every, self._console)
-        if failed := every - len(self._comparison.videos):
-            what = f"{failed} of {every} videos could not be made"
-            raise SamplingError(f"{what}, see above: --resume tries them again")
+            if count > 1:
+                write_report(self._comparison, self._order, self._console)
+        if failed := count - len(self._comparison.videos):
+            raise SamplingError(
+                f"{failed} of {count} videos failed, see above: --resume tries them again"
+            )
 
     def _give(self, worker: Any, task: tuple[Job, ...]) -> None:
         self._calls[worker.sample.options(num_returns="streaming").remote(task)] = worker, task
 
     def _ended(self, seconds: float) -> Iterator[tuple[Any, tuple[Job, ...], Exception | None]]:
-        """Take the videos that come; yield each task that ends, with its worker and its error."""
+        """Collect finished videos; yield worker, task and error of each call that ended."""
         for call in ray.wait(list(self._calls), timeout=seconds)[0]:
             try:
                 job, path, record, warnings = ray.get(next(call))  # type: ignore[arg-type]
@@ -137,8 +150,8 @@ class Pool:
             else:
                 for warning in warnings:
                     self._warn(warning)
-                if job in self._left:  # else it comes once more with a task that is repeated
-                    del self._left[job]
+                if job in self._pending:  # else a repeated task returned it again
+                    del self._pending[job]
                     self._comparison.add_earlier(self._order.jobs.index(job), path, record)
                     line = f"{len(self._comparison.videos)} of {len(self._order.jobs)}  {path}"
                     self._console.done(path, line)
@@ -146,16 +159,16 @@ class Pool:
     def _after_task(self, worker: Any, task: tuple[Job, ...], error: Exception | None) -> None:
         if error and not task:
             raise error  # this machine cannot sample
-        left = tuple(job for job in task if job in self._left)
-        if len(left) == 1 and (error or len(task) == 1):
-            job, why = left[0], error or "another process samples it"
-            del self._left[job]
-            self._warn(f"seed {job.seed}, {job.which}: {why}")
-        else:  # in halves, until the job that fails is alone
-            half = len(left) // 2
-            self._queue += filter(None, (left[:half], left[half:]))
-        broken = error and not isinstance(error, TeaCacheError)  # maybe for good
-        if broken or not self._queue:  # its GPU may be needed by one that Ray restarts
+        pending = tuple(job for job in task if job in self._pending)
+        if len(pending) == 1 and (error or len(task) == 1):
+            job, reason = pending[0], error or "another process samples it"
+            del self._pending[job]
+            self._warn(f"seed {job.seed}, {job.which}: {reason}")
+        else:  # in halves, until the failing job is alone
+            half = len(pending) // 2
+            self._queue += filter(None, (pending[:half], pending[half:]))
+        broken = error and not isinstance(error, TeaCacheError)
+        if broken or not self._queue:  # a worker that Ray restarts may need its GPU
             ray.kill(worker)
         if self._queue:
             fresh = self._actor.remote(*self._arguments) if broken else worker

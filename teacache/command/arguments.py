@@ -1,4 +1,4 @@
-"""The command line of the sampler: its parser, and what its arguments mean together."""
+"""The command line of the sampler: the parser, and defaults that depend on other arguments."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ TINY_PROMPT = "An astronaut comes closer in front of a blue background in bright
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; exit with 2 and one line where an argument is wrong.
+    """Parse the command line, and fill in defaults that depend on other arguments.
 
-    Fills in defaults that depend on other arguments.
+    Exits with code 2 and one line if an argument is wrong.
     """
     return parse_with(build_parser(), argv)
 
 
 def parse_with(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """The same with the parser of another command that samples videos, see `add_sampling`."""
+    """Like `parse_arguments`, with the parser of another command; see `add_sampling`."""
     args = parser.parse_args(argv)
     args.drawn = "random" in args.seed
     if args.drawn and args.shard:
@@ -54,22 +54,22 @@ def parse_with(parser: argparse.ArgumentParser, argv: list[str] | None) -> argpa
 
 
 def choose_inputs(args: argparse.Namespace) -> None:
-    """Fill in the image and the prompt that the checkpoint has for a default."""
+    """Fill in the checkpoint's default image and prompt."""
     tiny = args.ckpts_path == "tiny"
     args.image = args.image or ("astronaut" if tiny else DEFAULT_IMAGE)
     args.prompt = args.prompt or (TINY_PROMPT if tiny else DEFAULT_PROMPT)
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are a line each."""
+    """A parser that prints an error in one line."""
 
     def error(self, message: str) -> NoReturn:
-        """One line: the usage, thirty lines of it, is what --help is for."""
+        """Exit with one line, without the usage of thirty lines."""
         self.exit(2, f"error: {one_line(without_credentials(message))} (see --help)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser, published arguments first."""
+    """The parser of the sampler, with the published arguments first."""
     parser = OneLineParser(
         prog="teacache_sample_video.py",
         description="Sample an identity-preserving video with ConsisID and TeaCache.",
@@ -81,10 +81,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> argparse._ActionsContainer:
-    """Every argument of a command that samples videos.
+    """Add every argument of a command that samples videos.
 
     Returns:
-        the last group, of the arguments for several videos, for what else belongs to it.
+        the last group, "several videos", for more arguments.
     """
     groups = [_add_group(parser, title) for title in flags.GROUPS if title != flags.OWN_GROUP]
     return groups[-1]

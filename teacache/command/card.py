@@ -1,6 +1,6 @@
-"""What of the models is on the GPU when, chosen by what the card has free.
+"""Which of the models' weights are on the GPU, chosen by its free memory.
 
-The figures are those of the README's memory table: measured where it says so.
+`teacache/sampling/README.md` has the table, and says which figures were measured.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from teacache.base.device import free_memory_bytes, total_memory_bytes
 from teacache.checkpoint.folder import weight_files, weight_shapes
 from teacache.checkpoint.size import Architecture
-from teacache.sampling.room import decoding_bytes
+from teacache.sampling.decoder_memory import decoding_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -22,31 +22,25 @@ if TYPE_CHECKING:
     from teacache.command.order import Machine
 
 GIB = 2**30
-# Of each number of the video's and the text's tokens, in the sampling dtype: on an H100 denoising
-# reserved 3.55 GiB beyond the weights, for 2 x 17,776 tokens of 3072 numbers in bfloat16.
+# Memory of denoising beyond the weights, in multiples of all tokens in the sampling dtype. On an
+# H100 it reserved 3.55 GiB for 2 x 17,776 tokens of 3072 numbers in bfloat16.
 COPIES_OF_TOKENS = 17.5
 BESIDES = GIB // 2  # kernels' own memory, fragmentation
 WHERE = {
     "none": "transformer resident",
     "blocks": "blocks streamed from host memory",
-    "model": "models brought one by one",
-    "sequential": "layers brought one by one, slowly",
+    "model": "one model at a time",
+    "sequential": "one layer at a time, slow",
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Needs:
-    """Bytes of GPU memory that the stages take, weights included.
+class Needs(NamedTuple):
+    """GPU memory of the stages in bytes, weights included."""
 
-    Attributes:
-        text: the text encoder. resident: denoising with the whole transformer there.
-        streamed: denoising with two of its blocks there. decoding: without the transformer.
-    """
-
-    text: int
-    resident: int
-    streamed: int
-    decoding: int
+    text: int  # the text encoder
+    resident: int  # denoising, with the whole transformer on the GPU
+    streamed: int  # denoising, with two of its blocks on the GPU
+    decoding: int  # without the transformer
 
 
 def fit_to_card(
@@ -57,20 +51,18 @@ def fit_to_card(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[Machine, str]:
-    """The machine with nothing left open, and a line that says what it comes to.
+    """Replace each `auto` of a machine, and describe the result in one line; none for a CPU.
 
-    What is exact comes first: the transformer stays on the GPU, or its blocks are streamed there;
-    the decoder works in tiles where nothing else fits. On a CPU nothing is gained, nor said.
+    Exact computation has priority: the transformer is on the GPU, or its blocks are streamed. The
+    decoder works in tiles only if nothing else fits.
     """
+    offload, tiling = machine.offload, machine.vae_tiling
     if device.type == "cpu":
-        return dataclasses.replace(
-            machine,
-            offload="none" if machine.offload == "auto" else machine.offload,
-            vae_tiling="on" if machine.vae_tiling == "on" else "off",
-        ), ""
+        offload = "none" if offload == "auto" else offload
+        tiling = "off" if tiling == "auto" else tiling
+        return dataclasses.replace(machine, offload=offload, vae_tiling=tiling), ""
     free, total = free_memory_bytes(device), total_memory_bytes(device)
     needed = needs(checkpoint, size, guided, dtype)
-    offload, tiling = machine.offload, machine.vae_tiling
     if offload == "auto":
         offload = choose_offload(machine, needed, free)
     if tiling == "auto":
@@ -83,10 +75,10 @@ def fit_to_card(
 
 
 def choose_offload(machine: Machine, needed: Needs, free: int) -> str:
-    """The way of `--offload` that takes least time of those that fit."""
+    """The fastest way of `--offload` that fits."""
     if machine.num_gpus > 1 or needed.resident <= free:
         return "none"
-    if machine.quantize:  # its layers cannot be streamed
+    if machine.quantize:  # quantized layers cannot be streamed
         return "model"
     if machine.compile or max(needed.text, needed.streamed) <= free:
         return "blocks"
@@ -94,11 +86,10 @@ def choose_offload(machine: Machine, needed: Needs, free: int) -> str:
 
 
 def needs(checkpoint: Path, size: VideoSize, guided: bool, dtype: torch.dtype) -> Needs:
-    """What the stages take with a checkpoint, by its weights' shapes and the video's size."""
+    """GPU memory of the stages, by the shapes of a checkpoint's weights and the video's size."""
     model = Architecture.of(checkpoint)
     tokens = model.video_tokens(size) + model.text_tokens
-    inner = model.heads * model.head_dim
-    activations = (1 + guided) * tokens * inner * COPIES_OF_TOKENS
+    activations = (1 + guided) * tokens * model.heads * model.head_dim * COPIES_OF_TOKENS
     transformer, vae, text = (
         numbers(checkpoint / part) for part in ("transformer", "vae", "text_encoder")
     )
@@ -114,7 +105,7 @@ def needs(checkpoint: Path, size: VideoSize, guided: bool, dtype: torch.dtype) -
 
 
 def numbers(component: Path, prefix: str = "") -> int:
-    """How many numbers a model's weights are, of those whose names begin so."""
+    """Parameter count of a model, of the weights whose names have the prefix."""
     return sum(
         math.prod(shape)
         for path in weight_files(component)

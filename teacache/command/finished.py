@@ -1,10 +1,10 @@
-"""Videos that are finished already, by this process or another one, and what that leaves to do."""
+"""`--resume`: videos and latents in the output folder that need no second computation."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,25 +25,24 @@ if TYPE_CHECKING:
     import torch
 
 
-def find_finished(
-    settings: Settings, folder: Path, ignored: Collection[str] = ()
-) -> tuple[Path, Record] | None:
-    """A video in the folder, whole, that has the settings, and its record.
+def find_finished(settings: Settings, order: Order) -> tuple[Path, Record] | None:
+    """A complete video with these settings and its record, or None.
 
     Args:
-        settings: with an empty `image_sha256` where the image has not been looked at: then its
-            source counts, and the video that was made last.
-        ignored: names of records that do not count.
+        settings: an empty `image_sha256` means that the image was not read. Then the image's source
+            is compared, and the newest video is returned.
     """
-    records = sorted(folder.glob(f"{settings.prefix}_*.json"), reverse=not settings.image_sha256)
+    records = sorted(
+        order.output_path.glob(f"{settings.prefix}_*.json"), reverse=not settings.image_sha256
+    )
     for path in records:
         video, record = path.with_suffix(".mp4"), read_record(path)
-        if path.name in ignored or record is None:
+        if path.name in order.ignored or record is None:
             continue
-        found = record.settings
+        other = record.settings
         if not settings.image_sha256:
-            found = dataclasses.replace(found, image_sha256="")
-        if found == settings and count_frames(video) == settings.num_frames:
+            other = dataclasses.replace(other, image_sha256="")
+        if other == settings and count_frames(video) == settings.num_frames:
             return video, record
     return None
 
@@ -56,84 +55,77 @@ def find_earlier(
     console: Console,
     comparison: Comparison | None,
 ) -> dict[Job, tuple[Path, Record]]:
-    """The jobs that a video, whole, in the output folder has the settings of; say which.
-
-    Args:
-        places: of every job, in the order asked for.
-    """
+    """The jobs with a finished video in the output folder, which is printed and compared."""
     earlier = {}
     for job in jobs:
-        settings = settings_of(job, order, ready)
-        finished = find_finished(settings, order.output_path, order.ignored)
-        if finished is None:
-            continue
-        video, record = earlier[job] = finished
-        console.done(video, f"done before {video}")
-        if comparison:
-            comparison.add_earlier(places[job], video, record)
+        finished = find_finished(settings_of(job, order, ready), order)
+        if finished:
+            earlier[job] = finished
+            console.done(finished[0], f"done before {finished[0]}")
+            if comparison:
+                comparison.add_earlier(places[job], *finished)
     return earlier
 
 
 @contextlib.contextmanager
-def left_to_do(
+def pending(
     job: Job, order: Order, ready: Ready, console: Console
 ) -> Iterator[tuple[bool, tuple[Path, Record] | None]]:
-    """Keep other processes with `--resume` from a job for as long as the block runs.
+    """With `--resume`, lock a job against other processes while the block runs.
 
     Yields:
-        whether no other one is at it; and its video, where one has made it since this one looked.
+        whether the lock is held: False if another process samples the job. And the video, if
+        another process has finished it since `find_earlier`.
     """
     if not order.resume:
         yield True, None
         return
     settings = settings_of(job, order, ready)
-    with locked(order.output_path, settings.name) as ours:
-        finished = find_finished(settings, order.output_path, order.ignored) if ours else None
+    with locked(order.output_path, settings.name) as held:
+        finished = find_finished(settings, order) if held else None
         if finished:
             console.done(finished[0], f"done by another process {finished[0]}")
-        elif not ours:
+        elif not held:
             console.say(f"seed {job.seed}, {job.which}: another process samples it")
-        yield ours, finished
+        yield held, finished
 
 
-def kept_latents(
+def saved_latents(
     job: Job, order: Order, ready: Ready, stages: Stages, console: Console
 ) -> tuple[torch.Tensor, Record, Path] | None:
-    """With `--resume`, latents of a job that an earlier run has denoised and not decoded.
+    """With `--resume`, latents of a job that an earlier run saved and did not decode.
 
     Args:
-        stages: of the video, which get the seconds of that run.
+        stages: of the video; the seconds of the earlier run are added.
 
     Returns:
-        them, the record of their sampling with the settings of this run, and their file.
+        the latents, their record with the settings of this run, and their file; or None.
     """
     settings = settings_of(job, order, ready)
-    found = next(find_latents(order.output_path, settings), None) if order.resume else None
-    if found is None:
+    saved = next(find_latents(order.output_path, settings), None) if order.resume else None
+    if saved is None:
         return None
-    path, record = found
+    path, record = saved
     console.say(f"latents     {path}")
     stages.include(record.seconds)
     latents = load_file(path)["latents"].to(ready.device)
     return latents, dataclasses.replace(record, settings=settings), path
 
 
-def add_others(comparison: Comparison, places: dict[Job, int], order: Order, ready: Ready) -> int:
-    """Add what other processes have finished; return how many videos nobody has.
+def add_finished(comparison: Comparison, places: dict[Job, int], order: Order, ready: Ready) -> int:
+    """Add the videos of other processes to a comparison; return how many videos are missing.
 
     Args:
-        places: of every job of all shards, in the order asked for.
+        places: index of every job of all shards in the request.
     """
-    # This shard has looked at its own images alone. The digest of the others is empty.
+    # This shard has read only its own images. The digests of the others are empty.
     digests = {job.image: ready.digests.get(job.image, "") for job in places}
     every = dataclasses.replace(ready, digests=digests)
-    there, missing = {finished.place for finished in comparison.videos}, 0
+    added = {finished.place for finished in comparison.videos}
     for job, place in places.items():
-        if place in there:
-            continue
-        finished = find_finished(settings_of(job, order, every), order.output_path)
+        finished = None
+        if place not in added:
+            finished = find_finished(settings_of(job, order, every), order)
         if finished:
-            comparison.add_earlier(place, finished[0], finished[1])
-        else:
-            missing += 1
-    return missing
+            comparison.add_earlier(place, *finished)
+    return len(places) - len(comparison.videos)

@@ -1,4 +1,4 @@
-"""The command's flags, a row each. The parser, `--help` and the README's table come from it."""
+"""The table of the command's flags, for the parser, `--help` and the README."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ PLANNED_STEPS = (22, 16, 12, 10, 8)
 
 
 class Flag:
-    """A row of the table.
+    """One flag.
 
     Args:
-        spelling: its name and what stands for its value, with dots where several may follow.
-        meaning: in Markdown.
-        default: its value; a default that depends on other flags is None, and filled in later.
-        shown: the default in words, where the value does not say it.
-        reading: what else `argparse` is told: `type`, `choices` and so on.
+        spelling: name and metavar, with dots if it takes several values.
+        meaning: help text in Markdown.
+        default: None if it depends on other flags.
+        shown: description of the default, if its value does not describe it.
+        reading: more arguments of `add_argument`: `type`, `choices` and so on.
     """
 
     def __init__(
@@ -38,11 +38,7 @@ class Flag:
         self.shown = shown or ("off" if self.is_switch else str(default or "none"))
 
     def add_to(self, group: argparse._ActionsContainer, meaning: str = "") -> None:
-        """Add it to a parser.
-
-        Args:
-            meaning: of the flag in another command than the sampler's.
-        """
+        """Add the flag to a parser, with another meaning if it has one in another command."""
         text = meaning or self.meaning
         if not self.is_switch:
             text += f" (default: {self.shown})"
@@ -50,7 +46,7 @@ class Flag:
         group.add_argument(f"--{self.name}", default=self.default, help=text, **self.reading)
 
     def words(self, value: Any) -> list[str]:
-        """The flag with a value, as one types it."""
+        """The flag with a value, as words of a command line."""
         if self.is_switch:
             return [f"--{self.name}"]
         values = [str(each) for each in (value if isinstance(value, list) else [value])]
@@ -59,7 +55,7 @@ class Flag:
         return [f"--{self.name}", *values]
 
     def row(self) -> str:
-        """Its line of the README's table."""
+        """The flag's line in the README's table."""
         return f"| `--{self.spelling}` | {self.shown} | {self.meaning} |"
 
 
@@ -73,8 +69,8 @@ PUBLISHED = (
     ),
     Flag(
         "ckpts_path PATH",
-        "checkpoint folder; or a Hugging Face repository, downloaded into a folder of its name; "
-        "or `tiny`, a small trained checkpoint for machines without a GPU",
+        "checkpoint folder; or a Hugging Face repository, which is downloaded into a folder of its "
+        "name; or `tiny`, a small trained checkpoint for machines without a GPU",
         "BestWishYsh/ConsisID-preview",
         type=read.name,
     ),
@@ -92,8 +88,8 @@ PUBLISHED = (
     ),
     Flag(
         "seed N ...",
-        "seed of everything random, or `random`: one is drawn, printed and recorded; several make "
-        "a sweep",
+        "seed of all random numbers; `random` picks one, prints it and records it; several make a "
+        "sweep",
         [42],
         "42",
         type=read.seed_or_random,
@@ -101,7 +97,7 @@ PUBLISHED = (
     Flag("num_infer_steps N", "denoising steps", 50, type=read.positive),
     Flag(
         "output_path DIR",
-        "folder of the results, `{seed}_{rel_l1_thresh}_{index:04d}.mp4` and `.json`",
+        "output folder, for `{seed}_{rel_l1_thresh}_{index:04d}.mp4` and `.json`",
         Path("teacache_results"),
         "./teacache_results",
         type=read.path,
@@ -111,13 +107,13 @@ VIDEO = (
     Flag("negative_prompt TEXT", "what the video should not show", "", "empty", type=read.text),
     Flag(
         "guidance_scale X",
-        "classifier-free guidance; 1 samples without it, in half the time",
+        "scale of classifier-free guidance; 1 is without guidance, in half the time",
         6.0,
         type=read.not_negative,
     ),
     Flag(
         "num_frames N",
-        "frames; another number than the checkpoint was trained with is warned of",
+        "number of frames; warns if the checkpoint was trained with another number",
         shown="the checkpoint's own, 49 as published",
         type=read.positive,
     ),
@@ -125,17 +121,16 @@ VIDEO = (
     Flag("width N", "width in pixels", shown="the checkpoint's own, 720", type=read.positive),
     Flag(
         "lora LORA[:SCALE]",
-        "a LoRA of the transformer as diffusers saves it, by file, folder or Hugging Face "
-        "repository, and how much of it; may be given several times; needs "
-        "`pip install peft==0.21.2`",
+        "LoRA of the transformer in diffusers' format (a file, a folder or a Hugging Face "
+        "repository) and its scale; can be repeated; needs `pip install peft==0.21.2`",
         [],
         action="append",
         type=read.lora,
     ),
     Flag(
         "scheduler",
-        "`dpm` (`CogVideoXDPMScheduler`, draws noise at each step) or `ddim` "
-        "(`CogVideoXDDIMScheduler`, draws none)",
+        "`dpm` (`CogVideoXDPMScheduler`, adds noise at each step) or `ddim` "
+        "(`CogVideoXDDIMScheduler`, adds none)",
         shown="the checkpoint's",
         choices=("dpm", "ddim"),
     ),
@@ -143,28 +138,28 @@ VIDEO = (
 STEPS = (
     Flag(
         "computed_steps N ...",
-        "instead of a threshold, or beside some: compute N steps and reuse the others by the "
-        "forecast; several make a sweep",
+        "compute N steps, and reuse the others by the forecast; replaces the threshold, unless "
+        "`--rel_l1_thresh` is set too; several make a sweep",
         type=read.positive,
     ),
     Flag(
         "reuse",
-        "what a reused step takes: the `residual` of the last computed step, as published, or a "
-        "`forecast` of the clean latents from the last two",
-        shown="residual with a threshold or listed steps, forecast with `--computed_steps`",
+        "how steps are reused: by the `residual` of the last computed step, as published, or by a "
+        "`forecast` of the clean latents from the last two computed steps",
+        shown="residual with a threshold or `--schedule`, forecast with `--computed_steps`",
         choices=REUSES,
     ),
     Flag(
         "schedule FILE ...",
-        "instead of a threshold, or beside some: compute the steps that a JSON file lists, or a "
-        "video's record; several make a sweep",
+        "compute the steps in a JSON list or in a video's record; replaces the threshold, unless "
+        "`--rel_l1_thresh` is set too; several make a sweep",
         type=read.schedule,
     ),
     Flag(
         "coefficients FILE",
-        "JSON with other coefficients of the rescaling polynomial, highest power first: "
+        "coefficients of the rescaling polynomial, highest power first: a JSON file "
         '`{"values": [a, b, c, d, e], "fitted_range": [low, high], "source": "..."}`, as '
-        "`python3 -m teacache.fit` writes it; or a record that has them",
+        "`python3 -m teacache.fit` writes it, or a video's record",
         COGVIDEOX_5B,
         COGVIDEOX_5B.source,
         type=read.coefficients,
@@ -174,18 +169,16 @@ STEPS = (
     ),
     Flag(
         "retain_last N",
-        "compute the last N steps, whose errors no later step corrects",
+        "compute the last N steps, since no later step can correct their errors",
         1,
         type=read.positive,
     ),
-    Flag(
-        "max_reuse N", "reuse no more than N steps in a row", shown="any number", type=read.positive
-    ),
+    Flag("max_reuse N", "reuse at most N steps in a row", shown="no limit", type=read.positive),
 )
 MACHINE = (
     Flag(
         "device DEVICE",
-        "`auto` (CUDA where there is one, else the CPU), `cuda`, `cuda:N` or `cpu`",
+        "`auto` (CUDA if available, else the CPU), `cuda`, `cuda:N` or `cpu`",
         "auto",
         type=read.device,
     ),
@@ -204,17 +197,17 @@ MACHINE = (
     ),
     Flag(
         "offload",
-        "keep weights in host memory until their turn, for less GPU memory: `blocks` (the "
-        "transformer's, one ahead of the computation), `model` (whole models), `sequential` "
-        "(layer by layer, slow); `none` keeps them on the GPU; `auto` is the first that fits of "
-        "`none`, `blocks`, `sequential`",
+        "keep weights in host memory to save GPU memory: `none`, `blocks` (the transformer's "
+        "blocks, copied to the GPU one ahead), `model` (one model at a time on the GPU), "
+        "`sequential` (one layer at a time, slow); `auto` is the first of `none`, `blocks`, "
+        "`sequential` that fits",
         "auto",
         choices=("auto", "none", "blocks", "model", "sequential"),
     ),
     Flag(
         "vae_tiling",
-        "run the VAE in tiles: less memory, not bit for bit; `auto` where the whole does not fit "
-        "on the GPU; without a value `on`",
+        "run the VAE in tiles: less memory, not bit for bit; `auto` only if the GPU has too little "
+        "memory; without a value `on`",
         "auto",
         nargs="?",
         const="on",
@@ -222,57 +215,57 @@ MACHINE = (
     ),
     Flag(
         "attention BACKEND",
-        "a backend of diffusers' attention dispatcher, as far as it is installed: `native` "
-        "(torch's own choice), `cudnn`, `flash`, `flash3`, `sage` (not exact) and others",
+        "backend of diffusers' attention dispatcher, if installed: `native` (torch's own choice), "
+        "`cudnn`, `flash`, `flash3`, `sage` (not exact) and others",
         "native",
     ),
     Flag(
         "compile",
-        "compile the transformer's layers, and from 8 videos on the decoder's: minutes the first "
+        "compile the transformer, and with 8 videos or more the decoder; takes minutes the first "
         "time, seconds later; not bit for bit",
         action="store_true",
     ),
     Flag(
         "quantize",
-        "`fp8`: float8 linear layers, on GPUs from Hopper on; not exact; needs "
+        "`fp8`: float8 linear layers, on Hopper or later GPUs; not exact; needs "
         "`pip install torchao==0.18.0`",
         choices=("fp8",),
     ),
-    Flag("quiet", "print nothing on standard output but the videos' paths", action="store_true"),
+    Flag("quiet", "print only the videos' paths on standard output", action="store_true"),
 )
 SEVERAL = (
     Flag(
         "jobs FILE",
-        "a video for each line of a CSV file or of JSON lines, with any of `image`, `prompt`, "
+        "sample a video for each line of a CSV or JSON Lines file, with any of `image`, `prompt`, "
         "`negative_prompt`, `seed`, `num_infer_steps`, and `rel_l1_thresh` or `computed_steps`; "
-        "the rest as on the command line",
+        "other values are those of the command line",
         type=read.path,
     ),
     Flag(
         "resume",
-        "go on after a run that was ended: skip videos whose records in `--output_path` have the "
-        "same settings, and videos that another process with `--resume` is sampling; decode "
-        "latents that were kept",
+        "continue an unfinished run: skip videos whose records in `--output_path` have the same "
+        "settings, and videos that another process with `--resume` is sampling; decode latents "
+        "that an unfinished run has saved",
         action="store_true",
     ),
 )
 ALONE = (
     Flag(
         "shard I/N",
-        "sample part I of N, counted from 0, of the videos that `--jobs` or a sweep asks for; the "
-        "part that ends last reports on all",
+        "sample shard I of N, counted from 0, of the videos of `--jobs` or a sweep; the last shard "
+        "writes the report",
         type=read.shard,
     ),
     Flag(
         "plan",
-        "print which steps would be computed, and exit; unless others are named, at thresholds "
-        f"{' '.join(map(str, PLANNED_THRESHOLDS))} and at {' '.join(map(str, PLANNED_STEPS))} "
+        "print the computed steps of each setting, and exit; by default of thresholds "
+        f"{' '.join(map(str, PLANNED_THRESHOLDS))} and of {' '.join(map(str, PLANNED_STEPS))} "
         "computed steps",
         action="store_true",
     ),
 )
 
-OWN_GROUP = "a shard, or a plan"  # which other commands that sample videos have not
+OWN_GROUP = "shards and plan"  # not for other commands that sample videos
 GROUPS: dict[str, tuple[Flag, ...]] = {
     "as published": PUBLISHED,
     "the video": VIDEO,
@@ -291,7 +284,7 @@ def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
 
 
 def table() -> str:
-    """All flags as the README shows them: a Markdown table for each group."""
+    """The README's tables of all flags in Markdown, one for each group."""
     groups = []
     for title, group in GROUPS.items():
         lines = [f"{title[0].upper()}{title[1:]}:", ""]

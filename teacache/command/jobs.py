@@ -1,15 +1,14 @@
-"""What to sample: one job for each video, and the file that lists many of them."""
+"""The jobs of a run, one for each video, and the file that lists many of them."""
 
 from __future__ import annotations
 
 import argparse
 import csv
-import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from teacache.base.errors import ArgumentError
 from teacache.command import readers
@@ -17,15 +16,13 @@ from teacache.command import readers
 
 @dataclass(frozen=True)
 class Job:
-    """One video.
-
-    Exactly one of three says which steps are computed.
+    """One video. Exactly one of three attributes determines the computed steps.
 
     Attributes:
-        rel_l1_thresh: by the rule.
-        computed_steps: so many.
-        steps: these, and the first and the last.
-        reuse: what the others take, one of `teacache.core.rule.REUSES`.
+        rel_l1_thresh: threshold of the published rule.
+        computed_steps: number of computed steps.
+        steps: indices of computed steps, to which the first and the last are added.
+        reuse: how the other steps are reused, one of `teacache.core.rule.REUSES`.
     """
 
     image: str
@@ -40,29 +37,28 @@ class Job:
 
     @property
     def schedule(self) -> str | None:
-        """What its schedule is called: `forecast 12`, `listed 9`; None for the published rule."""
+        """Name of its schedule: `forecast 12`, `listed 9`; None for the published rule."""
         if self.computed_steps is not None:
             return f"{self.reuse} {self.computed_steps}"
-        which = None
+        name = None
         if self.steps is not None:
-            which = f"listed {len({0, self.num_infer_steps - 1, *self.steps})}"
+            name = f"listed {len({0, self.num_infer_steps - 1, *self.steps})}"
         if self.reuse == "residual":
-            return which
-        return f"{which or f'{self.rel_l1_thresh:g}'} {self.reuse}"
+            return name
+        return f"{name or f'{self.rel_l1_thresh:g}'} {self.reuse}"
 
     @property
     def which(self) -> str:
-        """Its schedule, or the threshold that it follows: `rel_l1_thresh 0.15`."""
+        """Name of its schedule, or its threshold: `rel_l1_thresh 0.15`."""
         return self.schedule or f"rel_l1_thresh {self.rel_l1_thresh}"
 
     @property
     def group(self) -> tuple[str, str, str, int, int]:
-        """What it shares with the videos that it is compared with: all but the schedule."""
+        """Equal for videos that are compared with each other: all but the schedule."""
         return self.image, self.prompt, self.negative_prompt, self.seed, self.num_infer_steps
 
 
-MOST_CHARACTERS = 10**7  # of a file, which may be a pipe
-# Reads the text of one field, as the argument of the same name reads it.
+# The fields of a jobs file. Each has the reader of the argument of that name.
 FIELDS: dict[str, Callable[[str], object]] = {
     "image": readers.image,
     "prompt": readers.prompt,
@@ -72,78 +68,67 @@ FIELDS: dict[str, Callable[[str], object]] = {
     "rel_l1_thresh": readers.not_negative,
     "computed_steps": readers.positive,
 }
-# Those of them that say which steps are computed.
+# The fields that determine the computed steps.
 CHOICES = ("rel_l1_thresh", "computed_steps")
 
 
 def read_jobs(path: Path) -> list[dict[str, Any]]:
-    """The lines of a jobs file: each one's fields, as the arguments of their names read them.
+    """The fields of each line of a jobs file, converted like the arguments of the same names.
 
     Raises:
         ArgumentError: naming the line and what is wrong with it.
     """
+    rows = _csv_rows if path.suffix.lower() == ".csv" else _json_rows
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            text = file.read(MOST_CHARACTERS + 1)
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            jobs = list(map(_convert, rows(file, f"--jobs {path}, line")))
     except OSError as error:
         raise ArgumentError(f"--jobs {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ArgumentError(f"--jobs {path} is not UTF-8 text") from error
-    except ValueError as error:  # a path that no file can have
-        raise ArgumentError(f"--jobs {path} cannot be read: {error}") from error
-    if len(text) > MOST_CHARACTERS:
-        raise ArgumentError(f"--jobs {path} is longer than {MOST_CHARACTERS} characters")
-    rows = _csv_rows(text) if path.suffix.lower() == ".csv" else _json_rows(text)
-    jobs = []
-    try:
-        for number, row in rows:
-            jobs.append(_checked(row, f"--jobs {path}, line {number}"))
-    except _BadLine as error:
-        raise ArgumentError(f"--jobs {path}, {error}") from error
     if not jobs:
         raise ArgumentError(f"--jobs {path} holds no jobs")
     return jobs
 
 
-class _BadLine(Exception):
-    pass
+Row = tuple[str, dict[str, str]]  # file and line for an error message, and the fields as text
 
 
-def _json_rows(text: str) -> Iterator[tuple[int, dict[str, str]]]:
-    for number, line in enumerate(text.split("\n"), start=1):
+def _json_rows(file: TextIO, where: str) -> Iterator[Row]:
+    for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise _BadLine(f"line {number}: no JSON: {error}") from error
+            raise ArgumentError(f"{where} {number}: no JSON: {error}") from error
         if not isinstance(row, dict):
-            raise _BadLine(f"line {number}: not an object")
+            raise ArgumentError(f"{where} {number}: not an object")
         for name, value in row.items():
             if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-                raise _BadLine(f"line {number}: {name} must be text or a number: {value!r}")
-        yield number, {name: str(value) for name, value in row.items()}
+                raise ArgumentError(f"{where} {number}: {name} must be text or a number: {value!r}")
+        yield f"{where} {number}", {name: str(value) for name, value in row.items()}
 
 
-def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, str]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+def _csv_rows(file: TextIO, where: str) -> Iterator[Row]:
+    reader = csv.DictReader(file, strict=True)
     try:
         for row in reader:
             if None in row:
-                raise _BadLine(f"line {reader.line_num}: more fields than the header names")
-            # An empty cell leaves the field to the command line.
-            yield reader.line_num, {name: value for name, value in row.items() if value}
+                raise ArgumentError(f"{where} {reader.line_num}: more fields than the header names")
+            # For an empty cell the command line counts.
+            yield f"{where} {reader.line_num}", {name: row[name] for name in row if row[name]}
     except csv.Error as error:
-        # The inner reader has counted the line that it failed on.
-        raise _BadLine(f"line {reader.reader.line_num}: {error}") from error
+        # Only the inner reader has counted the line with the error.
+        raise ArgumentError(f"{where} {reader.reader.line_num}: {error}") from error
 
 
-def _checked(row: dict[str, str], where: str) -> dict[str, Any]:
-    unknown = [name for name in row if name not in FIELDS]
-    if unknown:
-        raise ArgumentError(f"{where}: unknown field {unknown[0]!r}; known: {', '.join(FIELDS)}")
+def _convert(row: Row) -> dict[str, Any]:
+    where, texts = row
     values = {}
-    for name, text in row.items():
+    for name, text in texts.items():
+        if name not in FIELDS:
+            raise ArgumentError(f"{where}: unknown field {name!r}; known: {', '.join(FIELDS)}")
         try:
             values[name] = FIELDS[name](text)
         except argparse.ArgumentTypeError as error:

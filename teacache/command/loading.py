@@ -1,4 +1,4 @@
-"""The models that videos are sampled with, accelerated as an order says."""
+"""Loads the transformer and the VAE of an order, with its accelerations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def load(
     order: Order, ready: Ready, parts: tuple[str, ...] = ("transformer", "vae")
 ) -> ConsisIDPipeline:
-    """Transformer and scheduler, and the VAE where it is among the parts."""
+    """A pipeline with the transformer, the scheduler and, if it is one of the parts, the VAE."""
     machine = ready.machine
     pipe = load_pipeline(
         ready.checkpoint,

@@ -1,4 +1,4 @@
-"""What `--device` and `--dtype` mean on this machine."""
+"""The values of `--device`, `--num_gpus` and `--dtype` on this machine."""
 
 from __future__ import annotations
 
@@ -9,34 +9,31 @@ import torch
 from teacache.base.errors import DeviceError
 from teacache.parallel.launch import is_of_another_launcher
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
 
 def choose_device(name: str, full_size: bool = False, offload: str = "none") -> torch.device:
-    """The device for `--device`: `auto` is CUDA where there is one, else the CPU.
+    """The device for `--device`: `auto` is CUDA if available, else the CPU.
 
     Args:
-        full_size: whether the checkpoint has weights that a CPU would sample with for days.
-        offload: the `--offload` that is asked for.
+        full_size: whether sampling with the checkpoint would take days on a CPU.
+        offload: the value of `--offload`.
 
     Raises:
-        DeviceError: where the machine does not have it, `auto` finds no GPU for a full-size
-            checkpoint, or there is nothing to offload from.
+        DeviceError: if the machine lacks the device, if `auto` finds no GPU for a full-size
+            checkpoint, or if weights would be offloaded from a CPU.
     """
+    count = torch.cuda.device_count()
     if name == "auto":
         if not torch.cuda.is_available() and full_size:
             raise DeviceError(
-                f"this checkpoint needs a CUDA GPU, and torch finds none here{_why_none()}. To see "
-                "it work without: --ckpts_path tiny. To use the CPU all the same, slowly: "
+                f"this checkpoint needs a CUDA GPU, and torch finds none here{_no_cuda()}. For a "
+                "small checkpoint: --ckpts_path tiny. To use the CPU all the same, slowly: "
                 "--device cpu"
             )
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise DeviceError(
-            f"--device {name}: torch finds {count} CUDA GPUs{'' if count else _why_none()}"
-        )
+    if device.type == "cuda" and (device.index or 0) >= count:
+        reason = "" if count else _no_cuda()
+        raise DeviceError(f"--device {name}: torch finds {count} CUDA GPUs{reason}")
     if device.type == "cpu" and offload not in ("auto", "none"):
         raise DeviceError(
             f"--offload {offload}: weights are offloaded from a GPU, and this is a CPU"
@@ -44,8 +41,8 @@ def choose_device(name: str, full_size: bool = False, offload: str = "none") -> 
     return device
 
 
-def _why_none() -> str:
-    """In brackets what torch says of it: there is no driver, or one too old for its CUDA."""
+def _no_cuda() -> str:
+    """torch's reason for no CUDA, in brackets: no driver, or one that is too old."""
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
@@ -54,10 +51,10 @@ def _why_none() -> str:
 
 
 def check_number(num_gpus: int, device: torch.device) -> None:
-    """Raise DeviceError where `--num_gpus` asks for more GPUs than torch finds.
+    """Raise DeviceError if `--num_gpus` is more than torch finds.
 
-    A rank that another launcher has started may see its own GPU alone: whether each has one of its
-    own is found out when they meet, see `teacache.parallel.group.connect`.
+    A rank of another launcher may see only its own GPU. `teacache.parallel.group.connect` checks
+    that each rank has its own.
     """
     count = torch.cuda.device_count()
     if device.type != "cuda" or num_gpus <= count or (count == 1 and is_of_another_launcher()):
@@ -68,5 +65,6 @@ def check_number(num_gpus: int, device: torch.device) -> None:
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The sampling dtype for `--dtype`: `auto` is bfloat16 on CUDA, float32 on a CPU."""
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return DTYPES[name]
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

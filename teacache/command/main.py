@@ -1,8 +1,7 @@
-"""The command: two ways to go, and how each ends."""
+"""The command: sampling, `--plan`, or one of several ranks."""
 
 from __future__ import annotations
 
-import argparse
 import gc
 import sys
 from typing import NoReturn
@@ -18,14 +17,16 @@ from teacache.parallel.launch import is_one_of_several, launch, rank, run_as_ran
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command. Returns its exit code, see `teacache.base.interruption.run_command`."""
+    """Run the command; return its exit code, see `teacache.base.interruption.run_command`."""
     args = parse_arguments(argv)
     silence_libraries()
     allow_any_encoding()
     if is_one_of_several():
         args.num_gpus = world_size()
     elif args.num_gpus > 1 and not args.plan:
-        return interruption.run_command(lambda: _check(args)) or launch(args.num_gpus, main, argv)
+        return interruption.run_command(lambda: check_ranks(Order.of(args))) or launch(
+            args.num_gpus, main, argv
+        )
     console = Console(args.quiet)
 
     def work() -> None:
@@ -36,7 +37,10 @@ def main(argv: list[str] | None = None) -> int:
 
                 help_denoising(args.device)
         elif args.plan:
-            show_plan(Order.of(args))
+            prepare_environment()
+            from teacache.command.plan import show
+
+            show(Order.of(args))
         else:
             if args.drawn:
                 console.say(f"seed        {' '.join(map(str, args.seed))}, drawn")
@@ -47,22 +51,15 @@ def main(argv: list[str] | None = None) -> int:
     return interruption.run_command(work)
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Raise TeaCacheError for what is wrong that one process can say before there are several."""
-    order = Order.of(args)
-    prepare_environment()
-    check_ranks(order)
-
-
 def run_and_exit() -> NoReturn:
-    """Run the command as a program of its own."""
+    """Run the command, and end the process."""
     code = main()
-    gc.freeze()  # skip the final garbage collection over torch's objects: saves a second at exit
+    gc.freeze()  # skips the final garbage collection of torch's objects, which takes a second
     sys.exit(code)
 
 
 def sample(order: Order, console: Console) -> None:
-    """Every job, stage by stage: what is cheap to check comes before what is slow to load."""
+    """Check the request, then sample every job."""
     if not order.jobs:
         console.say(f"shard {order.shard} has nothing to do: {len(order.all_jobs)} videos in all")
         return
@@ -73,11 +70,3 @@ def sample(order: Order, console: Console) -> None:
     with stages.stage("diffusers"):
         from teacache.command.run import run
     run(order, ready, stages, console)
-
-
-def show_plan(order: Order) -> None:
-    """Print which steps each threshold computes, without sampling."""
-    prepare_environment()
-    from teacache.command.plan import show
-
-    show(order)

@@ -1,4 +1,4 @@
-"""What the user asks for, as frozen values: here the command's arguments end."""
+"""The request of a run as frozen values, made from the command's arguments."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from teacache.core.rule import Coefficients, Limits
 
 @dataclass(frozen=True)
 class Format:
-    """The form of the videos; what is None is the checkpoint's own."""
+    """Size and guidance of the videos. None is the checkpoint's own size."""
 
     width: int | None
     height: int | None
@@ -27,9 +27,9 @@ class Format:
 
 @dataclass(frozen=True)
 class Machine:
-    """What to compute on and how, by the names of the arguments.
+    """Device and acceleration, by the names of the arguments.
 
-    `teacache.command.card` settles what is `auto`.
+    `teacache.command.card` replaces `auto`.
     """
 
     device: str
@@ -44,12 +44,12 @@ class Machine:
 
 @dataclass(frozen=True)
 class Order:
-    """Everything that a run is asked for.
+    """The whole request.
 
     Attributes:
         jobs: the videos of this run.
-        all_jobs: those of all shards together; without `--shard` the same.
-        ignored: names of records that do not count as finished videos.
+        all_jobs: the videos of all shards; without `--shard` the same as `jobs`.
+        ignored: file names of records that do not count as finished videos.
     """
 
     jobs: tuple[Job, ...]
@@ -68,7 +68,7 @@ class Order:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Order:
-        """What the parsed arguments ask for, see `teacache.command.arguments`.
+        """The request of parsed arguments, see `teacache.command.arguments`.
 
         Raises:
             ArgumentError: naming the line of `--jobs` and what is wrong with it.
@@ -78,10 +78,10 @@ class Order:
             jobs=tuple(part_of(jobs, args.shard)) if args.shard else jobs,
             all_jobs=jobs,
             shard=args.shard,
-            format=Format(**_named(Format, args)),
-            machine=Machine(**_named(Machine, args)),
+            format=Format(**_fields_of(Format, args)),
+            machine=Machine(**_fields_of(Machine, args)),
             coefficients=args.coefficients,
-            limits=Limits(**_named(Limits, args)),
+            limits=Limits(**_fields_of(Limits, args)),
             scheduler=args.scheduler,
             ckpts_path=args.ckpts_path,
             output_path=args.output_path,
@@ -91,42 +91,41 @@ class Order:
 
 
 def in_order(jobs: Sequence[Job], digests: dict[str, str]) -> list[Job]:
-    """The jobs, same face and seed adjacent; within them same prompt and steps, threshold 0 first.
+    """Sort jobs by face and seed, then by prompt and steps, with threshold 0 first in its group.
 
-    The others of a group are compared with threshold 0.
+    The other videos of a group are compared with threshold 0.
 
     Args:
-        digests: of each image's pixels, by its source.
+        digests: of each image's pixels, by the image's source.
     """
 
-    def noise(job: Job) -> tuple[object, ...]:
-        return digests[job.image], job.seed
+    def keys(job: Job) -> tuple[tuple[object, ...], ...]:
+        """Equal for jobs with the same noise, and for jobs of the same group."""
+        noise = digests[job.image], job.seed
+        return noise, (*noise, job.prompt, job.negative_prompt, job.num_infer_steps)
 
-    def group(job: Job) -> tuple[object, ...]:
-        return *noise(job), job.prompt, job.negative_prompt, job.num_infer_steps
-
-    first: dict[tuple[object, ...], int] = {}  # place of each noise and group; they differ in form
-    for place, job in enumerate(jobs):
-        first.setdefault(noise(job), place)
-        first.setdefault(group(job), place)
+    first: dict[tuple[object, ...], int] = {}  # index of the first job with a key
+    for index, job in enumerate(jobs):
+        for key in keys(job):
+            first.setdefault(key, index)
     return sorted(
-        jobs, key=lambda job: (first[noise(job)], first[group(job)], job.rel_l1_thresh != 0)
+        jobs, key=lambda job: (*map(first.__getitem__, keys(job)), job.rel_l1_thresh != 0)
     )
 
 
-def _named(kind: type, args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that have the names of a dataclass's fields."""
+def _fields_of(kind: type, args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments with the names of a dataclass's fields."""
     return {field.name: getattr(args, field.name) for field in fields(kind)}
 
 
 def _jobs_of(args: argparse.Namespace) -> tuple[Job, ...]:
-    """Every video asked for: each line of --jobs, each seed, each threshold, each schedule.
+    """The product of the lines of --jobs, the seeds, and the thresholds and schedules.
 
-    What a line leaves out comes from the command line, where seeds, thresholds and schedules may be
-    several. A line that says which steps are computed takes none of those of the command line.
+    A field that a line lacks has the command line's value, or several values. A line with a
+    threshold or a number of computed steps uses no threshold or schedule of the command line.
     """
     lines = read_jobs(args.jobs) if args.jobs else [{}]
-    every: list[dict[str, Any]] = [
+    choices: list[dict[str, Any]] = [
         *({"rel_l1_thresh": threshold} for threshold in args.rel_l1_thresh),
         *({"computed_steps": count} for count in args.computed_steps or ()),
         *({"steps": steps} for steps in args.schedule or ()),
@@ -138,14 +137,10 @@ def _jobs_of(args: argparse.Namespace) -> tuple[Job, ...]:
         }
         seeds = [line["seed"]] if "seed" in line else args.seed
         own = [{name: line[name]} for name in CHOICES if name in line]
-        for seed, chosen in itertools.product(seeds, own or every):
-            reuse = _reuse_of(chosen, args.reuse)
-            jobs.append(Job(**{**values, "seed": seed, **chosen, "reuse": reuse}))
+        for seed, choice in itertools.product(seeds, own or choices):
+            default = "forecast" if "computed_steps" in choice else "residual"
+            reuse = args.reuse or default
+            if choice.get("rel_l1_thresh") == 0:  # no step is reused
+                reuse = "residual"
+            jobs.append(Job(**{**values, "seed": seed, **choice, "reuse": reuse}))
     return tuple(dict.fromkeys(jobs))
-
-
-def _reuse_of(chosen: dict[str, Any], reuse: str | None) -> str:
-    """How the steps of a job are reused, which at threshold 0 none is."""
-    if chosen.get("rel_l1_thresh") == 0:
-        return "residual"
-    return reuse or ("forecast" if "computed_steps" in chosen else "residual")

@@ -1,8 +1,8 @@
-"""One video on several GPUs: the first rank is the command, the others help it to denoise.
+"""One video on several GPUs: the first rank runs the command, the others only denoise.
 
-The first finds faces, embeds text, encodes, decodes, writes and speaks. The others load the
-transformer alone, and then wait for videos: each comes with its schedule and its start, and all
-ranks run the same loop on it. What they cache is of their own share.
+The first rank finds faces, embeds text, encodes, decodes, writes and prints. The others load only
+the transformer, and wait for videos. For each video the first rank broadcasts its schedule and its
+start, and all ranks run the same loop. Each rank caches its own share of the residual.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Task(NamedTuple):
-    """What the other ranks need to denoise a video with the first; tensors on the CPU."""
+    """The inputs of denoising that the first rank broadcasts; tensors on the CPU."""
 
     schedule: Schedule | None
     start: Start
@@ -42,7 +42,7 @@ class Task(NamedTuple):
 
 
 class OtherRanks:
-    """The other ranks, as the first one speaks to them; where it is alone, nobody listens."""
+    """The first rank's connection to the others. Does nothing on a single GPU."""
 
     def __init__(self, ready: Ready):
         self._shared, self._device = ready.ranks, ready.device
@@ -51,12 +51,12 @@ class OtherRanks:
             group.connect(self._device)
 
     def begin(self, order: Order, ready: Ready) -> None:
-        """Let the others load what they need: what this one has found out, they need not."""
+        """Let the others load the transformer, with the results of this rank's checks."""
         if not self._alone:
-            group.tell((order, dataclasses.replace(ready, images={}, digests={})))
+            group.broadcast((order, dataclasses.replace(ready, images={}, digests={})))
 
     def join(self, transformer: ConsisIDTransformer3DModel) -> Ranks:
-        """Share the transformer's steps; the others do so once they have loaded theirs."""
+        """Connect the transformer's attention to that of the others."""
         if self._alone:
             return ALONE
         return group.join(transformer, self._shared, self._device)
@@ -64,28 +64,28 @@ class OtherRanks:
     def denoise(
         self, schedule: Schedule | None, start: Start, text: Text, num_infer_steps: int
     ) -> None:
-        """Let the others denoise the video that this one is about to."""
+        """Let the others denoise a video. This rank must denoise it too."""
         if not self._alone:
-            group.tell(Task(schedule, *_moved((start, text), "cpu"), num_infer_steps))
+            group.broadcast(Task(schedule, *_move((start, text), "cpu"), num_infer_steps))
 
     def end(self) -> None:
-        """Let the others end: no video follows."""
+        """Let the others end after the last video."""
         if not self._alone:
-            group.tell(None)
+            group.broadcast(None)
             group.disconnect()
 
 
 def help_denoising(device_name: str) -> None:
-    """What every rank but the first does, as long as there are videos.
+    """Denoise with the first rank until it ends. Every other rank runs this.
 
     Raises:
-        DeviceError: for what its machine lacks.
+        DeviceError: if the machine lacks something.
     """
     console = Console(quiet=True)
     device = own_device(choose_device(device_name))
     group.connect(device)
-    if (told := group.listen()) is not None:
-        order, ready = told
+    if (start := group.receive()) is not None:
+        order, ready = start
         ready = dataclasses.replace(ready, device=device)
         with explained_out_of_memory(ready.machine, console):
             _denoise_all(order, ready, Stages(console))
@@ -93,7 +93,7 @@ def help_denoising(device_name: str) -> None:
 
 
 def own_device(device: torch.device) -> torch.device:
-    """This rank's GPU, of those that it sees: all of them, or by a launcher's doing its own."""
+    """This rank's GPU. Some launchers show each rank only its own GPU."""
     if device.type != "cuda" or torch.cuda.device_count() == 1:
         return device
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -104,9 +104,9 @@ def _denoise_all(order: Order, ready: Ready, stages: Stages) -> None:
         pipe = load(order, ready, parts=("transformer",))
     with apply_teacache(pipe) as handle, stages.stage("denoising"):
         handle.ranks = group.join(pipe.transformer, ready.ranks, ready.device)
-        while (task := group.listen()) is not None:
+        while (task := group.receive()) is not None:
             handle.follow(task.schedule)
-            start, text = _moved((task.start, task.text), ready.device)
+            start, text = _move((task.start, task.text), ready.device)
             sampler.denoise(
                 pipe,
                 start,
@@ -117,9 +117,9 @@ def _denoise_all(order: Order, ready: Ready, stages: Stages) -> None:
             )
 
 
-def _moved(inputs: tuple[Start, Text], device: Any) -> tuple[Start, Text]:
-    """Start and text with their tensors on a device; the generator's state is always the host's."""
+def _move(inputs: tuple[Start, Text], device: Any) -> tuple[Start, Text]:
+    """Start and text with tensors on a device. The generator's state stays on the host."""
     start, text = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), inputs)
-    identity = start.identity._replace(face=None)  # of which only the latents are needed
+    identity = start.identity._replace(face=None)  # the image, whose latents are in the start
     state = inputs[0].generator_state
     return start._replace(identity=identity, generator_state=state), text

@@ -1,4 +1,4 @@
-"""`--plan`: which steps each threshold would compute."""
+"""`--plan`: the computed steps of each setting, without sampling."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from teacache.core.rule import Schedule
 
 
 def show(order: Order) -> None:
-    """Print which steps each threshold computes, without sampling.
+    """Print the computed steps of each setting.
 
     Raises:
-        CheckpointError: where the checkpoint is not here.
+        CheckpointError: if the checkpoint is not downloaded.
     """
-    checkpoint = find_checkpoint(order.ckpts_path)
+    checkpoint = find_checkpoint(order.ckpts_path, complete=False)
     if checkpoint is None:
         raise CheckpointError(
             f"--plan reads a checkpoint folder: {order.ckpts_path} is not here yet"
         )
     device = choose_device(order.machine.device)
-    # A full-size checkpoint is planned for the GPU that it will be sampled on, wherever this is.
+    # A full-size checkpoint is planned for sampling on a GPU, even on a machine without one.
     for_gpu = order.machine.dtype == "auto" and is_full_size(checkpoint)
     dtype = choose_dtype("bfloat16" if for_gpu else order.machine.dtype, device)
     form = order.format
@@ -40,7 +40,7 @@ def show(order: Order) -> None:
 
 
 def describe(schedules: list[tuple[str, Schedule]]) -> str:
-    """The planned schedules as a table: a line for each, its cells filled where it computes.
+    """A table of schedules, one line each, with a filled cell for each computed step.
 
     Args:
         schedules: each with its threshold or its name.
@@ -57,7 +57,7 @@ def describe(schedules: list[tuple[str, Schedule]]) -> str:
                 "".join("■" if step in computed else "□" for step in range(steps)),
             ]
         )
-    remarks = ["speed-up: of the denoising loop over threshold 0, a reused step taken as free"]
+    remarks = ["speed-up: denoising, relative to threshold 0, if a reused step takes no time"]
     if any(schedule.extrapolated_steps and schedule.rel_l1_thresh for _, schedule in schedules):
-        remarks.append("some distances lie outside what the coefficients cover: computed")
+        remarks.append("some distances are outside the range of the coefficients: computed")
     return "\n".join([aligned(lines), "", *remarks])

@@ -1,9 +1,9 @@
-"""Every refusal that costs little, the cheapest first, before anything big is loaded.
+"""All checks before models are loaded, the fastest first.
 
-The order has its reasons: the output folder and files of the checkpoint need nothing imported;
-torch comes next, for the device; then what compiling needs, which settles on a folder before
-diffusers is imported; an image is fetched before 20 GB are downloaded; the size of the video is
-known from the checkpoint alone; timesteps, schedules and attention need parts of diffusers.
+The order of the checks: output folder and checkpoint files need no import; the device needs torch;
+the cache folder of compilation must be set before diffusers is imported; images are downloaded
+before the 20 GB of a checkpoint; the size of the video needs the checkpoint; timesteps, schedules
+and attention need parts of diffusers.
 """
 
 from __future__ import annotations
@@ -40,17 +40,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ready:
-    """What an order comes to on this machine.
+    """The values that the checks of an order determine.
 
     Attributes:
-        checkpoint: its folder, whole.
-        images: each job's photograph, by its source.
-        digests: sha256 of the pixels of each image, by its source.
-        checkpoint_sha256: a digest of its transformer's files.
-        machine: the order's, with nothing left open; memory: a line about it, for a GPU.
+        checkpoint: its folder, complete.
+        checkpoint_sha256: digest of the transformer's files.
+        images: the photograph of each job, by the image's source.
+        digests: sha256 of each image's pixels, by the image's source.
+        machine: the order's, without `auto`.
+        memory: the memory plan in one line; empty on a CPU.
         backend: of the attention, see `teacache.sampling.attention.choose_backend`.
         scheduler: `dpm` or `ddim`.
-        ranks: that share each denoising step.
+        ranks: how several GPUs share each denoising step.
         schedules: of each job.
     """
 
@@ -70,17 +71,17 @@ class Ready:
 
 
 def preflight(order: Order, stages: Stages) -> Ready:
-    """Check and prepare all that comes before the loading of models.
+    """Check an order on this machine.
 
     Raises:
-        TeaCacheError: in one line, for whatever is found to be wrong.
+        TeaCacheError: in one line, for the first check that fails.
     """
     machine, form = order.machine, order.format
     prepare_folder(order.output_path)
     prepare_environment()
     check_encoder()
     with stages.stage("checkpoint"):
-        checkpoint = find_whole_checkpoint(order.ckpts_path)
+        checkpoint = find_checkpoint(order.ckpts_path)
     full_size = checkpoint is None or is_full_size(checkpoint)
     with stages.stage("torch"):
         from teacache.command.card import fit_to_card
@@ -116,7 +117,6 @@ def preflight(order: Order, stages: Stages) -> Ready:
             from teacache.parallel.group import check_backend
 
             check_backend(machine.attention, backend)
-    digests = {source: pixels_sha256(image) for source, image in images.items()}
     machine, memory = fit_to_card(machine, checkpoint, size, form.guidance_scale > 1, device, dtype)
     if order.loras and machine.offload == "sequential":
         raise ArgumentError("--lora does not go with --offload sequential: --offload blocks does")
@@ -124,7 +124,7 @@ def preflight(order: Order, stages: Stages) -> Ready:
         checkpoint=checkpoint,
         checkpoint_sha256=fingerprint(weight_files(checkpoint / "transformer"), times=False),
         images=images,
-        digests=digests,
+        digests={source: pixels_sha256(image) for source, image in images.items()},
         size=size,
         device=device,
         dtype=dtype,
@@ -138,11 +138,13 @@ def preflight(order: Order, stages: Stages) -> Ready:
 
 
 def check_ranks(order: Order) -> None:
-    """Raise TeaCacheError where the order's GPUs cannot share a step, as far as is known by now.
+    """Raise TeaCacheError if the order's GPUs cannot share a step.
 
-    Of a checkpoint that has to be downloaded the first rank says so later, in `preflight`.
+    The command calls it before it starts the ranks. If the checkpoint is not downloaded yet, the
+    first rank checks it in `preflight`.
     """
-    checkpoint = find_whole_checkpoint(order.ckpts_path)
+    prepare_environment()
+    checkpoint = find_checkpoint(order.ckpts_path)
     if checkpoint is not None:
         form = order.format
         size = video_size(checkpoint, form.width, form.height, form.num_frames)
@@ -150,10 +152,10 @@ def check_ranks(order: Order) -> None:
 
 
 def ranks_of(order: Order, checkpoint: Path, size: VideoSize) -> Ranks:
-    """How the order's GPUs share the denoising of a video.
+    """How the order's GPUs share each denoising step.
 
     Raises:
-        ArgumentError: where they cannot, naming the nearest numbers that can.
+        ArgumentError: if they cannot, naming the nearest valid numbers.
     """
     machine = order.machine
     if machine.num_gpus == 1:
@@ -173,42 +175,35 @@ def ranks_of(order: Order, checkpoint: Path, size: VideoSize) -> Ranks:
     )
 
 
-def find_whole_checkpoint(name: str) -> Path | None:
-    """The same as `find_checkpoint`, where all that sampling reads is there.
-
-    Raises:
-        CheckpointError: too where something is missing, or cannot be used.
-    """
-    checkpoint = find_checkpoint(name)
-    if checkpoint is not None:
-        check_checkpoint(checkpoint)
-    return checkpoint
-
-
-def find_checkpoint(name: str) -> Path | None:
-    """The folder that `--ckpts_path` means, or None where it has to be downloaded first.
+def find_checkpoint(name: str, complete: bool = True) -> Path | None:
+    """The folder of a checkpoint, or None if it is not downloaded yet.
 
     Args:
         name: `tiny`, a folder, or a Hugging Face repository, `owner/name`.
+        complete: check that no file is missing.
 
     Raises:
-        CheckpointError: where it is none of these.
+        CheckpointError: if the name is none of these, or a file is missing or cannot be used.
     """
     if name == "tiny":
         from teacache.embedded.cached import cached_tiny_checkpoint
 
-        return cached_tiny_checkpoint()
-    return local_checkpoint(name)
+        checkpoint: Path | None = cached_tiny_checkpoint()
+    else:
+        checkpoint = local_checkpoint(name)
+    if complete and checkpoint is not None:
+        check_checkpoint(checkpoint)
+    return checkpoint
 
 
 def plan_jobs(
     order: Order, checkpoint: Path, device: torch.device, dtype: torch.dtype
 ) -> dict[Job, Schedule]:
-    """The schedule of each job, those of other shards included: they tell what is finished.
+    """The schedule of each job, also of other shards, whose finished videos are recognised by it.
 
     Raises:
-        ArgumentError: where the scheduler has not so many steps, a listed step is none of them, or
-            a forecast is not derived for it.
+        ArgumentError: if the scheduler has fewer steps, a listed step is out of range, or the
+            forecast does not support the scheduler.
     """
     from teacache.checkpoint.distances import distances_of, load_scheduler
     from teacache.core.forecast import check_scheduler
@@ -217,13 +212,12 @@ def plan_jobs(
     if any(job.reuse == "forecast" for job in order.all_jobs):
         check_scheduler(scheduler)
     distances = distances_of(checkpoint, scheduler, order.format.guidance_scale, device, dtype)
-
-    how = order.coefficients, order.limits
     return {
         job: schedule(
             distances(job.num_infer_steps),
             job.rel_l1_thresh,
-            *how,
+            order.coefficients,
+            order.limits,
             reuse=job.reuse,
             computed_steps=job.steps if job.computed_steps is None else job.computed_steps,
         )

@@ -1,7 +1,6 @@
-"""Readers of the command's arguments, and of the same fields of a jobs file, one value each.
+"""Conversion of one argument's text to its value, also for the fields of a jobs file.
 
-Each takes the text that the user wrote, and raises ArgumentTypeError, in a few words, where it is
-no value of its kind.
+Each function raises ArgumentTypeError with a short message if the text is not valid.
 """
 
 from __future__ import annotations
@@ -17,16 +16,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
-from urllib.parse import urlsplit
 
 from teacache.base.errors import ArgumentError
 from teacache.core.rule import UNBOUNDED, Coefficients
 
 DEGREE = 4  # of the rescaling polynomial
-# What `teacache.fit` writes beside the coefficients, and the sampler does not read.
+# Keys that `teacache.fit` writes beside the coefficients. The sampler ignores them.
 PROVENANCE = (
-    *("r2", "videos", "checkpoint", "checkpoint_sha256", "scheduler"),
-    *("num_infer_steps", "versions", "date"),
+    "r2 videos checkpoint checkpoint_sha256 scheduler num_infer_steps versions date".split()
 )
 Number = TypeVar("Number", int, float)
 
@@ -43,10 +40,10 @@ class Shard:
 
 
 def text(value: str) -> str:
-    """Any text that can be written down again: UTF-8, without control characters but white space.
+    """Text that can be written as UTF-8, without control characters except white space.
 
     Args:
-        value: may hold surrogates, which stand for bytes of the command line that are not UTF-8.
+        value: surrogates in it stand for bytes of the command line that are not UTF-8.
     """
     for character in value:
         category = unicodedata.category(character)
@@ -58,45 +55,38 @@ def text(value: str) -> str:
 
 
 def prompt(value: str) -> str:
-    """A text that says something."""
+    """Text that is not blank."""
     if not value.strip():
         raise argparse.ArgumentTypeError("is empty: say what the video shows")
     return text(value)
 
 
 def name(value: str) -> str:
-    """A path, or another name of the thing, that is not empty and can be written down again."""
-    return text(_path(value))
+    """A path or another name, not empty. A leading `~` is the home directory.
 
-
-def path(value: str) -> Path:
-    """A path that can be written down again."""
-    return Path(name(value))
-
-
-def _path(value: str) -> str:
-    """With the home directory for a leading `~`, which bash leaves after an `=`.
-
-    Not the empty string: an unset shell variable is one, and Path('') is the current folder.
+    bash does not expand the `~` after an `=`. An unset shell variable gives the empty string, and
+    Path("") would be the current folder.
     """
     if not value:
         raise argparse.ArgumentTypeError("is empty")
-    return os.path.expanduser(value)
+    return text(os.path.expanduser(value))
+
+
+def path(value: str) -> Path:
+    """A path; see `name`."""
+    return Path(name(value))
 
 
 def image(value: str) -> str:
-    """An image's source: http or https; of a path, that there is such a file.
+    """An http or https URL, the path of a file that exists, or `astronaut`.
 
-    What is wrong with a URL is told with the whole of it: whoever prints it masks credentials.
+    The message holds the whole URL: whoever prints it masks credentials.
     """
     source = name(value)
     if "://" in source:
-        with contextlib.suppress(ValueError):
-            url = urlsplit(source)
-            if url.scheme in ("http", "https") and url.hostname:
-                return source
-        raise argparse.ArgumentTypeError(f"{source} is no http or https URL")
-    if source != "astronaut":
+        if not re.match(r"https?://[^/?#]", source):
+            raise argparse.ArgumentTypeError(f"{source} is no http or https URL")
+    elif source != "astronaut":
         if os.path.isdir(source):
             raise argparse.ArgumentTypeError(f"{source} is a folder, not an image")
         if not os.path.exists(source):
@@ -107,7 +97,7 @@ def image(value: str) -> str:
 def not_negative(text: str) -> float:
     """A finite number, 0 or more."""
     number = _number(text, float, lambda x: math.isfinite(x) and x >= 0, "a number, 0 or more")
-    return abs(number)  # -0.0 is 0 or more as well, and would show in the file name
+    return abs(number)  # -0.0 would appear in the file name
 
 
 def positive(text: str) -> int:
@@ -116,7 +106,7 @@ def positive(text: str) -> int:
 
 
 def seed(text: str) -> int:
-    """A seed that torch takes: a whole number from 0 to 2^63 - 1."""
+    """A seed for torch: a whole number from 0 to 2^63 - 1."""
     return _number(text, int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 - 1")
 
 
@@ -126,7 +116,7 @@ def seed_or_random(text: str) -> int | str:
 
 
 def lora(text: str) -> tuple[str, float]:
-    """`LORA` or `LORA:SCALE`: a file, folder or repository, and a finite number."""
+    """`LORA` or `LORA:SCALE`, as the source (file, folder or repository) and a finite scale."""
     source, colon, scale = name(text).rpartition(":")
     with contextlib.suppress(ValueError):
         if colon and source and math.isfinite(float(scale)):
@@ -135,15 +125,15 @@ def lora(text: str) -> tuple[str, float]:
 
 
 def _number(
-    text: str, convert: Callable[[str], Number], allowed: Callable[[Number], bool], wanted: str
+    text: str, convert: Callable[[str], Number], valid: Callable[[Number], bool], kind: str
 ) -> Number:
-    """A number of a kind, or the error that says what was wanted."""
+    """The number in a text. `kind` describes valid numbers in the error message."""
     with contextlib.suppress(ValueError):
         value = convert(text)
-        if allowed(value):
+        if valid(value):
             return value
     shown = text if len(text) < 40 else f"{text[:30]}..."
-    raise argparse.ArgumentTypeError(f"{shown!r} is not {wanted}")
+    raise argparse.ArgumentTypeError(f"{shown!r} is not {kind}")
 
 
 def shard(text: str) -> Shard:
@@ -158,20 +148,17 @@ def shard(text: str) -> Shard:
 
 
 def device(text: str) -> str:
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not auto, cpu, cuda or cuda:N")
     return text
 
 
 def schedule(value: str) -> tuple[int, ...]:
-    """The steps that a file lists, or those that a record has as computed."""
+    """The steps in a file: a JSON list, or the `computed_steps` of a record."""
     data = _json_file(value)
     steps = data.get("computed_steps") if isinstance(data, dict) else data
-    if (
-        not isinstance(steps, list)
-        or not steps
-        or any(isinstance(step, bool) or not isinstance(step, int) for step in steps)
-    ):
+    if not (isinstance(steps, list) and steps and all(type(step) is int for step in steps)):
         raise argparse.ArgumentTypeError(
             f"{value} lists no steps, such as [0, 4, 8, 9], and is no record of a video"
         )
@@ -179,36 +166,30 @@ def schedule(value: str) -> tuple[int, ...]:
 
 
 def coefficients(value: str) -> Coefficients:
-    """What a coefficients file holds, or the `coefficients` of a record."""
+    """The coefficients in a file: `coefficients_of`, or the `coefficients` of a record."""
     data = _json_file(value)
     try:
-        found = coefficients_of(data.get("coefficients", data) if isinstance(data, dict) else data)
-        text(found.source)
-    except (ArgumentError, argparse.ArgumentTypeError) as error:
+        return coefficients_of(data.get("coefficients", data) if isinstance(data, dict) else data)
+    except ArgumentError as error:
         raise argparse.ArgumentTypeError(f"{value}: {error}") from error
-    return found
 
 
 def _json_file(value: str) -> object:
+    file = path(value)
     try:
-        content = Path(_path(value)).read_text(encoding="utf-8-sig")
+        return json.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{value} cannot be read: {error.strerror}") from error
-    except ValueError as error:  # not UTF-8, or a path that no file can have
-        raise argparse.ArgumentTypeError(f"{value}: {error}") from error
-    try:
-        return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"{value} is no JSON: {error}") from error
 
 
 def coefficients_of(data: object) -> Coefficients:
-    """Read what a coefficients file holds: `values`, `fitted_range` and `source`.
+    """Convert the content of a coefficients file: `values`, `fitted_range` and `source`.
 
     Args:
-        data: a JSON object. `values` (five numbers) is required; without `fitted_range`, or
-            with null, every distance counts at which the polynomial is not negative. The keys
-            of `PROVENANCE` are allowed, and ignored.
+        data: a JSON object. `values` (five numbers) is required. Without `fitted_range`, or with
+            null, the range is unbounded. The keys of `PROVENANCE` are ignored.
 
     Raises:
         ArgumentError: naming the key that is wrong.
@@ -225,10 +206,7 @@ def coefficients_of(data: object) -> Coefficients:
         if not 0 <= low < high:
             raise ArgumentError("fitted_range must be two rising distances, 0 or more")
         fitted_range = (low, high)
-    source = data.get("source", "a coefficients file")
-    if not isinstance(source, str):
-        raise ArgumentError(f"source must be text, found {source!r}")
-    return Coefficients(values, fitted_range, source)
+    return Coefficients(values, fitted_range, str(data.get("source", "a coefficients file")))
 
 
 def _finite_numbers(value: object, key: str, count: int) -> tuple[float, ...]:

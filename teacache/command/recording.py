@@ -1,4 +1,4 @@
-"""What goes on record: an order's settings as they were chosen, and what became of a video."""
+"""The record of a video: its settings, its measurements, and the command that repeats it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from teacache.sampling import attention
 
 
 def settings_of(job: Job, order: Order, ready: Ready) -> Settings:
-    """What goes on record before sampling."""
-    machine, form = ready.machine, order.format
+    """The settings of a job's record, which are known before sampling."""
+    machine = ready.machine
     approximations = []
     if not attention.is_exact(ready.backend):
         approximations.append(f"attention {attention.short_name(ready.backend)}")
@@ -40,10 +40,8 @@ def settings_of(job: Job, order: Order, ready: Ready) -> Settings:
         image_sha256=ready.digests[job.image],
         ckpts_path=order.ckpts_path,
         output_path=str(order.output_path),
-        guidance_scale=form.guidance_scale,
-        width=ready.size.width,
-        height=ready.size.height,
-        num_frames=ready.size.num_frames,
+        guidance_scale=order.format.guidance_scale,
+        **ready.size._asdict(),
         device=str(ready.device),
         dtype=dtype_name(ready.dtype),
         offload=machine.offload,
@@ -53,9 +51,7 @@ def settings_of(job: Job, order: Order, ready: Ready) -> Settings:
         quantize=machine.quantize,
         approximations=approximations,
         coefficients=order.coefficients.as_json(),
-        retain_first=order.limits.retain_first,
-        retain_last=order.limits.retain_last,
-        max_reuse=order.limits.max_reuse,
+        **vars(order.limits),
         schedule=job.schedule,
         selected_steps=list(schedule.computed_steps) if job.rel_l1_thresh is None else None,
         reuse=job.reuse,
@@ -70,7 +66,7 @@ def settings_of(job: Job, order: Order, ready: Ready) -> Settings:
 def record_of(
     job: Job, order: Order, ready: Ready, step_seconds: list[float], stages: Stages
 ) -> Record:
-    """The record of a video whose latents are there.
+    """The record of a video after denoising.
 
     Args:
         step_seconds: of each denoising step.
@@ -97,11 +93,7 @@ def record_of(
 def completed(
     record: Record, job: Job, order: Order, ready: Ready, stages: Stages, video: Path
 ) -> Record:
-    """The record once the frames are there too.
-
-    Args:
-        video: its path, beside which the record will lie.
-    """
+    """The record of a video after decoding. `video` is its path."""
     return dataclasses.replace(
         record,
         seconds=stages.with_total(),
@@ -112,13 +104,13 @@ def completed(
 
 
 def command_of(job: Job, order: Order, settings: Settings, record: Path) -> str:
-    """A shell command that makes one video again: the flags that differ from their defaults.
+    """A shell command that repeats one video, with the flags that differ from their defaults.
 
-    Credentials in the URL of an image are masked. Whether the VAE was tiled depends on how much
-    memory was free: that it was is always said.
+    Credentials in the URL of an image are masked. `--vae_tiling` is in it if the VAE was tiled,
+    because `auto` depends on the free memory.
 
     Args:
-        record: the video's, from which listed steps and coefficients are read.
+        record: path of the record, from which listed steps and coefficients are read.
     """
     values: dict[str, object] = {
         **vars(job),

@@ -1,4 +1,4 @@
-"""The report over all the videos that were asked for."""
+"""The report on all videos of a request."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from teacache.results.lock import locked
 logger = logging.getLogger(__name__)
 
 
-def write_report(comparison: Comparison, order: Order, videos: int, console: Console) -> None:
-    """Write the report of a sweep, as far as it got, and show its table."""
+def write_report(comparison: Comparison, order: Order, console: Console) -> None:
+    """Write the report on the finished videos of a sweep, and print its table."""
+    count = len(order.all_jobs)
     try:
-        # Decoding videos to compare them, drawing and encoding take seconds: not after a signal.
+        # Figure and side-by-side video take seconds: not after a signal.
         table, files = comparison.report(order.output_path, in_full=not stop_requested())
     except OSError as error:
         logger.warning("the sweep's report cannot be written: %s", reason(error))
@@ -29,32 +30,32 @@ def write_report(comparison: Comparison, order: Order, videos: int, console: Con
         console.say(f"\n{table}\n")
         for file in files:
             console.say(f"sweep       {file}")
-        if len(comparison.videos) < videos:
-            console.say(f"            {len(comparison.videos)} of {videos} videos: see --resume")
+        if len(comparison.videos) < count:
+            console.say(f"            {len(comparison.videos)} of {count} videos: see --resume")
 
 
 def write_report_of_shards(
     comparison: Comparison, order: Order, missing: int, console: Console
 ) -> None:
-    """Write the report of all shards, once: by the one that finds no video missing."""
+    """Write one report on all shards, if no video is missing."""
     if missing:
         console.say(
-            f"shard {order.shard} is done; the last one reports on all: {missing} of "
+            f"shard {order.shard} is done; the last shard writes the report: {missing} of "
             f"{len(order.all_jobs)} videos are missing"
         )
         return
-    with locked(order.output_path, "report") as alone:
+    with locked(order.output_path, "report") as held:
         earlier = _earlier_report(comparison, order.output_path)
         if earlier:
             console.say(f"sweep       {earlier}")
-        elif alone:
-            write_report(comparison, order, len(order.all_jobs), console)
+        elif held:
+            write_report(comparison, order, console)
         else:
             console.say("sweep       another shard is writing the report")
 
 
 def _earlier_report(comparison: Comparison, folder: Path) -> Path | None:
-    """A report on just these videos."""
+    """The file of a report on exactly these videos; None if there is none."""
     names = {finished.path.stem for finished in comparison.videos}
     for path in sorted(folder.glob("sweep_*.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):

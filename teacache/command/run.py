@@ -1,4 +1,4 @@
-"""A run: identities and texts, then latents, frames, mp4 and record, video by video."""
+"""The sampling loop: identities and texts, then latents, frames, mp4 and record of each video."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from teacache.base.console import Console, Stages
 from teacache.base.files import cache_folder
 from teacache.checkpoint.folder import is_full_size
-from teacache.command.finished import add_others, find_earlier, kept_latents, left_to_do
+from teacache.command.finished import add_finished, find_earlier, pending, saved_latents
 from teacache.command.jobs import Job
 from teacache.command.loading import load
 from teacache.command.memory import explained_out_of_memory
@@ -30,7 +30,7 @@ from teacache.inputs.text import TEXT_TOKENS, Text
 from teacache.results.record import Record, summary
 from teacache.results.slot import claimed_slot
 from teacache.sampling import acceleration, sampler
-from teacache.sampling.room import Room
+from teacache.sampling.decoder_memory import DecoderMemory
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ SHORT_PROMPT = 30  # words; the published one has 110
 
 
 class Video(NamedTuple):
-    """A job's video. earlier: whether it was there before, or another process has made it."""
+    """A job's video. earlier: whether an earlier run or another process has sampled it."""
 
     job: Job
     path: Path
@@ -50,16 +50,16 @@ class Video(NamedTuple):
     earlier: bool = False
 
 
-class Loaded(NamedTuple):
-    """A pipeline, TeaCache on its transformer, and the memory that it decodes in."""
+class Models(NamedTuple):
+    """A pipeline, TeaCache on its transformer, and the memory for its decoder."""
 
     pipe: ConsisIDPipeline
     handle: TeaCacheHandle
-    room: Room
+    memory: DecoderMemory
 
 
 def run(order: Order, ready: Ready, stages: Stages, console: Console) -> None:
-    """Sample every video of an order; several of them are compared."""
+    """Sample every video of an order; compare them if there are several."""
     jobs = order.all_jobs
     session = Session(order, ready, stages, console)
     comparison = session.comparison
@@ -68,25 +68,26 @@ def run(order: Order, ready: Ready, stages: Stages, console: Console) -> None:
             if not video.earlier and (console.quiet or len(jobs) == 1):
                 console.done(video.path, summary(video.path, video.record))
         session.end()
-        missing = add_others(comparison, session.places, order, ready) if comparison else 0
+        missing = add_finished(comparison, session.places, order, ready) if comparison else 0
         if comparison and order.shard:
             write_report_of_shards(comparison, order, missing, console)
     finally:
-        # Also of a sweep that failed or was interrupted: what is done is done.
+        # A sweep that failed or was interrupted also has a report.
         if len(jobs) > 1 and comparison and not order.shard:
-            write_report(comparison, order, len(jobs), console)
+            write_report(comparison, order, console)
 
 
 class Session:
-    """What samples job after job, and compares their videos: it loads the models once.
+    """Samples one job after the other, and compares their videos. It loads the models once.
 
     Args:
-        order: its jobs are all that may come; ready: for them, or for none of them yet.
-        stages: that the videos share.
+        order: with all jobs of the session.
+        ready: of the same order; its images and schedules are not used.
+        stages: shared by all videos.
 
     Attributes:
-        comparison: of several videos, else None.
-        places: of every job, in the order asked for.
+        comparison: None for a single video.
+        places: index of every job in the request.
     """
 
     def __init__(self, order: Order, ready: Ready, stages: Stages, console: Console):
@@ -98,102 +99,122 @@ class Session:
                 len(order.all_jobs), load_analyser=lambda: load_analyser(ready.checkpoint)
             )
         self._others = OtherRanks(ready)
-        self._loaded: Loaded | None = None
+        self._models: Models | None = None
         self._start: sampler.Start | None = None
-        self._drawn_for: tuple[str, int] | None = None
+        self._start_key: tuple[str, int] | None = None
 
     def videos(self, jobs: Sequence[Job], ready: Ready, final: bool) -> Iterator[Video]:
-        """The jobs' videos, each written when it comes; with `--resume` first those that are there.
+        """Sample jobs; yield each video after it is written. `--resume` yields finished ones first.
 
         Args:
-            ready: for these jobs.
-            final: whether none follow, see `teacache.sampling.room.Room`.
+            ready: of these jobs.
+            final: whether these are the last jobs, see `DecoderMemory.to_decode`.
         """
         order, console = self.order, self.console
         if order.resume:
             earlier = find_earlier(jobs, self.places, order, ready, console, self.comparison)
-            yield from (Video(job, *found, earlier=True) for job, found in earlier.items())
+            for job, finished in earlier.items():
+                yield Video(job, *finished, earlier=True)
             jobs = [job for job in jobs if job not in earlier]
         if not jobs:
             return
         jobs = in_order(jobs, ready.digests)
         with explained_out_of_memory(ready.machine, console):
-            loaded, identities, texts = self._prepare(jobs, ready)
+            models, identities, texts = self._prepare(jobs, ready)
             for job in jobs:
-                with left_to_do(job, order, ready, console) as (ours, found):
-                    if found:
-                        yield Video(job, *found, earlier=True)
-                    elif ours:
+                with pending(job, order, ready, console) as (locked, other):
+                    if other:
+                        yield Video(job, *other, earlier=True)
+                    elif locked:
                         if len(order.jobs) > 1:
                             console.say(f"seed {job.seed}, {job.which}")
                         inputs = identities[job.image], texts[job]
-                        yield self._sample(loaded, job, ready, *inputs, final and job is jobs[-1])
+                        yield self._sample(models, job, ready, *inputs, final and job is jobs[-1])
 
     def end(self) -> None:
-        """Let the other ranks end: no job follows."""
+        """Let the other ranks end, after the last job."""
         self._others.end()
 
     def _prepare(
         self, jobs: list[Job], ready: Ready
-    ) -> tuple[Loaded, dict[str, Identity], dict[Job, Text]]:
-        """The pipeline, loaded with the first jobs, and what the jobs are conditioned on."""
-        if self._loaded is None:
+    ) -> tuple[Models, dict[str, Identity], dict[Job, Text]]:
+        """The pipeline, the identity by image, and the text of each job."""
+        if self._models is None:
             self._others.begin(self.order, ready)
         hint_at_short_prompts(jobs, ready, self.console)
-        # The text encoder and the face models take less than decoding.
-        with self._loaded.room.to_decode(last=False) if self._loaded else nullcontext():
+        # The text encoder and the face models need less memory than decoding.
+        with self._models.memory.to_decode(last=False) if self._models else nullcontext():
             identities, texts = condition(jobs, self.order, ready, self.stages)
-        if self._loaded is None:
-            self._loaded = self._load(ready, identities[jobs[0].image], texts[jobs[0]])
-        return self._loaded, identities, texts
+        if self._models is None:
+            self._models = self._load(ready, identities[jobs[0].image], texts[jobs[0]])
+        return self._models, identities, texts
 
-    def _load(self, ready: Ready, identity: Identity, text: Text) -> Loaded:
-        """The pipeline, compiled ahead where that is asked for."""
+    def _load(self, ready: Ready, identity: Identity, text: Text) -> Models:
+        """Load the pipeline, and compile it if `--compile` is set."""
         with self.stages.stage("loading"):
             pipe = load(self.order, ready)
-        room = Room(pipe, ready.size, ready.machine.offload)
+        memory = DecoderMemory(pipe, ready.size, ready.machine.offload)
         handle = apply_teacache(pipe)
         handle.ranks = self._others.join(pipe.transformer)
         if self.order.machine.compile:
             with self.stages.stage("compiling"):
-                compile_ahead(pipe, identity, text, self.order, ready, self._others, room)
-        return Loaded(pipe, handle, room)
+                self._compile(pipe, identity, text, ready, memory)
+        return Models(pipe, handle, memory)
+
+    def _compile(
+        self,
+        pipe: ConsisIDPipeline,
+        identity: Identity,
+        text: Text,
+        ready: Ready,
+        memory: DecoderMemory,
+    ) -> None:
+        """Denoise one step and decode, so that the seconds of no video include compilation."""
+        start = sampler.prepare(pipe, identity, ready.size, seed=0)
+        self._others.denoise(None, start, text, num_infer_steps=1)
+        guidance_scale = self.order.format.guidance_scale
+        latents, _ = sampler.denoise(
+            pipe, start, text, ready.size, num_infer_steps=1, guidance_scale=guidance_scale
+        )
+        if acceleration.is_compiled(pipe.vae):
+            with memory.to_decode(last=False):
+                sampler.decode(pipe, latents)
 
     def _sample(
-        self, loaded: Loaded, job: Job, ready: Ready, identity: Identity, text: Text, last: bool
+        self, models: Models, job: Job, ready: Ready, identity: Identity, text: Text, last: bool
     ) -> Video:
-        """Sample one job's video, write it with its record, and compare it."""
+        """Sample a job's video, write it with its record, and compare it."""
         order, own = self.order, Stages(self.console, shared=self.stages)
-        latents, record, kept = kept_latents(job, order, ready, own, self.console) or (
-            *self._denoise(loaded, job, ready, identity, text, own),
+        latents, record, file = saved_latents(job, order, ready, own, self.console) or (
+            *self._denoise(models, job, ready, identity, text, own),
             None,
         )
-        with claimed_slot(order.output_path, record.settings.prefix, kept) as slot:
+        with claimed_slot(order.output_path, record.settings.prefix, file) as slot:
             slot.keep(latents, record)
-            with own.stage("decoding"), loaded.room.to_decode(last):
-                frames = sampler.decode(loaded.pipe, latents)
+            with own.stage("decoding"), models.memory.to_decode(last):
+                frames = sampler.decode(models.pipe, latents)
             with own.stage("writing"):
                 slot.write(frames)
             record = completed(record, job, order, ready, own, slot.video)
             slot.finish(record)
         if self.comparison:
-            with Stages(self.console).stage("quality"):  # of no video's seconds
+            with Stages(self.console).stage("quality"):  # not part of the video's seconds
                 place = self.places[job]
                 record = self.comparison.add(place, slot.video, record, frames, identity)
         return Video(job, slot.video, record)
 
     def _denoise(
-        self, loaded: Loaded, job: Job, ready: Ready, identity: Identity, text: Text, own: Stages
+        self, models: Models, job: Job, ready: Ready, identity: Identity, text: Text, own: Stages
     ) -> tuple[torch.Tensor, Record]:
-        """The latents of a job's video, and the record so far."""
+        """The latents of a job's video, and the record after denoising."""
         with own.stage("encoding"):
-            start = self._start_of(loaded.pipe, job, ready, identity)
-        loaded.handle.follow(ready.schedules[job])
+            start = self._start_of(models.pipe, job, ready, identity)
+        models.handle.follow(ready.schedules[job])
         self._others.denoise(ready.schedules[job], start, text, job.num_infer_steps)
-        bar = self.console.bar(job.num_infer_steps, loaded.handle.counts)
+        bar = self.console.bar(job.num_infer_steps, models.handle.counts)
         with own.stage("denoising"), bar as on_step:
             latents, step_seconds = sampler.denoise(
-                loaded.pipe,
+                models.pipe,
                 start,
                 text,
                 ready.size,
@@ -206,27 +227,27 @@ class Session:
     def _start_of(
         self, pipe: ConsisIDPipeline, job: Job, ready: Ready, identity: Identity
     ) -> sampler.Start:
-        """The start of a video; the one before is dropped first, and kept where it is the same."""
-        if self._start is None or self._drawn_for != (job.image, job.seed):
-            self._start, self._drawn_for = None, (job.image, job.seed)
+        """The start of a job's video. Jobs with the same image and seed share it."""
+        if self._start is None or self._start_key != (job.image, job.seed):
+            self._start, self._start_key = None, (job.image, job.seed)
             self._start = sampler.prepare(pipe, identity, ready.size, job.seed)
         return self._start
 
 
 def hint_at_short_prompts(jobs: list[Job], ready: Ready, console: Console) -> None:
-    """Say of what prompts the model makes its best videos, where one is short."""
+    """Print a hint if a prompt is short for a full-size checkpoint."""
     shortest = min((job.prompt for job in jobs), key=lambda prompt: len(prompt.split()))
     if is_full_size(ready.checkpoint) and len(shortest.split()) < SHORT_PROMPT:
         console.say(
             f"hint        {shortest!r} is short: ConsisID was trained with long descriptions of "
-            "person, scene, light and camera, and videos of such prompts are better"
+            "person, scene, light and camera, and makes better videos from them"
         )
 
 
 def condition(
     jobs: list[Job], order: Order, ready: Ready, stages: Stages
 ) -> tuple[dict[str, Identity], dict[Job, Text]]:
-    """The identity in each image by its source, and the text of each job."""
+    """The identity in each image, by the image's source; and the text of each job."""
     cache = EmbeddingCache(cache_folder() / "embeddings")
     conditioning = Conditioning(
         ready.checkpoint, ready.device, ready.dtype, ready.machine.offload, cache
@@ -237,20 +258,15 @@ def condition(
             {source: ready.images[source] for source in sources}
         )
     guided = order.format.guidance_scale > 1
-    wanted = {"prompt": dict.fromkeys(job.prompt for job in jobs)}
+    prompts = [("prompt", job.prompt) for job in jobs]
     if guided:
-        wanted["negative_prompt"] = dict.fromkeys(job.negative_prompt for job in jobs)
+        prompts += [("negative_prompt", job.negative_prompt) for job in jobs]
+    prompts = list(dict.fromkeys(prompts))
     with stages.stage("text"):
-        embedded = conditioning.embed_texts([text for texts in wanted.values() for text in texts])
-    for name, texts in wanted.items():
-        for text in texts:
-            if embedded[text].lost:
-                logger.warning(
-                    "--%s is longer than %d tokens: without %r",
-                    name,
-                    TEXT_TOKENS,
-                    embedded[text].lost,
-                )
+        embedded = conditioning.embed_texts([text for _, text in prompts])
+    for flag, text in prompts:
+        if lost := embedded[text].lost:
+            logger.warning("--%s is longer than %d tokens: without %r", flag, TEXT_TOKENS, lost)
     return identities, {
         job: Text(
             embedded[job.prompt].embeds,
@@ -258,24 +274,3 @@ def condition(
         )
         for job in jobs
     }
-
-
-def compile_ahead(
-    pipe: ConsisIDPipeline,
-    identity: Identity,
-    text: Text,
-    order: Order,
-    ready: Ready,
-    others: OtherRanks,
-    room: Room,
-) -> None:
-    """Call what is to be compiled once, so that no video's seconds hold the compilation."""
-    start = sampler.prepare(pipe, identity, ready.size, seed=0)
-    others.denoise(None, start, text, num_infer_steps=1)  # whose one step is computed
-    guidance_scale = order.format.guidance_scale
-    latents, _ = sampler.denoise(
-        pipe, start, text, ready.size, num_infer_steps=1, guidance_scale=guidance_scale
-    )
-    if acceleration.is_compiled(pipe.vae):
-        with room.to_decode(last=False):
-            sampler.decode(pipe, latents)

@@ -1,4 +1,4 @@
-"""Many videos in parts: which of them a shard has, and which are best sampled by one process."""
+"""Division of many videos among shards, or among the workers of a cluster."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from teacache.command.jobs import Job
 from teacache.command.readers import Shard
 
-MOST_IN_A_TASK = 32  # jobs, whose texts are in memory together: 8 MB each at full size
+MAX_TASK = 32  # jobs; the embeddings of each prompt take 8 MB at full size
 
 
 def units(jobs: Sequence[Job], workers: int) -> list[list[Job]]:
-    """What is not divided between workers, in the order of the jobs.
+    """Divide jobs into units that one worker samples, in the order of the jobs.
 
-    These are the groups of videos that differ in their schedule alone, which are compared with each
-    other and share their start; or, where there are fewer groups than workers, single videos.
+    A unit is a group of videos that differ only in their schedule. They share their initial noise,
+    and are compared with each other. If there are fewer groups than workers, a unit is one video.
     """
     groups: dict[tuple[object, ...], list[Job]] = {}
     for job in jobs:
@@ -25,26 +25,26 @@ def units(jobs: Sequence[Job], workers: int) -> list[list[Job]]:
 
 
 def tasks(jobs: Sequence[Job], workers: int) -> list[tuple[Job, ...]]:
-    """Units, several at a time, for workers that take one task after the other.
+    """Divide jobs into tasks of one or more units. A worker takes one task after the other.
 
-    A worker loads the text encoder once for a task. The tasks get smaller towards the end, so that
-    all workers end at about the same time.
+    A worker loads the text encoder once for each task. The last tasks are small, so that all
+    workers end at about the same time.
     """
-    found, left = [], len(jobs)
+    result, remaining = [], len(jobs)
     task: list[Job] = []
     for unit in units(jobs, workers):
         task += unit
-        if len(task) >= min(MOST_IN_A_TASK, math.ceil(left / (2 * workers))):
-            found.append(tuple(task))
-            left -= len(task)
+        if len(task) >= min(MAX_TASK, math.ceil(remaining / (2 * workers))):
+            result.append(tuple(task))
+            remaining -= len(task)
             task = []
-    return found
+    return result
 
 
 def part_of(jobs: Sequence[Job], shard: Shard) -> list[Job]:
-    """The jobs of a shard. Every job is in one, and the shards differ by one unit at most.
+    """The jobs of one shard. Each job is in one shard; shards differ by one unit at most.
 
-    It depends on the arguments alone, so that shards on different machines agree.
+    The result depends only on the arguments, so shards on several machines agree.
     """
-    mine = units(jobs, shard.count)[shard.index :: shard.count]
-    return list(itertools.chain.from_iterable(mine))
+    own = units(jobs, shard.count)[shard.index :: shard.count]
+    return list(itertools.chain.from_iterable(own))

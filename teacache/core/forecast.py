@@ -1,24 +1,24 @@
-"""Forecast reuse: a reused step takes the clean latents that the computed steps lead to.
+"""Forecast reuse: a reused step extrapolates the clean latents of the computed steps.
 
 The transformer predicts v for latents x = alpha x0 + sigma noise. So x0 = alpha x - sigma v is its
-estimate of the clean latents. Take it for the best linear denoiser of a Gaussian prior with mean m
+estimate of the clean latents. Model it as the best linear denoiser for a Gaussian prior with mean m
 and variance s:
 
     x0 = g x + (1 - g alpha) m,    g = alpha s / (alpha^2 s + sigma^2)
 
-Each computed step so gives an m, which changes slowly and steadily from step to step.
+So each computed step gives a value of m, which changes slowly and smoothly from step to step.
 
-1. Forecast: a reused step extrapolates m from the last two computed steps, linearly in the step's
-   index, and gets x0 and v for the latents that it is called with.
-2. Correction: the next computed step shows where m has gone. Interpolated between the two computed
-   steps, m is known better for the reused steps between them. A sampler's step is linear in x0, so
-   the latents that this better m would have led to are known too, without another forward. The
-   computed step returns the v with which the sampler goes on from there.
+1. Forecast: a reused step extrapolates m from the last two computed steps, linearly in the index of
+   the step. From m it computes x0 and v for its latents.
+2. Correction: the next computed step gives a new m. Interpolation between the two computed steps is
+   a better estimate of m at the reused steps between them. A sampler's step is linear in x0, so the
+   latents for this better m can be computed without another forward. The computed step returns the
+   v with which the sampler continues from these latents.
 
-The residual, in contrast, holds v nearly still. Where the sampler draws fresh noise at each step,
-v held still takes that noise for picture; x0 takes it for noise. The correction is that of UniPC
+Residual reuse, in contrast, keeps v nearly constant. If the sampler adds noise at each step, a
+constant v treats that noise as signal, but x0 treats it as noise. The correction is that of UniPC
 (Zhao et al., arXiv:2302.04867), which corrects a sample without evaluating the model again. A
-forecast needs no residual: two latents, no forward, and nothing from other ranks.
+forecast needs two latents instead of a residual, no forward, and nothing from other ranks.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Scheduler: TypeAlias = CogVideoXDPMScheduler | CogVideoXDDIMScheduler
 class SolverStep(NamedTuple):
     """One step of a sampler: x' = of_sample x + of_clean x0 + of_previous x0_before + noise.
 
-    alpha, sigma: x = alpha x0 + sigma noise. x0_before: of the step before this one.
+    alpha, sigma: x = alpha x0 + sigma noise. x0_before: x0 of the previous step.
     """
 
     alpha: float
@@ -49,28 +49,28 @@ class SolverStep(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """How a forecast is made.
+    """Parameters of a forecast.
 
-    variance: s, of the prior. early_slope: the part of the slope of m that is extrapolated in the
-    first quarter of the steps. Where the sampler draws noise, half of the slope is noise there.
+    variance: s, of the prior. early_slope: factor on the slope of m in the first quarter of the
+    steps. If the sampler adds noise, half of the slope there is noise.
     """
 
     variance: float
     early_slope: float
 
 
-# Found on the embedded checkpoint and on a denoiser in closed form: teacache/benchmark/README.md.
+# Chosen on the embedded checkpoint and on a denoiser in closed form: teacache/benchmark/README.md.
 WITH_NOISE = Settings(variance=0.1, early_slope=0.5)
 WITHOUT_NOISE = Settings(variance=0.0, early_slope=1.0)
 
 
 def settings_for(scheduler: Scheduler) -> Settings:
-    """The settings for a sampler that draws noise at each step, or for one that does not."""
+    """The settings for a sampler that adds noise at each step, or for one that does not."""
     return WITH_NOISE if isinstance(scheduler, CogVideoXDPMScheduler) else WITHOUT_NOISE
 
 
 def check_scheduler(scheduler: Scheduler) -> None:
-    """Raise ArgumentError for a scheduler that a forecast is not derived for."""
+    """Raise ArgumentError if the forecast does not support a scheduler."""
     if not isinstance(scheduler, (CogVideoXDPMScheduler, CogVideoXDDIMScheduler)):
         raise ArgumentError(
             "a forecast needs CogVideoXDPMScheduler or CogVideoXDDIMScheduler, found "
@@ -84,10 +84,10 @@ def check_scheduler(scheduler: Scheduler) -> None:
 
 
 def solver_steps(scheduler: Scheduler) -> tuple[SolverStep, ...]:
-    """What each denoising step of a scheduler does, by the scheduler itself.
+    """The coefficients of each denoising step, computed with the scheduler itself.
 
-    A step is linear. So its coefficients are the differences that a one in the sample, in x0 and in
-    the previous x0 makes, with the same noise.
+    A step is linear. So each coefficient is the change of the result if the sample, x0 or the
+    previous x0 changes from 0 to 1, with the same noise.
 
     Args:
         scheduler: after `set_timesteps`.
@@ -111,7 +111,7 @@ def _stepped(
     sigma: float,
     *numbers: float,
 ) -> float:
-    """One number stepped. numbers: the sample, its x0, and the x0 of the step before."""
+    """The scheduler's step on scalars. numbers: the sample, its x0, and the previous step's x0."""
     sample, clean, previous = (torch.tensor([number], dtype=torch.float64) for number in numbers)
     v = (alpha * sample - clean) / sigma
     if isinstance(scheduler, CogVideoXDDIMScheduler):
@@ -125,10 +125,10 @@ def _stepped(
 
 
 class Forecast:
-    """The forecast of one video: what its computed steps have shown, and what that leads to.
+    """The forecast of one video, with the state of its computed steps.
 
-    Samples and v are [batch, latent frames, channels, height, width], in float32; the halves of
-    guidance go through it side by side, since all of it is linear.
+    Samples and v are [batch, latent frames, channels, height, width], in float32. Both halves of
+    guidance are in the batch, which is correct because all operations are linear.
 
     Args:
         solver: see `solver_steps`.
@@ -138,11 +138,11 @@ class Forecast:
     def __init__(self, solver: tuple[SolverStep, ...], settings: Settings):
         self._solver, self._settings = solver, settings
         self._means: list[tuple[int, torch.Tensor]] = []  # m at the last two computed steps
-        # By how much the last x0 that the sampler was given is below the one that was meant.
+        # Intended x0 of the last step minus the x0 that the sampler has stored.
         self._owed: torch.Tensor | None = None
 
     def reused(self, step: int, sample: torch.Tensor) -> torch.Tensor:
-        """v for a step that is not computed."""
+        """v for a reused step."""
         last, mean = self._means[-1]
         slope = self._slope()
         if slope is not None:
@@ -150,10 +150,10 @@ class Forecast:
         return self._v_of(step, sample, self._clean(step, sample, mean))
 
     def computed(self, step: int, sample: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """v for a step that was computed: the same, or corrected where it follows a reused one.
+        """v for a computed step, corrected if it follows a reused step.
 
         Args:
-            v: the transformer's.
+            v: the transformer's prediction.
         """
         at, gain = self._solver[step], self._gain(step)
         clean = at.alpha * sample - at.sigma * v
@@ -165,10 +165,10 @@ class Forecast:
         return self._v_of(step, sample, clean, shift)
 
     def _shift(self, step: int, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """What interpolated means would have added to the sample and to the previous x0.
+        """Change of the sample and of the previous x0 by interpolated instead of forecast means.
 
-        Forecast and interpolation leave the last computed step with different slopes. So both are
-        a number times the slope.
+        Forecast and interpolation start at the last computed step with different slopes. The change
+        is linear in each slope.
 
         Args:
             mean: m at this computed step.
@@ -191,10 +191,10 @@ class Forecast:
     def _response(
         self, last: int, step: int, weight: Callable[[int], float]
     ) -> tuple[float, float]:
-        """How far a slope of 1 from the computed step `last` on moves the sample of `step`.
+        """Response to a slope of 1 of the mean from the computed step `last` on.
 
         Returns:
-            that, and how far it moves x0 of the step before.
+            the change of the sample of `step`, and of x0 of the step before.
         """
         sample = clean = 0.0
         for reused in range(last + 1, step):
@@ -211,14 +211,14 @@ class Forecast:
         clean: torch.Tensor,
         shift: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """v with which the sampler steps to where the shifted sample and x0 would lead.
+        """v with which the sampler's step gives the result for the shifted sample and x0.
 
         Args:
-            clean: x0 at the sample as it is.
-            shift: of the sample, and of the previous x0; see `_shift`.
+            clean: x0 at the sample without the shift.
+            shift: of the sample and of the previous x0, see `_shift`.
         """
         at, extra = self._solver[step], None
-        if self._owed is not None:  # the sampler remembers another x0 than was meant
+        if self._owed is not None:  # the sampler has stored another x0 than intended
             extra = self._owed * (at.of_previous / at.of_clean)
         if shift is not None:
             of_sample, of_clean = shift
@@ -232,7 +232,7 @@ class Forecast:
         return (at.alpha * sample - clean) / at.sigma
 
     def _slope(self) -> torch.Tensor | None:
-        """How far m has moved a step, over the last two computed ones."""
+        """Change of m per step between the last two computed steps; None before there are two."""
         if len(self._means) < 2:
             return None
         (first, earlier), (last, later) = self._means
@@ -242,11 +242,11 @@ class Forecast:
         return self._settings.early_slope if step < len(self._solver) // 4 else 1.0
 
     def _gain(self, step: int) -> float:
-        """g of a step."""
+        """g at a step."""
         at, s = self._solver[step], self._settings.variance
         return at.alpha * s / (at.alpha**2 * s + at.sigma**2)
 
     def _clean(self, step: int, sample: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-        """x0 at a sample, by a prior of that mean."""
+        """x0 at a sample, for a prior with that mean."""
         gain = self._gain(step)
         return gain * sample + (1 - gain * self._solver[step].alpha) * mean

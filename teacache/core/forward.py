@@ -1,4 +1,4 @@
-"""The forward of the ConsisID transformer with TeaCache in it, and how it is put in place."""
+"""The forward of the ConsisID transformer with TeaCache, and the function that applies it."""
 
 from __future__ import annotations
 
@@ -39,28 +39,28 @@ def apply_teacache(
 ) -> TeaCacheHandle:
     """Patch one ConsisID transformer's forward with TeaCache.
 
-    With every step computed, the output equals the unpatched forward's bit for bit. Sampling only:
-    nothing here is meant to be differentiated through.
+    With every step computed, the output equals the unpatched forward's bit for bit. For sampling
+    only, without gradients.
 
     Args:
         pipe_or_transformer: a ConsisIDPipeline, or its transformer alone.
         rel_l1_thresh: threshold on the accumulated distance; 0 is the original sampler.
-        computed_steps: in place of a threshold, how many steps to compute.
-        schedule: in place of both, the steps to compute; see `TeaCacheHandle.follow`.
+        computed_steps: number of steps to compute, instead of a threshold.
+        schedule: the steps to compute, instead of both; see `TeaCacheHandle.follow`.
         reuse: how the other steps are reused: `residual`, as published, or `forecast`. By default
             the forecast with `computed_steps`, else the residual.
         coefficients: the polynomial that rescales the distance.
-        limits: what is computed whatever the threshold.
-        scheduler: for a transformer that stands alone, whose timesteps a video has. One who writes
-            his own loop calls its `set_timesteps` before each video.
+        limits: steps that are computed at any threshold.
+        scheduler: of a transformer without a pipeline. The caller's loop must call its
+            `set_timesteps` before each video.
 
     Returns:
         The handle: `handle.schedule` is the schedule of the last video, `handle.remove()` undoes
         the patch, and `with apply_teacache(...)` undoes it at the end of the block.
 
     Raises:
-        ArgumentError: for what is no ConsisID transformer, has TeaCache already, or has been
-            wrapped in a way that the patch could not be undone from.
+        ArgumentError: if it is no ConsisID transformer, has TeaCache already, or is wrapped in a
+            way that prevents the removal of the patch.
     """
     if computed_steps is not None and schedule is not None:
         raise ArgumentError("computed_steps and schedule both say what to compute: give one")
@@ -82,7 +82,7 @@ def apply_teacache(
         raise ArgumentError("this transformer has TeaCache already: remove() the first one")
 
     def current_scheduler() -> Scheduler:
-        # Looked up at each step: a pipeline's scheduler may be exchanged between videos.
+        # At each step, because a pipeline's scheduler may be replaced between videos.
         return pipe_or_transformer.scheduler if scheduler is None else scheduler
 
     handle = TeaCacheHandle(
@@ -96,7 +96,7 @@ def apply_teacache(
 def _dispatch(
     transformer: ConsisIDTransformer3DModel, handle: TeaCacheHandle, *args: Any, **kwargs: Any
 ) -> tuple[torch.Tensor] | Transformer2DModelOutput:
-    """What stands in the place of the transformer's forward."""
+    """Replaces the transformer's forward."""
     if handle.removed:
         return type(transformer).forward(transformer, *args, **kwargs)
     with handle.alone():
@@ -119,10 +119,10 @@ def _forward(
 ) -> tuple[torch.Tensor] | Transformer2DModelOutput:
     """`ConsisIDTransformer3DModel.forward`, with the block stack computed or reused.
 
-    With the residual, a reused step skips the block stack. With the forecast, it skips all.
+    With the residual, a reused step skips the block stack. With the forecast, it skips everything.
 
-    Follows diffusers 0.42.1, models/transformers/consisid_transformer_3d.py, operation for
-    operation where a step is computed.
+    A computed step has the same operations as diffusers 0.42.1,
+    models/transformers/consisid_transformer_3d.py.
 
     Args:
         hidden_states: [batch, latent frames, channels, height, width].
@@ -142,7 +142,7 @@ def _forward(
 
     emb = embed_timestep(self, timestep, hidden_states.dtype, timestep_cond)
 
-    # What follows is of this process's share of samples and tokens; alone, it has all of them.
+    # From here on, only this rank's share of samples and tokens. A single rank has all of them.
     share = handle.ranks.share(batch_size, text_seq_length, video_seq_length)
     hidden_states, emb = hidden_states[share.batch], emb[share.batch]
     if computed:
@@ -160,7 +160,7 @@ def _forward(
         video = embed_video(self.patch_embed, hidden_states)[:, share.video]
         video = handle.reuse_residual(video)
 
-    # The text tokens end here: norms and projection work on each token alone.
+    # Norms and projection work on each token alone, so the text tokens are not needed.
     video = self.norm_final(video)
     video = self.norm_out(video, temb=emb)
     video = self.proj_out(video)  # [batch, video tokens, patch x patch x out channels]
@@ -182,11 +182,11 @@ def embed(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The text and the video tokens of a share, each [batch, tokens, inner dim].
 
-    Contiguous, as the blocks return them, copies even of a batch of one, whose slices have strides
-    of their own: to a compiler the first block is then one like the rest.
+    They are contiguous copies, as the blocks return them, even for a batch of one, whose slices
+    have other strides. So the compiler needs no second compilation for the first block.
 
     Args:
-        encoder_hidden_states, hidden_states: of the share's samples, with all tokens.
+        encoder_hidden_states, hidden_states: the samples of the share, with all tokens.
     """
     embedded = transformer.patch_embed(encoder_hidden_states, hidden_states)
     embedded = transformer.embedding_dropout(embedded)
@@ -201,7 +201,7 @@ def embed(
 def embed_video(patch_embed: CogVideoXPatchEmbed, hidden_states: torch.Tensor) -> torch.Tensor:
     """The video tokens of `patch_embed(text, hidden_states)`, bit for bit, without the text.
 
-    A reused step reads no text tokens, and to project them costs as much as the rest of the step.
+    A reused step needs no text tokens. Their projection costs as much as the rest of the step.
 
     Args:
         hidden_states: [batch, latent frames, channels, height, width].
@@ -254,11 +254,11 @@ def run_blocks(
 def add_face(
     attend: PerceiverCrossAttention, face: torch.Tensor, video: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """The video tokens and what a layer of the identity's cross-attention adds to them.
+    """The video tokens plus the output of an identity cross-attention layer.
 
     Args:
         face, video: as for `run_blocks`.
-        scale: ConsisID-preview's is 1, by which to multiply would be to copy.
+        scale: 1 in ConsisID-preview. A multiplication by 1 would only copy.
     """
     added = attend(face, video)
     return video + (added if scale == 1 else scale * added)
@@ -266,5 +266,5 @@ def add_face(
 
 @functools.cache
 def _compiled_add_face() -> Callable[..., torch.Tensor]:
-    """`add_face` as one region, for layers that are to be compiled: they share it."""
+    """`add_face` as one compiled region, which all compiled layers share."""
     return torch.compile(add_face, fullgraph=True, dynamic=False)

@@ -1,4 +1,4 @@
-"""TeaCache on one transformer: what its videos follow, and the state of the one under way."""
+"""TeaCache on one transformer: its settings, and the state of the current video."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ ONE_VIDEO = (
 
 
 class TeaCacheHandle:
-    """TeaCache on one transformer: what the next video follows, its state, its undoing.
+    """TeaCache on one transformer: settings of the next video, state of the current one.
 
-    Made by `apply_teacache`. As a context manager it undoes itself at the end of the block. `ranks`
-    are those that compute a step together.
+    `apply_teacache` returns it. As a context manager it removes the patch at the end of the block.
+    `ranks` share each step.
 
     Args:
         transformer: the transformer that is patched.
-        scheduler: gives the scheduler, whose timesteps a video has.
         reuse: one of `REUSES`, or None: the forecast for a number of computed steps, else the
             residual.
-        forward: what stands in the place of the transformer's own: a function of the transformer,
-            this handle, and the arguments of the forward.
+        scheduler: returns the scheduler of the current video.
+        forward: replaces the transformer's forward. A function of the transformer, this handle, and
+            the arguments of the forward.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class TeaCacheHandle:
 
     @property
     def rel_l1_thresh(self) -> float:
-        """Threshold on the accumulated distance. Setting it takes effect with the next video."""
+        """Threshold on the accumulated distance. A new value applies from the next video on."""
         return self._rel_l1_thresh
 
     @rel_l1_thresh.setter
@@ -92,33 +92,33 @@ class TeaCacheHandle:
         """Compute these steps from the next video on. None restores the threshold rule.
 
         Args:
-            steps: a schedule; or a list of the steps to compute, to which the first and the last
-                are added; or how many, see `teacache.core.rule.spread_steps`.
+            steps: a schedule; or the steps to compute, to which the first and the last are added;
+                or their number, see `teacache.core.rule.spread_steps`.
         """
         several = not (steps is None or isinstance(steps, (Schedule, int)))
         self._followed = tuple(steps) if several else steps  # type: ignore[arg-type, assignment]
 
     @property
     def schedule(self) -> Schedule | None:
-        """That of the video under way or the last one, as far as it was followed, or None."""
+        """The part of the schedule that is done, of the current or the last video; or None."""
         return None if self._video is None else self._video.done
 
     def counts(self) -> dict[str, int]:
-        """Steps done so far in the video under way, computed and reused."""
+        """Numbers of computed and reused steps of the current video so far."""
         done = self.video.done
         return {"computed": len(done.computed_steps), "reused": len(done.reused_steps)}
 
     @property
     def video(self) -> VideoState:
-        """The video under way, or the last one."""
+        """The current video, or the last one."""
         if self._video is None:
             raise RuntimeError("no video has begun")
         return self._video
 
     def remove(self) -> None:
-        """Undo the patch and drop what is cached. A second call does nothing.
+        """Remove the patch and clear the caches. A second call does nothing.
 
-        Where something else has wrapped the patched forward since, the patch stays underneath and
+        If something else has wrapped the patched forward meanwhile, the patch stays inside, and
         calls the plain forward.
         """
         take_away(self.transformer, self.forward)
@@ -140,7 +140,7 @@ class TeaCacheHandle:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Hold the transformer for one step; raise ArgumentError where another thread holds it."""
+        """Lock the transformer for one step; raise ArgumentError if another thread holds it."""
         if not self._within_step.acquire(blocking=False):
             raise ArgumentError(ONE_VIDEO)
         try:
@@ -149,21 +149,22 @@ class TeaCacheHandle:
             self._within_step.release()
 
     def begin_step(self, timestep: torch.Tensor, dtype: torch.dtype) -> bool:
-        """Whether this step is computed. A video's first step plans all of it.
+        """Begin a step; return whether it is computed. The first step of a video plans all steps.
 
         Args:
-            timestep: [batch], as the transformer is called with it.
-            dtype: of the latents; with it the timestep embedding may round differently.
+            timestep: [batch], the argument of the transformer.
+            dtype: of the latents; the timestep embedding is rounded to it.
 
         Raises:
-            ArgumentError: where this is no step of the video under way, nor the first of another.
+            ArgumentError: if this is neither the next step of the current video nor the first step
+                of another.
         """
         scheduler, video = self._scheduler(), self._video
         timesteps = scheduler.timesteps
         if video is None or video.timesteps is not timesteps or video.step == len(timesteps):
             video = None
         elif not is_at(timestep, timesteps[video.step]) and is_at(timestep, timesteps[0]):
-            video = None  # the one before was stopped
+            video = None  # the previous video was stopped
         if video is None:
             if not is_at(timestep, timesteps[0]):
                 raise ArgumentError(ONE_VIDEO)
@@ -177,32 +178,32 @@ class TeaCacheHandle:
             raise ArgumentError(ONE_VIDEO)
         computed = video.step in video.plan.computed_steps
         if computed:
-            video.residual = None  # its memory is the blocks' until there is a new one
+            video.residual = None  # frees its memory for the blocks
         return computed
 
     def end_step(self) -> None:
-        """Count a step that is done. After the last one the memory is the VAE's."""
+        """End a step. The last one clears the caches, so that the VAE can use their memory."""
         self.video.step += 1
         if self.video.step == len(self.video.timesteps):
             self._forget()
 
     def keep_residual(self, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Keep what the block stack added, where the next step reuses it.
+        """Store the residual of the block stack, if the next step reuses it.
 
         Args:
-            before, after: [batch, video tokens, inner dim], into and out of the block stack.
+            before, after: [batch, video tokens, inner dim], input and output of the block stack.
         """
         video = self.video
         if video.forecast is None and video.step + 1 in video.plan.reused_steps:
             video.residual = after - before
 
     def reuse_residual(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[batch, video tokens, inner dim] with the cached residual in place of the blocks."""
+        """Input plus cached residual, [batch, video tokens, inner dim], in place of the blocks."""
         assert self.video.residual is not None, "the first step is computed"
         return hidden_states + self.video.residual
 
     def reuse_forecast(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The output of a step that is not computed, by the forecast.
+        """The output of a reused step, by the forecast.
 
         Args:
             hidden_states: the transformer's input, [batch, latent frames, channels, height, width].
@@ -215,18 +216,18 @@ class TeaCacheHandle:
     def correct_by_forecast(
         self, hidden_states: torch.Tensor, output: torch.Tensor
     ) -> torch.Tensor:
-        """The output of a computed step: as it is, or corrected where it follows a reused one."""
+        """The output of a computed step, corrected if it follows a reused step."""
         video = self.video
         assert video.forecast is not None
         v = video.forecast.computed(video.step, self._sample(hidden_states), output.float())
         return v.to(output.dtype)
 
     def _sample(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The latents in a transformer's input, which holds the image's latents too, in float32."""
+        """The noisy latents of the input, in float32, without the image's latents."""
         return hidden_states[:, :, : self.transformer.config.out_channels].float()
 
     def _plan(self, timesteps: torch.Tensor, batch: int, dtype: torch.dtype) -> Schedule:
-        """The schedule of the video that begins: the timestep embeddings are all there is to it."""
+        """The schedule of a new video. It depends only on the timestep embeddings."""
         plan = self._followed
         if not isinstance(plan, Schedule):
             distances = distances_between(
@@ -243,7 +244,7 @@ class TeaCacheHandle:
 
     def _warn_of_extrapolation(self, plan: Schedule) -> None:
         inner = [step for step in plan.extrapolated_steps if step < plan.num_steps - 1]
-        # At threshold 0, and of listed steps, nobody asks for what the coefficients cover.
+        # Threshold 0 and listed steps do not depend on the coefficients.
         if inner and plan.rel_l1_thresh and not self._warned:
             self._warned = True
             logger.warning(
@@ -255,6 +256,6 @@ class TeaCacheHandle:
             )
 
     def _forget(self) -> None:
-        """Free what the last video has cached; what it did stays known."""
+        """Clear the caches of the last video; its schedule stays available."""
         if self._video is not None:
             self._video.residual = self._video.face = self._video.forecast = None

@@ -1,10 +1,10 @@
-"""The ranks that compute one video together, and what each of them computes of a step.
+"""Division of a denoising step among the ranks that compute one video together.
 
-The two halves of guidance go to two halves of the ranks. Those of a half share its tokens: text and
-video are cut as the one sequence that attention sees. All but attention works on each token alone;
-around attention, tokens are exchanged for heads and back (`teacache.parallel`), so that each head
-attends over the whole sequence, in its own order. At the end of a step each rank has the whole
-prediction. A single rank has all of everything, and nothing is exchanged.
+Each half of guidance has its own half of the ranks, which divide its tokens. Text and video tokens
+are divided as one sequence, in the order of attention. All operations except attention work on each
+token alone. For attention, the ranks exchange tokens for heads and back (`teacache.parallel`), so
+that each head attends over the whole sequence. At the end of a step each rank has the whole
+prediction. A single rank computes everything, without communication.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Share(NamedTuple):
-    """A rank's part of a step: of the batch, of the text tokens, of the video tokens."""
+    """The batch, text tokens and video tokens that one rank computes."""
 
     batch: slice
     text: slice
@@ -26,12 +26,12 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True)
 class Ranks:
-    """How many ranks there are, and which of them this process is.
+    """The ranks of a video, and the number of this one.
 
     Attributes:
-        halves: 2 where each half of guidance has its own ranks, else 1.
-        parts: among how many ranks the tokens of a half are divided.
-        rank: of this process, from 0; those of a half follow each other.
+        halves: 2 if each half of guidance has its own ranks, else 1.
+        parts: number of ranks that divide the tokens of a half.
+        rank: number of this process, from 0. The ranks of a half are consecutive.
     """
 
     halves: int = 1
@@ -49,9 +49,9 @@ class Ranks:
         return f"{self.size} GPUs: {shared}"
 
     def share(self, batch: int, text: int, video: int) -> Share:
-        """What this rank computes of so many samples, text tokens and video tokens.
+        """This rank's share of a batch with that many samples, text tokens and video tokens.
 
-        The parts are equally long: the tokens divide by their number, see `teacache.parallel`.
+        All shares have the same number of tokens, see `teacache.parallel.division`.
         """
         half, part = divmod(self.rank, self.parts)
         samples, tokens = batch // self.halves, (text + video) // self.parts
@@ -63,13 +63,13 @@ class Ranks:
         )
 
     def whole(self, own: torch.Tensor, share: Share, batch: int, video: int) -> torch.Tensor:
-        """[batch, video tokens, channels], put together from each rank's share of it.
+        """Gather [batch, video tokens, channels] from the shares of all ranks.
 
-        One sum over all ranks, to which each adds zeros where another's share is: exact.
+        It is a sum over the ranks, in which each has zeros outside its share, so it is exact.
         """
         if self.size == 1:
             return own
-        import torch.distributed  # late: a plan divides a step without torch
+        import torch.distributed  # here, because `--num_gpus` is checked without torch
 
         whole = own.new_zeros(batch, video, own.shape[2])
         whole[share.batch, share.video] = own

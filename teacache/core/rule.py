@@ -1,12 +1,12 @@
 """The TeaCache rule: which denoising steps are computed, and which are reused.
 
 The rule needs one number a step, the relative L1 distance between the timestep embeddings of this
-step and of the one before. A polynomial fitted on the model rescales it to an estimate of how far
-the model's output has moved. The estimates are added up. While the sum stays below the threshold,
-what the last computed step has left is good enough to be used again.
+step and of the step before. A polynomial fitted on the model rescales it to an estimate of how far
+the model's output moves. The estimates are added up. While the sum is below the threshold, the step
+is reused. Otherwise it is computed, and the sum starts again at zero.
 
-For ConsisID the timestep embedding depends on the timestep alone. So all distances of a video are
-known before its first step, and with them its whole schedule: a value, made by a pure function.
+For ConsisID the timestep embedding depends only on the timestep. So all distances of a video are
+known before its first step, and so is its whole schedule: a value, returned by a pure function.
 
 Source: Liu et al., "Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model",
 arXiv:2411.19108.
@@ -25,10 +25,10 @@ from teacache.base.errors import ArgumentError
 if TYPE_CHECKING:
     import torch
 
-# How a step that is not computed gets its output: see teacache.core.forward and .forecast.
+# The ways to reuse a step, see teacache.core.forward and .forecast.
 REUSES = ("residual", "forecast")
-# Of `spread_steps`. The last ones are computed, since no later step corrects them; a power above 1
-# makes the early ones denser, which decide what the video shows.
+# For `spread_steps`: the number of last steps that are computed, since no later step corrects them;
+# and a power above 1, so that more early steps are computed, which determine the content.
 RETAINED = 3
 DENSITY = 1.2
 
@@ -36,11 +36,11 @@ DENSITY = 1.2
 def threshold_steps(
     rescaled: Sequence[float | None], rel_l1_thresh: float, limits: Limits
 ) -> tuple[int, ...]:
-    """The published rule: the steps that are computed, rising.
+    """The published rule. Returns the indices of the computed steps, in rising order.
 
     Args:
-        rescaled: of each step, the rescaled distance to the step before. None, where there is no
-            distance or the polynomial does not cover it: such a step is computed.
+        rescaled: rescaled distance of each step to the step before. A step with None is computed:
+            it has no distance, or the polynomial does not cover it.
     """
     computed: list[int] = []
     accumulated = 0.0
@@ -57,7 +57,7 @@ def spread_steps(num_steps: int, count: int, limits: Limits) -> tuple[int, ...]:
     """`count` computed steps: the first, the last ones, and others between, denser at the start.
 
     Raises:
-        ArgumentError: where the video has not so many steps, or `limits` ask for more.
+        ArgumentError: if the video has fewer steps, or `limits` require more.
     """
     first = min(limits.retain_first, num_steps)
     last = min(limits.retain_last, num_steps - first)
@@ -90,8 +90,8 @@ class Coefficients:
 
     Args:
         values: the coefficients, highest power first.
-        fitted_range: the distances that the fit covers; outside, p may well be below zero.
-        source: where the coefficients come from.
+        fitted_range: the distances that the fit covers; outside, p may be negative.
+        source: origin of the coefficients.
     """
 
     values: tuple[float, ...]
@@ -99,26 +99,26 @@ class Coefficients:
     source: str
 
     def rescale(self, distance: float) -> float:
-        """The polynomial at `distance`: Horner's rule in float64, as `numpy.poly1d` does it."""
+        """The polynomial at `distance`: Horner's rule in float64, like `numpy.poly1d`."""
         result = 0.0
         for value in self.values:
             result = result * distance + value
         return result
 
     def covers(self, distance: float) -> bool:
-        """Whether `distance` is inside the fit's range, and its estimate a number from 0 on."""
+        """Whether `distance` is in the fitted range, and its estimate is finite and 0 or more."""
         low, high = self.fitted_range
         return low <= distance <= high and 0.0 <= self.rescale(distance) < math.inf
 
     def as_json(self) -> dict[str, object]:
-        """As a coefficients file holds it, without bounds where there are none."""
+        """The content of a coefficients file; `fitted_range` is null if it is unbounded."""
         fitted_range = None if self.fitted_range == UNBOUNDED else list(self.fitted_range)
         return {"values": list(self.values), "fitted_range": fitted_range, "source": self.source}
 
 
-# TeaCache's for CogVideoX-5B, fitted at 50 steps; ConsisID, which was trained from it, takes them
-# over without a new fit: ali-vilab/TeaCache, TeaCache4ConsisID/teacache_sample_video.py, line 82.
-# The range is where the polynomial is positive.
+# TeaCache's coefficients for CogVideoX-5B, fitted at 50 steps. TeaCache uses them for ConsisID too,
+# which was trained from CogVideoX-5B: ali-vilab/TeaCache,
+# TeaCache4ConsisID/teacache_sample_video.py, line 82. In this range the polynomial is positive.
 COGVIDEOX_5B = Coefficients(
     values=(-1.53880483e03, 8.43202495e02, -1.34363087e02, 7.97131516e00, -5.23162339e-02),
     fitted_range=(0.00746, 0.32997),
@@ -128,11 +128,11 @@ COGVIDEOX_5B = Coefficients(
 
 @dataclass(frozen=True)
 class Limits:
-    """What the rule may not reuse, whatever the threshold; as published unless said otherwise.
+    """Limits on reuse that apply at any threshold. The defaults are as published.
 
     Attributes:
-        retain_first, retain_last: so many steps are computed at the start and at the end.
-        max_reuse: no more steps in a row are reused.
+        retain_first, retain_last: number of computed steps at the start and at the end.
+        max_reuse: largest number of reused steps in a row; None is no limit.
     """
 
     retain_first: int = 1
@@ -140,13 +140,13 @@ class Limits:
     max_reuse: int | None = None
 
     def __post_init__(self) -> None:
-        """Raise ArgumentError where a number is below 1."""
+        """Raise ArgumentError if a number is below 1."""
         for name, value in vars(self).items():
             if value is not None and value < 1:
                 raise ArgumentError(f"{name} must be 1 or more: found {value}")
 
     def forbid(self, step: int, num_steps: int, last_computed: int) -> bool:
-        """Whether `step` of `num_steps` has to be computed, the last computed one being that."""
+        """Whether `step` of `num_steps` must be computed after the step `last_computed`."""
         if step < self.retain_first or step >= num_steps - self.retain_last:
             return True
         return self.max_reuse is not None and step - last_computed > self.max_reuse
@@ -156,15 +156,15 @@ PUBLISHED = Limits()
 
 
 def relative_l1(embedding: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
-    """How far the timestep embedding has moved: mean(|e_t - e_(t-1)|) / mean(|e_(t-1)|).
+    """Relative distance of two timestep embeddings: mean(|e_t - e_(t-1)|) / mean(|e_(t-1)|).
 
     Args:
-        embedding: [batch, time_embed_dim], this step's output of `time_embedding`.
-        previous: the same of the step before, whether that one was computed or reused.
+        embedding: [batch, time_embed_dim], the output of `time_embedding` at this step.
+        previous: the same at the step before, computed or reused.
 
     Returns:
-        one number on the tensors' device, in their own dtype: with bfloat16 the rounding is part of
-        the published rule.
+        a scalar on the tensors' device, in their dtype: the rounding of bfloat16 is part of the
+        published rule.
     """
     return (embedding - previous).abs().mean() / previous.abs().mean()
 
@@ -172,7 +172,7 @@ def relative_l1(embedding: torch.Tensor, previous: torch.Tensor) -> torch.Tensor
 def distances_between(embeddings: Sequence[torch.Tensor]) -> tuple[float | None, ...]:
     """The relative L1 distance of each step to the one before; None for the first.
 
-    All of them are read from the device at once, so that a GPU is waited for once.
+    One read from the device for all of them, so one synchronisation.
 
     Args:
         embeddings: of each denoising step, [batch, time_embed_dim].
@@ -186,14 +186,14 @@ def distances_between(embeddings: Sequence[torch.Tensor]) -> tuple[float | None,
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which denoising steps of one video are computed, and how the others are reused.
+    """The computed steps of one video, and how the others are reused.
 
     Attributes:
-        distances: one entry a step, None for the first, which has no step before it.
+        distances: one entry for each step; None for the first.
         computed_steps: rising step indices.
-        rel_l1_thresh: the threshold that they follow from; None where there is none.
+        rel_l1_thresh: the threshold; None if the steps do not follow from one.
         coefficients: the polynomial that rescales the distances.
-        limits: what was computed whatever the threshold.
+        limits: limits on reuse.
         reuse: one of `REUSES`.
     """
 
@@ -206,7 +206,7 @@ class Schedule:
 
     @property
     def num_steps(self) -> int:
-        """Denoising steps in all."""
+        """Number of denoising steps."""
         return len(self.distances)
 
     @property
@@ -217,7 +217,7 @@ class Schedule:
 
     @property
     def rescaled(self) -> tuple[float | None, ...]:
-        """p(x) of each step's distance x; None where there is no distance."""
+        """p(x) of each step's distance x; None without a distance."""
         return tuple(x if x is None else self.coefficients.rescale(x) for x in self.distances)
 
     @property
@@ -228,16 +228,16 @@ class Schedule:
 
     @property
     def speedup(self) -> float:
-        """Of the denoising loop over every step computed; a reused step counts as free."""
+        """Speed-up of denoising over every step computed, if a reused step takes no time."""
         return self.num_steps / len(self.computed_steps)
 
     def until(self, step: int) -> Schedule:
-        """What was done of it when a video was stopped before `step`."""
+        """The part of the schedule before `step`, where a video was stopped."""
         done = tuple(computed for computed in self.computed_steps if computed < step)
         return replace(self, distances=self.distances[:step], computed_steps=done)
 
     def why_nothing_was_reused(self) -> str | None:
-        """The reason, in a few words, or None where a step was reused or none had to be."""
+        """A short reason; None if a step was reused, or the threshold is 0 or None."""
         if not self.rel_l1_thresh or self.reused_steps:
             return None
         covers = self.coefficients.covers
@@ -259,21 +259,20 @@ def schedule(
     reuse: str | None = None,
     computed_steps: int | Iterable[int] | None = None,
 ) -> Schedule:
-    """The schedule of one video.
+    """The schedule of one video, by the published rule or by `computed_steps`.
 
-    By the published rule, `threshold_steps`, but for two deviations where that would give garbage:
-    a step whose distance the coefficients do not cover is computed, where the rule would add a
-    value that may be below zero; and threshold 0 never reuses, which needs no case, since no sum of
-    covered values is below it.
+    It deviates from the published rule in two cases in which that gives wrong results. A step whose
+    distance the coefficients do not cover is computed; the published rule adds its estimate, which
+    may be negative. And threshold 0 never reuses: no sum of covered estimates is below 0.
 
     Args:
-        rel_l1_thresh: not read where `computed_steps` are given.
+        rel_l1_thresh: ignored if `computed_steps` is not None.
         reuse: one of `REUSES`; by default the forecast for a number of steps, else the residual.
-        computed_steps: in place of the rule, how many steps to compute, see `spread_steps`; or a
-            list of them, to which the first and the last are added.
+        computed_steps: instead of the rule, the number of steps to compute, see `spread_steps`; or
+            their indices, to which the first and the last are added.
 
     Raises:
-        ArgumentError: where the threshold is negative or not finite, or the video has no such step.
+        ArgumentError: if the threshold is negative or not finite, or a step is out of range.
     """
     known, num_steps = tuple(distances), len(distances)
     if computed_steps is None:
@@ -293,7 +292,7 @@ def schedule(
 
 
 def check_threshold(rel_l1_thresh: float) -> float:
-    """Return the threshold, or raise ArgumentError where it is negative or not finite."""
+    """Return the threshold; raise ArgumentError if it is negative or not finite."""
     if not (math.isfinite(rel_l1_thresh) and rel_l1_thresh >= 0):
         raise ArgumentError(f"rel_l1_thresh must be 0 or more, and finite: found {rel_l1_thresh}")
     return float(rel_l1_thresh)

@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class VideoState:
-    """The state of one video. Another video gets another: nothing is carried over.
+    """The state of one video. The next video has a new state.
 
     Attributes:
         timesteps: the scheduler's own tensor. `set_timesteps` makes a new one for each video, so
             another tensor means another video.
-        plan: its schedule, made before its first step.
-        step: index of the step that the next forward is.
-        forecast: where steps are reused by it.
-        residual: [batch, video tokens, inner dim], what the block stack added at the last computed
-            step, where a later step reuses it.
-        face: the local facial extractor's inputs, and its output [1, queries, output dim].
-        thread: which denoises it.
+        plan: the schedule, known before the first step.
+        step: index of the step of the next forward.
+        forecast: None if steps are reused by the residual.
+        residual: [batch, video tokens, inner dim], output minus input of the block stack at the
+            last computed step; None if the next step does not reuse it.
+        face: inputs of the local facial extractor, and its output [1, queries, output dim].
+        thread: identifier of the thread that denoises the video.
     """
 
     timesteps: torch.Tensor
@@ -42,7 +42,7 @@ class VideoState:
 
     @property
     def done(self) -> Schedule:
-        """The plan as far as it was followed."""
+        """The part of the plan that is done."""
         return self.plan.until(self.step)
 
     def face_embedding(
@@ -52,12 +52,12 @@ class VideoState:
         id_vit_hidden: list[torch.Tensor] | None,
         like: torch.Tensor,
     ) -> torch.Tensor:
-        """The local facial extractor's output, [1, queries, output dim], once for each video.
+        """The local facial extractor's output, [1, queries, output dim], computed once a video.
 
         Args:
             id_cond: [1, 1280].
             id_vit_hidden: five of [1, 577, ViT width].
-            like: a tensor of the device and the dtype to compute with.
+            like: a tensor with the device and dtype of the computation.
         """
         if id_cond is None or id_vit_hidden is None:
             raise ArgumentError("this transformer needs an identity: id_cond and id_vit_hidden")
@@ -69,7 +69,7 @@ class VideoState:
 
 
 def _same_tensors(inputs: list[torch.Tensor], known: list[torch.Tensor]) -> bool:
-    # Offload hooks may hand over fresh copies at every step: then the values decide.
+    # Offload hooks may pass new copies at every step, so the values are compared.
     return all(
         a is b or (a.device == b.device and a.shape == b.shape and torch.equal(a, b))
         for a, b in zip(inputs, known, strict=True)
@@ -77,9 +77,9 @@ def _same_tensors(inputs: list[torch.Tensor], known: list[torch.Tensor]) -> bool
 
 
 def is_at(timestep: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether the transformer is called at that timestep.
+    """Whether the transformer is called at the expected timestep.
 
-    A sampler passes a view of the scheduler's timesteps. Then nothing waits for the GPU.
+    A sampler passes a view of the scheduler's timesteps. Then no synchronisation is necessary.
 
     Args:
         timestep: [batch]; expected: a scalar, one of the scheduler's timesteps.
@@ -95,9 +95,9 @@ def embed_timestep(
     dtype: torch.dtype,
     timestep_cond: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The timestep embedding, [batch, time_embed_dim], as the transformer's forward makes it.
+    """The timestep embedding, [batch, time_embed_dim], as in the transformer's forward.
 
-    The sinusoids are float32 whatever the model is; the embedding runs in the sampling dtype.
+    The sinusoids are always float32; the embedding is computed in the sampling dtype.
 
     Args:
         timestep: [batch].

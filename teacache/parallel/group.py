@@ -1,4 +1,4 @@
-"""The ranks' process group: finding each other, exchanging tokens for heads, passing orders."""
+"""The process group of the ranks: connection, Ulysses attention, broadcast of orders."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from teacache.core.ranks import Ranks
 if TYPE_CHECKING:
     from diffusers import ConsisIDTransformer3DModel, ParallelConfig
 
-# So long the others wait for an order, while the first downloads, decodes and compares.
-PATIENCE = datetime.timedelta(days=7)
+# Timeout for an order. Meanwhile the first rank downloads, decodes and compares.
+TIMEOUT = datetime.timedelta(days=7)
 
-_orders: Any = None  # the process group that orders go through
+_orders: Any = None  # the process group for orders
 
 
 def connect(device: torch.device) -> None:
-    """Find the other processes.
+    """Join the process group of all ranks.
 
     Raises:
-        DeviceError: where two of them have the same GPU.
+        DeviceError: if two ranks have the same GPU.
     """
     global _orders
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "cpu:gloo")
-    _orders = dist.new_group(backend="gloo", timeout=PATIENCE)
+    _orders = dist.new_group(backend="gloo", timeout=TIMEOUT)
     if device.type == "cuda":
         check_own(str(torch.cuda.get_device_properties(device).uuid))
 
 
 def check_own(gpu: str) -> None:
-    """Raise DeviceError, in every process, where one of them names the same GPU as another."""
+    """Raise DeviceError in every process if two of them have the same GPU."""
     gpus = [""] * dist.get_world_size()
     dist.all_gather_object(gpus, gpu, group=_orders)
     if len(set(gpus)) < len(gpus):
@@ -48,26 +48,29 @@ def check_own(gpu: str) -> None:
 
 
 def disconnect() -> None:
-    """Leave the others, at the end."""
+    """Leave the process group."""
     dist.destroy_process_group()
 
 
-def tell(order: Any) -> None:
-    """Let every other process's `listen` return this. Tensors in it are to be on the CPU."""
+def broadcast(order: Any) -> None:
+    """Send an order to every other rank, where `receive` returns it. Its tensors are on the CPU."""
     dist.broadcast_object_list([order], group=_orders, device=torch.device("cpu"))
 
 
-def listen() -> Any:
-    """What the first process tells next."""
+def receive() -> Any:
+    """Wait for the next order of the first rank, and return it."""
     order = [None]
     dist.broadcast_object_list(order, group=_orders, device=torch.device("cpu"))
     return order[0]
 
 
 def join(transformer: ConsisIDTransformer3DModel, ranks: Ranks, device: torch.device) -> Ranks:
-    """Let the transformer's attention be over the tokens of all parts, by diffusers' Ulysses.
+    """Extend the transformer's attention to the tokens of all parts, by diffusers' Ulysses.
 
-    To be called by all processes, and after their attention processors are in place.
+    All ranks call it, after their attention processors are set.
+
+    Returns:
+        the ranks, with the number of this one.
     """
     if ranks.parts > 1:
         config = _exchange(ranks, device)
@@ -78,14 +81,13 @@ def join(transformer: ConsisIDTransformer3DModel, ranks: Ranks, device: torch.de
 
 @functools.cache
 def _exchange(ranks: Ranks, device: torch.device) -> ParallelConfig:
-    """What diffusers' dispatcher exchanges by; made once, since it makes process groups."""
+    """The configuration for diffusers' dispatcher. Cached, since it creates process groups."""
     from diffusers import ContextParallelConfig, ParallelConfig
 
     names = ("guidance", "ring", "ulysses")
     shape = (ranks.halves, 1, ranks.parts)
     mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
-    # What `transformer.enable_parallelism` does, which divides by the number of GPUs and so fails
-    # where there are none.
+    # The same as `transformer.enable_parallelism`, which fails on a machine without GPUs.
     ulysses = ContextParallelConfig(ulysses_degree=ranks.parts, mesh=mesh)
     config = ParallelConfig(context_parallel_config=ulysses)
     config.setup(dist.get_rank(), dist.get_world_size(), device, mesh=mesh)
@@ -93,18 +95,16 @@ def _exchange(ranks: Ranks, device: torch.device) -> ParallelConfig:
 
 
 def check_backend(name: str, backend: str) -> None:
-    """Raise ArgumentError where diffusers has no exchange of tokens for heads around a backend.
+    """Raise ArgumentError if diffusers does not support Ulysses with a backend.
 
     Args:
-        name: as `--attention` has it; backend: the dispatcher's name.
+        name: the value of `--attention`.
+        backend: its name in the dispatcher.
     """
-    from diffusers.models.attention_dispatch import (
-        AttentionBackendName,
-        _AttentionBackendRegistry,
-    )
+    from diffusers.models import attention_dispatch as dispatch
 
-    available = _AttentionBackendRegistry._is_context_parallel_available
-    if not available(AttentionBackendName(backend)):
+    supported = dispatch._AttentionBackendRegistry._is_context_parallel_available
+    if not supported(dispatch.AttentionBackendName(backend)):
         raise ArgumentError(
             f"--attention {name} does not go with --num_gpus, which shares tokens: native does"
         )

@@ -1,4 +1,4 @@
-"""One process for each GPU by torch's elastic launcher, and one exit code for all of them."""
+"""Starts one process for each GPU by torch's elastic launcher, and determines the exit code."""
 
 from __future__ import annotations
 
@@ -17,49 +17,49 @@ from typing import NoReturn
 from teacache.base import interruption
 from teacache.base.errors import TeaCacheError
 
-# Of a process that ends because another one has: not the one to speak of.
-LOST_THE_OTHERS = 3
-PATIENCE = 3.0  # seconds, in which whoever has started it sees the other's end first
+# Exit code of a rank that failed only because another rank ended.
+LOST_OTHER_RANKS = 3
+LOST_SECONDS = 3.0  # before such a rank ends, so that the launcher sees the other's end first
 INTERRUPTED = 130
 SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
-_launched = False  # whether `launch` has started this process, and says how all of them end
+_launched = False  # whether `launch` has started this process
 
 
 def is_one_of_several() -> bool:
-    """Whether torch's launcher has started this process, by `--num_gpus` or as torchrun."""
+    """Whether torch's launcher has started this process, by `--num_gpus` or torchrun."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def is_of_another_launcher() -> bool:
-    """Whether this process is one of several that `launch` has not started, as torchrun's are."""
+    """Whether this process is one of several that `launch` did not start, such as torchrun's."""
     return is_one_of_several() and not _launched
 
 
 def world_size() -> int:
-    """How many processes the launcher has started."""
+    """Number of processes."""
     return int(os.environ["WORLD_SIZE"])
 
 
 def rank() -> int:
-    """Which of them this is; the first is the command."""
+    """Number of this process, from 0. Rank 0 runs the command."""
     return int(os.environ.get("RANK", "0"))
 
 
 def launch(processes: int, main: Callable[[list[str] | None], int], argv: list[str] | None) -> int:
-    """Run `main` in as many processes, one for each GPU; the first one is the command.
+    """Run `main` in several processes, one for each GPU.
 
-    Where one of them ends badly, the others are ended too, and one line says which and why.
+    If one of them fails, the others are ended, and one line names the rank and the reason.
 
     Returns:
-        the command's exit code, or 2 where another process failed.
+        the exit code of rank 0, or 2 if another rank failed.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.disable(logging.CRITICAL)  # each process says itself what is wrong
-    # Of what a process has left that was ended, Python clears up and warns.
+    logging.disable(logging.CRITICAL)  # each process prints its own errors
+    # Python warns about resources of a process that was killed.
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker:UserWarning"
     config = LaunchConfig(
         min_nodes=1,
@@ -82,41 +82,38 @@ def launch(processes: int, main: Callable[[list[str] | None], int], argv: list[s
 
 
 def run_as_rank(work: Callable[[], None], helping: bool) -> int:
-    """Run `work` as one of several ranks. Returns 0; where it fails it ends the process.
+    """Run `work` as one of several ranks. Returns 0; if it fails, it ends the process.
 
     Args:
-        helping: whether this is not the first, which alone speaks and cleans up. The others may be
-            ended at any moment: by SIGTERM at once, and not by Ctrl-C, of which the first is told.
-            All end with the process that has started them: the first by SIGTERM, the others by
-            SIGKILL, as a rank that waits for another on a GPU hears nothing else.
+        helping: whether this is not rank 0. Only rank 0 prints and cleans up, on Ctrl-C or SIGTERM.
+            The others ignore Ctrl-C, and end at once on SIGTERM. When the launcher dies, the system
+            sends SIGTERM to rank 0 and SIGKILL to the others, because a rank that waits on a GPU
+            does not handle SIGTERM.
     """
     try:
-        _end_with_parent(signal.SIGKILL if helping else signal.SIGTERM)
+        if sys.platform == "linux":
+            death_signal = signal.SIGKILL if helping else signal.SIGTERM
+            ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, death_signal)
         if helping:
-            code = _work_as_helper(work)
+            code = _run_as_helper(work)
         else:
             code = interruption.run_command(work, "" if _launched else "interrupted")
     except RuntimeError as error:
-        if not has_lost_the_others(error):
+        from torch.distributed import DistError  # not before `prepare_environment`
+
+        if not isinstance(error, DistError) and "gloo" not in str(error):
             raise
-        code = LOST_THE_OTHERS
-        time.sleep(PATIENCE)
+        code = LOST_OTHER_RANKS
+        time.sleep(LOST_SECONDS)
     if code:
         _end_at_once(code)
-    atexit.register(_end_at_once, 0)  # after torch's launcher has heard of the end
+    atexit.register(_end_at_once, 0)  # after torch's launcher has reported the end
     return 0
 
 
-def _end_at_once(code: int) -> NoReturn:
-    """End without Python's finalisation, in which a thread that leaves torch's C++ code aborts."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def _work_as_helper(work: Callable[[], None]) -> int:
+def _run_as_helper(work: Callable[[], None]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.getLogger("teacache").setLevel(logging.ERROR)  # the first rank warns
+    logging.getLogger("teacache").setLevel(logging.ERROR)  # rank 0 prints the warnings
     try:
         work()
     except TeaCacheError as error:
@@ -125,46 +122,29 @@ def _work_as_helper(work: Callable[[], None]) -> int:
     return 0
 
 
-def _end_with_parent(number: signal.Signals) -> None:
-    """Have the system end this process when the one that has started it is gone, as it may be."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, number)
-
-
-def has_lost_the_others(error: RuntimeError) -> bool:
-    """Whether another rank has ended in the middle of something that all do together."""
-    from torch.distributed import DistError
-
-    return isinstance(error, DistError) or "gloo" in str(error)
+def _end_at_once(code: int) -> NoReturn:
+    """End without Python's finalisation, in which a thread of torch may abort the process."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _explain(codes: dict[int, int], processes: int) -> int:
-    """Say which process failed where it could not do so itself; return the exit code of all.
+    """Print which rank failed, unless it has printed an error itself; return the exit code.
 
     Args:
-        codes: the exit codes of those that failed, by rank; of a signal negative.
+        codes: exit codes of the ranks that failed; negative for a signal.
     """
-    rank, code = cause_of(codes)
+    consequences = (LOST_OTHER_RANKS, -signal.SIGTERM, INTERRUPTED)
+    causes = {rank: code for rank, code in codes.items() if code not in consequences} or codes
+    rank, code = min(causes.items())
     if code == INTERRUPTED:
         print("interrupted", file=sys.stderr, flush=True)
-    if code > 0 and code != LOST_THE_OTHERS:
+    if code > 0 and code != LOST_OTHER_RANKS:
         return code
-    print(f"error: rank {rank} of {processes} {why_ended(code)}", file=sys.stderr, flush=True)
+    reason = "lost the others" if code > 0 else f"was ended by {signal.Signals(-code).name}"
+    print(f"error: rank {rank} of {processes} {reason}", file=sys.stderr, flush=True)
     return 2
-
-
-def cause_of(codes: dict[int, int]) -> tuple[int, int]:
-    """The rank that ended first, as far as exit codes tell, and its own."""
-    consequences = (LOST_THE_OTHERS, -signal.SIGTERM, INTERRUPTED)
-    causes = {rank: code for rank, code in codes.items() if code not in consequences} or codes
-    return min(causes.items())
-
-
-def why_ended(code: int) -> str:
-    """What became of a rank that could not say so itself."""
-    if code < 0:
-        return f"was ended by {signal.Signals(-code).name}"
-    return "lost the others" if code == LOST_THE_OTHERS else f"ended with exit code {code}"
 
 
 def _exit_with(main: Callable[[list[str] | None], int], argv: list[str] | None) -> None:
@@ -173,6 +153,6 @@ def _exit_with(main: Callable[[list[str] | None], int], argv: list[str] | None) 
     try:
         code = main(argv)
     except Exception:
-        traceback.print_exc()  # else torch keeps it in a file
+        traceback.print_exc()  # torch would write it to a file
         code = 1
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""Compiled regions and float8 layers: what makes a computed step cheaper, other than attention."""
+"""Faster computed steps: `--compile` and `--quantize`."""
 
 from __future__ import annotations
 
@@ -20,49 +20,42 @@ from teacache.base.files import cache_folder
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLCogVideoX, ConsisIDTransformer3DModel
 
-# The decoder's residual blocks come in as many forms as it has widths and sizes, each with and
-# without frames before it: 14 for the usual four levels. Dynamo gives up after 8 unless told.
+# The decoder's residual blocks have 14 combinations of width, size and previous frames, and each is
+# a compilation. By default Dynamo stops after 8.
 DECODER_FORMS = 64
-# Reading the decoder's compiled forms from disk costs as much as compiled decoding gains in
-# about this many videos.
+# Loading the compiled decoder from disk costs about what compiled decoding saves in this many
+# videos.
 COMPILED_DECODER_PAYS_FROM = 8
-# The first CUDA capability with matrix units for float8 of the kind that pays here: Hopper.
+# Hopper, the first CUDA capability with fast float8 matrix units.
 FLOAT8_CAPABILITY = (9, 0)
-COMPILER_SECONDS = 60  # A compiler takes a tenth of one for an empty file.
+COMPILER_SECONDS = 60  # an empty file takes 0.1 s
 
 
 def prepare_acceleration(
     compiling: bool, quantize: str | None, offload: str, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Check for what `--compile` and `--quantize` need, and have compilations kept for later runs.
+    """Check the requirements of `--compile` and `--quantize`, and set Inductor's cache folder.
 
-    To be called before diffusers is imported: with it Inductor settles on its folder.
+    Call it before diffusers is imported: that import fixes the folder.
 
     Raises:
-        DeviceError: where the machine lacks something, or the two do not go with `--offload`.
+        DeviceError: if the machine lacks something, or the flags conflict with `--offload`.
     """
-    if offload == "sequential" and (compiling or quantize):
-        option = "--compile" if compiling else f"--quantize {quantize}"
-        raise DeviceError(
-            f"{option} does not go with --offload sequential, which exchanges the weights under "
-            "it: --offload model does"
-        )
-    if offload == "blocks" and quantize:
-        raise DeviceError(
-            f"--quantize {quantize} does not go with --offload blocks, which moves plain weights: "
-            "--offload model does"
-        )
+    if (quantize and offload in ("sequential", "blocks")) or (
+        compiling and offload == "sequential"
+    ):
+        flag = f"--quantize {quantize}" if quantize else "--compile"
+        raise DeviceError(f"{flag} does not go with --offload {offload}: --offload model does")
     if compiling:
         check_compiler(device)
-        # Where a reboot does not clear it, as it may Inductor's own choice.
+        # A reboot may clear Inductor's default folder.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
     if quantize:
         check_float8(device, dtype)
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise DeviceError where no compiler works."""
-    # Inductor's own on a CPU, Triton's on a GPU.
+    """Raise DeviceError if there is no working compiler: C++ for a CPU, C for CUDA."""
     on_cpu = device.type == "cpu"
     variable, usual = ("CXX", ("g++", "clang++")) if on_cpu else ("CC", ("gcc", "clang"))
     named = shlex.split(os.environ.get(variable, ""))
@@ -79,16 +72,16 @@ def check_compiler(device: torch.device) -> None:
             "--compile needs Python's headers, which most systems package as python3-dev: "
             f"there is no {header.name} in {header.parent}"
         )
-    failure = _what_fails(compiler, ".cpp" if on_cpu else ".c")
+    failure = _compiler_failure(compiler, ".cpp" if on_cpu else ".c")
     if failure:
         raise DeviceError(f"--compile: the compiler {compiler[0]} does not work: {failure}")
 
 
-def _what_fails(compiler: list[str], suffix: str) -> str:
-    """Why a compiler makes no shared library of an empty source; "" where it makes one.
+def _compiler_failure(compiler: list[str], suffix: str) -> str:
+    """Compile an empty file to a shared library; return the reason if that fails, else "".
 
     Args:
-        compiler: its name and the arguments that go with it.
+        compiler: the program and its arguments.
     """
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder) / f"empty{suffix}", Path(folder) / "empty.so"
@@ -112,29 +105,29 @@ def _what_fails(compiler: list[str], suffix: str) -> str:
 
 
 def check_float8(device: torch.device, dtype: torch.dtype) -> None:
-    """Raise DeviceError where float8 layers do not run, by running one."""
+    """Run a float8 layer; raise DeviceError if it does not work."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY:
         raise DeviceError("--quantize fp8 needs a GPU with float8 matrix units, Hopper or later")
     if importlib.util.find_spec("torchao") is None:
         raise DeviceError("--quantize fp8 needs the package torchao: pip install torchao==0.18.0")
     if dtype != torch.bfloat16:
-        raise DeviceError("--quantize fp8 needs --dtype bfloat16, from which it rounds")
+        raise DeviceError("--quantize fp8 needs --dtype bfloat16")
     try:
         layer = torch.nn.Linear(64, 64, device=device, dtype=dtype)
         _to_float8(layer)
         layer(torch.randn(16, 64, device=device, dtype=dtype))
     except Exception as error:
-        # What torchao lacks, it asserts, and so do the packages below it, each in its own way.
+        # torchao and the packages below it raise errors of many types.
         raise DeviceError(f"--quantize fp8 does not work here: {reason(error)}") from error
 
 
 def compile_transformer(transformer: ConsisIDTransformer3DModel) -> None:
     """Compile the blocks and the identity cross-attention, each at its first call.
 
-    Of the cross-attention it is `core.forward.add_face` that makes a region, the addition in it.
-    All blocks share one compilation, and so do all cross-attention layers: weights are inputs of
-    the graph. What TeaCache decides lies outside of them, so that neither step nor threshold nor
-    video brings a new one; another size or batch does.
+    All blocks share one compilation, and so do all cross-attention layers, because weights are
+    inputs of the graph. TeaCache decides outside of these regions, so a new step, threshold or
+    video needs no new compilation; another size or batch does. `core.forward.add_face` compiles
+    the cross-attention together with the addition of its output.
     """
     for module in (*transformer.transformer_blocks, *transformer.perceiver_cross_attention):
         module.compile(fullgraph=True, dynamic=False)
@@ -151,17 +144,16 @@ def compile_decoder(vae: AutoencoderKLCogVideoX) -> None:
 
 
 def is_compiled(model: torch.nn.Module) -> bool:
-    """Whether regions of the model are compiled."""
+    """Whether any module of the model is compiled."""
     return any(module._compiled_call_impl is not None for module in model.modules())
 
 
 def quantize_fp8(transformer: ConsisIDTransformer3DModel) -> None:
-    """Turn the blocks' and the identity cross-attention's wide linear layers to float8, in place.
+    """Convert the large linear layers of blocks and identity cross-attention to float8, in place.
 
-    Weights are rounded once, a scale for each row, and activations at every call, a scale for each
-    token. Query, key and value become one layer first, so that the tokens they share are rounded
-    once instead of three times. What is left as it was works on a few numbers a step: the
-    modulations, the face's keys and values.
+    Weights are rounded once, with a scale for each row; activations at every call, with a scale for
+    each token. Query, key and value are fused into one layer first, so that their input is rounded
+    once instead of three times. The small layers stay: the modulations, the face's keys and values.
     """
     for block in transformer.transformer_blocks:
         with torch.no_grad():
@@ -175,14 +167,14 @@ def quantize_fp8(transformer: ConsisIDTransformer3DModel) -> None:
 
 
 def _to_float8(module: torch.nn.Module) -> None:
-    """Turn a linear layer, or all those within a module, to float8, in place."""
+    """Convert a linear layer, or all linear layers within a module, to float8, in place."""
     from torchao.quantization import (
         Float8DynamicActivationFloat8WeightConfig,
         PerRow,
         quantize_,
     )
 
-    # Inductor's settings are for the whole process, and stay as they are.
+    # Inductor's settings belong to the whole process.
     config = Float8DynamicActivationFloat8WeightConfig(
         granularity=PerRow(), set_inductor_config=False
     )

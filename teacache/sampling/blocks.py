@@ -1,12 +1,12 @@
 """ConsisID's transformer blocks with less memory, bit for bit.
 
-A block of diffusers' (0.42.1, models/transformers/consisid_transformer_3d.py) makes a new tensor
-for each activation, gate and residual, and keeps what attention was given until the feed-forward is
-done. The block below computes the same numbers in the same order, overwrites tensors that it has
-made itself, and gives back what it has read. At 720x480 and 49 frames in bfloat16 the largest of
-them, inside the feed-forward, is 0.8 GiB, and is there once instead of twice.
+diffusers' block (0.42.1, models/transformers/consisid_transformer_3d.py) allocates a tensor for
+each activation, gate and residual, and holds the inputs of attention until the feed-forward is
+done. The block below computes the same numbers in the same order. It writes in place to tensors
+that it has allocated, and frees its inputs early. The largest tensor, inside the feed-forward, is
+0.8 GiB at 720x480 and 49 frames in bfloat16; it exists once instead of twice.
 
-For sampling: what is written in place could not be differentiated through.
+For sampling only: in-place operations prevent gradients.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class LeanGELU(GELU):
-    """The feed-forward's first layer, activated in place."""
+    """The feed-forward's first layer, with the activation in place."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[batch, tokens, inner dim] to [batch, tokens, feed-forward dim]."""
@@ -30,7 +30,7 @@ class LeanGELU(GELU):
 
 
 class LeanBlock(ConsisIDBlock):
-    """A block that gives back what it has read, and adds in place."""
+    """A block that frees its inputs early, and adds in place."""
 
     def forward(
         self,
@@ -39,15 +39,15 @@ class LeanBlock(ConsisIDBlock):
         temb: torch.Tensor,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As the class that it stands for.
+        """The same as `ConsisIDBlock.forward`.
 
         Args:
-            hidden_states, encoder_hidden_states: video and text, [batch, tokens, inner dim]; read,
-                not written.
+            hidden_states, encoder_hidden_states: video and text, [batch, tokens, inner dim]; not
+                modified.
             temb: [batch, time embed dim].
 
         Returns:
-            video and text, in tensors of their own.
+            video and text, as new tensors.
         """
         text_tokens = encoder_hidden_states.shape[1]
         video, text, gate, text_gate = self.norm1(hidden_states, encoder_hidden_states, temb)
@@ -66,12 +66,12 @@ class LeanBlock(ConsisIDBlock):
         return hidden_states, encoder_hidden_states
 
 
-# The classes are exchanged, not the forwards: compiled code is shared by modules of one class.
+# The classes are replaced, not the forwards, because modules of one class share compiled code.
 LEAN: dict[type, type] = {ConsisIDBlock: LeanBlock, GELU: LeanGELU}
 
 
 def use_lean_blocks(transformer: ConsisIDTransformer3DModel) -> None:
-    """Let a transformer's blocks take less memory."""
+    """Replace the classes of a transformer's blocks by those above, in place."""
     for module in transformer.transformer_blocks.modules():
         if type(module) in LEAN:
             module.__class__ = LEAN[type(module)]

@@ -1,17 +1,16 @@
 """CogVideoX's decoder with less memory, bit for bit.
 
-It decodes two latent frames at a time, and hands what a causal convolution needs of the frames
-before from one call to the next, as `conv_cache`. Four things there take memory for nothing:
+The decoder decodes two latent frames at a time. A causal convolution needs frames of the previous
+call, which are passed on as `conv_cache`. Diffusers' code needs more memory than necessary:
 
-- a convolution of one frame in time keeps all of its input, and nothing reads it;
-- what was kept of the last call stays until the whole call is done, beside what this one keeps;
-- activation, scale, shift and shortcut each write another copy of tensors that nothing else reads;
-- what a block has worked on stays until the next block is done, and what a layer has until the next
-  layer is.
+- a convolution over one frame caches its whole input, and nothing reads it;
+- the old caches exist until the call ends, beside the new ones;
+- activation, scale, shift and shortcut each allocate a copy of a tensor that nothing else reads;
+- the input of a block exists until the block ends, and the input of a layer until the layer ends.
 
-The forwards below are diffusers' (0.42.1, models/autoencoders/autoencoder_kl_cogvideox.py) without
-them. They compute the same numbers in the same order. They are for sampling: what is written in
-place could not be differentiated through.
+The forwards below are those of diffusers (0.42.1, models/autoencoders/autoencoder_kl_cogvideox.py)
+without that. They compute the same numbers in the same order. For sampling only: in-place
+operations prevent gradients.
 """
 
 from __future__ import annotations
@@ -35,11 +34,11 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKLCogVideoX
 
 Cache = dict[str, torch.Tensor | None]
-Caches = dict[str, Cache]  # of the blocks within
+Caches = dict[str, Cache]  # by block
 
 
 def use_lean_decoder(vae: AutoencoderKLCogVideoX) -> None:
-    """Let a VAE decode with less memory, the same numbers."""
+    """Replace the forwards of a VAE's decoder by those below, in place."""
     for module in vae.decoder.modules():
         forward = _lean_forward(module)
         if forward is not None:
@@ -47,10 +46,9 @@ def use_lean_decoder(vae: AutoencoderKLCogVideoX) -> None:
 
 
 def _lean_forward(module: torch.nn.Module):  # type: ignore[no-untyped-def]
-    """What stands in the place of a module's forward; None where it is fine as it is."""
+    """The replacement for a module's forward; None if it needs none."""
     if isinstance(module, CogVideoXCausalConv3d):
-        one_frame = module.time_kernel_size == 1 and module.pad_mode != "replicate"
-        return _convolve_one_frame if one_frame else None
+        return _convolve_one_frame if module.time_kernel_size == 1 else None
     if isinstance(module, CogVideoXSpatialNorm3D):
         return _spatial_norm
     if isinstance(module, CogVideoXDecoder3D):
@@ -58,16 +56,14 @@ def _lean_forward(module: torch.nn.Module):  # type: ignore[no-untyped-def]
     if isinstance(module, CogVideoXUpBlock3D):
         return _up_block
     if isinstance(module, CogVideoXResnetBlock3D):
-        plain = isinstance(module.nonlinearity, torch.nn.SiLU) and not module.use_conv_shortcut
-        plain = plain and module.conv1.pad_mode != "replicate"
-        return _residual_block if plain and not module.training else None
+        return _residual_block if isinstance(module.nonlinearity, torch.nn.SiLU) else None
     return None
 
 
 def _convolve_one_frame(
     module: CogVideoXCausalConv3d, inputs: torch.Tensor, conv_cache: None = None
 ) -> tuple[torch.Tensor, None]:
-    """[batch, channels, frames, height, width]; no frame before has a say, so none is kept."""
+    """[batch, channels, frames, height, width]. It needs no previous frame, so no cache."""
     return module.conv(inputs), None
 
 
@@ -77,7 +73,7 @@ def _spatial_norm(
     zq: torch.Tensor,
     conv_cache: Cache | None = None,
 ) -> tuple[torch.Tensor, Cache]:
-    """Normalise the features, and scale and shift them by the latents; see `_modulate`."""
+    """Normalise the features, then scale and shift them by the latents; see `_modulate`."""
     return _modulate(module, module.norm_layer(f), zq), {}
 
 
@@ -88,8 +84,8 @@ def _modulate(
 
     Args:
         normed: [batch, channels, frames, height, width].
-        zq: [batch, latent channels, latent frames, latent height, latent width]. Where the frames
-            are odd in number the first one goes by itself: it was not compressed in time.
+        zq: [batch, latent channels, latent frames, latent height, latent width]. With an odd number
+            of frames the first one is interpolated alone, since it is not compressed in time.
     """
     frames, *area = normed.shape[2:]
     if frames > 1 and frames % 2 == 1:
@@ -109,44 +105,44 @@ def _decoder(
 ) -> tuple[torch.Tensor, dict[str, Caches]]:
     """[batch, latent channels, latent frames, latent height, latent width] to pixels."""
     before: dict[str, Caches] = conv_cache or {}
-    kept: dict[str, Caches] = {}
-    hidden, kept["conv_in"] = module.conv_in(sample, conv_cache=before.get("conv_in"))
-    hidden, kept["mid_block"] = module.mid_block(
+    after: dict[str, Caches] = {}
+    hidden, after["conv_in"] = module.conv_in(sample, conv_cache=before.get("conv_in"))
+    hidden, after["mid_block"] = module.mid_block(
         hidden, None, sample, conv_cache=before.get("mid_block")
     )
     for i, block in enumerate(module.up_blocks):
-        handed = [hidden]
+        holder = [hidden]
         del hidden
         name = f"up_block_{i}"
-        hidden, kept[name] = block(handed, None, sample, conv_cache=before.get(name))
-    hidden, kept["norm_out"] = module.norm_out(hidden, sample)
+        hidden, after[name] = block(holder, None, sample, conv_cache=before.get(name))
+    hidden, after["norm_out"] = module.norm_out(hidden, sample)
     hidden = module.conv_act(hidden)
-    hidden, kept["conv_out"] = module.conv_out(hidden, conv_cache=before.get("conv_out"))
-    return hidden, kept
+    hidden, after["conv_out"] = module.conv_out(hidden, conv_cache=before.get("conv_out"))
+    return hidden, after
 
 
 def _up_block(
     module: CogVideoXUpBlock3D,
-    handed: list[torch.Tensor],
+    holder: list[torch.Tensor],
     temb: None,
     zq: torch.Tensor,
     conv_cache: Caches | None = None,
 ) -> tuple[torch.Tensor, Caches]:
-    """Residual blocks, and the picture twice as large.
+    """Residual blocks, then upsampling by two.
 
     Args:
-        handed: [batch, channels, frames, height, width] in a list, out of which it is taken: so
-            nothing holds it beyond the first residual block.
+        holder: a list of one tensor, [batch, channels, frames, height, width]. It is popped, so
+            that the tensor is freed after the first residual block.
     """
     before: Caches = conv_cache or {}
-    kept: Caches = {}
-    hidden = handed.pop()
+    after: Caches = {}
+    hidden = holder.pop()
     for i, block in enumerate(module.resnets):
         name = f"resnet_{i}"
-        hidden, kept[name] = block(hidden, None, zq, conv_cache=before.get(name))
+        hidden, after[name] = block(hidden, None, zq, conv_cache=before.get(name))
     for upsampler in module.upsamplers or ():
         hidden = upsampler(hidden)
-    return hidden, kept
+    return hidden, after
 
 
 def _residual_block(
@@ -156,41 +152,41 @@ def _residual_block(
     zq: torch.Tensor,
     conv_cache: dict[str, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, Cache]:
-    """Two convolutions and a shortcut; the old caches leave their dictionary as they are used.
+    """Two convolutions and a shortcut. It pops the old caches, which frees them after use.
 
     Args:
         inputs: [batch, channels, frames, height, width].
         zq: see `_modulate`.
-        conv_cache: the two frames before, of each convolution; emptied.
+        conv_cache: the two previous frames of each convolution; empty afterwards.
     """
     before: dict[str, torch.Tensor] = {} if conv_cache is None else conv_cache
-    kept: Cache = {}
+    after: Cache = {}
     hidden = module.norm1(inputs, zq)[0]
-    # One after the other, so that each step frees what the one before has made.
+    # One statement for each operation, so that each frees the result of the previous one.
     hidden = _activate_and_pad(module.conv1, hidden, before.pop("conv1", None))
-    kept["conv1"] = _last_frames(module.conv1, hidden)
+    after["conv1"] = _last_frames(module.conv1, hidden)
     hidden = module.conv1.conv(hidden)
     hidden = module.norm2.norm_layer(hidden)
     hidden = _modulate(module.norm2, hidden, zq)
     hidden = _activate_and_pad(module.conv2, hidden, before.pop("conv2", None))
-    kept["conv2"] = _last_frames(module.conv2, hidden)
+    after["conv2"] = _last_frames(module.conv2, hidden)
     hidden = module.conv2.conv(hidden)
     if module.in_channels != module.out_channels:
         inputs = module.conv_shortcut(inputs)
-    return hidden.add_(inputs), kept
+    return hidden.add_(inputs), after
 
 
 def _activate_and_pad(
     conv: CogVideoXCausalConv3d, hidden: torch.Tensor, before: torch.Tensor | None
 ) -> torch.Tensor:
-    """What a causal convolution works on, activated, with the frames before in front of it.
+    """The input of a causal convolution: activated, with the previous frames in front.
 
-    By itself it would keep the features without them, too.
+    The convolution's own forward would hold a second copy without these frames.
     """
     padded: torch.Tensor = conv.fake_context_parallel_forward(F.silu(hidden, inplace=True), before)
     return padded
 
 
 def _last_frames(conv: CogVideoXCausalConv3d, padded: torch.Tensor) -> torch.Tensor:
-    """What a causal convolution needs the next time, a copy."""
+    """A copy of the frames that the next call of a causal convolution needs."""
     return padded[:, :, 1 - conv.time_kernel_size :].clone()

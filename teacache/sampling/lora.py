@@ -1,6 +1,6 @@
-"""LoRAs in the transformer's weights: read, checked against the checkpoint, and fused.
+"""Finds LoRAs, checks them against the checkpoint, and fuses them into the transformer's weights.
 
-Fused they cost nothing at sampling, and whatever works on the weights works with them.
+A fused LoRA adds no cost to sampling, and works with quantization, offloading and compilation.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ USUAL_NAME = "pytorch_lora_weights.safetensors"
 
 
 def lora_file(source: str) -> Path:
-    """The file of a LoRA, downloaded where it is not here.
+    """The file of a LoRA, downloaded if `source` is a repository.
 
     Raises:
-        CheckpointError: where there is none.
+        CheckpointError: if there is no such file or repository.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -48,13 +48,13 @@ def lora_file(source: str) -> Path:
 
 
 def check_lora(source: str, path: Path, checkpoint: Path) -> None:
-    """See from the names and shapes in its file that a LoRA is one of this transformer.
+    """Check by names and shapes of its weights that a LoRA belongs to this transformer.
 
-    diffusers' LoRAs hold transformer.LAYER.lora_A.weight, [rank, inputs], and lora_B.weight,
+    A LoRA of diffusers holds transformer.LAYER.lora_A.weight, [rank, inputs], and lora_B.weight,
     [outputs, rank].
 
     Raises:
-        CheckpointError: where it is not. DeviceError: where a package is missing.
+        CheckpointError: if it does not. DeviceError: if the package peft is missing.
     """
     if importlib.util.find_spec("peft") is None:
         raise DeviceError("--lora needs the package peft: pip install peft==0.21.2")
@@ -79,10 +79,10 @@ def check_lora(source: str, path: Path, checkpoint: Path) -> None:
 
 
 def fuse_loras(pipe: ConsisIDPipeline, loras: tuple[tuple[str, float], ...]) -> None:
-    """Add LoRAs to the transformer's weights, which stay plain weights.
+    """Add LoRAs to the transformer's weights, which stay plain tensors.
 
     Args:
-        loras: the source of each, and how much of it is added.
+        loras: source and scale of each.
     """
     for number, (source, scale) in enumerate(loras):
         path = lora_file(source)

@@ -1,9 +1,9 @@
-"""From an identity and a prompt to latents, and from latents to frames."""
+"""Denoising, from an identity and a prompt to latents; and decoding, from latents to frames."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from diffusers import CogVideoXDPMScheduler
@@ -22,17 +22,18 @@ if TYPE_CHECKING:
 
 
 class Denoised(NamedTuple):
-    """latents: [1, latent frames, 16, height / 8, width / 8]; seconds of each denoising step."""
+    """Latents, [1, latent frames, 16, height / 8, width / 8], and the seconds of each step."""
 
     latents: torch.Tensor
     step_seconds: list[float]
 
 
 class Start(NamedTuple):
-    """Where a video starts from. Nothing of it depends on the threshold.
+    """The inputs of denoising that do not depend on the threshold.
 
-    noise, image_latents: [1, latent frames, 16, height / 8, width / 8].
-    generator_state: of the generator that drew them.
+    Attributes:
+        noise, image_latents: [1, latent frames, 16, height / 8, width / 8].
+        generator_state: of the generator after it drew them.
     """
 
     identity: Identity
@@ -45,9 +46,8 @@ class Start(NamedTuple):
 def prepare(pipe: ConsisIDPipeline, identity: Identity, size: VideoSize, seed: int) -> Start:
     """Encode the face and draw the initial noise.
 
-    Everything random comes from one generator on the sampling device, as the published sampler
-    has it: the face's latents first, then the initial noise, then what the scheduler draws at each
-    step, for which the generator's state is kept.
+    As in the published sampler, one generator on the sampling device draws all random numbers:
+    first for the face's latents, then the initial noise, then the scheduler's noise of each step.
     """
     device, dtype = pipe._execution_device, pipe.transformer.dtype
     generator = torch.Generator(device).manual_seed(seed)
@@ -83,15 +83,13 @@ def denoise(
     guidance_scale: float = 6.0,
     on_step: Callable[[], None] = lambda: None,
 ) -> Denoised:
-    """Sample one video's latents.
-
-    `ConsisIDPipeline.__call__` step by step, from a start that several videos may share.
+    """Sample one video's latents, like `ConsisIDPipeline.__call__`.
 
     Args:
         on_step: called after each denoising step.
 
     Raises:
-        SamplingError: naming the step after which the latents are not finite.
+        SamplingError: if the latents are not finite; the message names the step.
     """
     loop = Loop(pipe, start, text, size, num_infer_steps, guidance_scale)
     device, finite = start.noise.device, []
@@ -106,9 +104,9 @@ def denoise(
 
 
 class Loop:
-    """One video's denoising, step by step: `ConsisIDPipeline.__call__` taken apart.
+    """The denoising loop of one video, one step at a time.
 
-    One loop at a time: the scheduler is the pipeline's.
+    It uses the pipeline's scheduler, so only one loop can run at a time.
     """
 
     def __init__(
@@ -124,13 +122,25 @@ class Loop:
         pipe.scheduler.set_timesteps(num_infer_steps, device=device)
         self._pipe, self._guidance_scale = pipe, guidance_scale
         self._image_latents = start.image_latents
-        self._conditions = _conditions(pipe, start, text, size)
+        rotary = None
+        if pipe.transformer.config.use_rotary_positional_embeddings:
+            rotary = pipe._prepare_rotary_positional_embeddings(
+                size.height, size.width, start.noise.shape[1], device
+            )
+        self._embeds = text.prompt_embeds
+        if text.negative_prompt_embeds is not None:
+            self._embeds = torch.cat([text.negative_prompt_embeds, text.prompt_embeds])
+        self._conditions = {
+            "encoder_hidden_states": self._embeds,
+            "image_rotary_emb": rotary,
+            "id_cond": start.identity.id_cond,
+            "id_vit_hidden": start.identity.id_vit_hidden,
+        }
         generator = torch.Generator(device)
         generator.set_state(start.generator_state)
         self._extra = pipe.prepare_extra_step_kwargs(generator, eta=0.0)
-        # The scheduler looks its coefficients up by the timestep. Given as a number of the host's
-        # it need not be read from the device, for which all the work before it would have to be
-        # done.
+        # The scheduler looks up coefficients by the timestep. With a Python number it need not read
+        # from the device, which would synchronise.
         self._values = pipe.scheduler.timesteps.tolist()
         self.step = 0
         self.latents = start.noise
@@ -138,20 +148,28 @@ class Loop:
 
     @torch.no_grad()
     def predict(self) -> torch.Tensor:
-        """What the scheduler steps with, guided, in float32, of the latents' shape."""
+        """The guided prediction for the current step, in float32 and the shape of the latents.
+
+        One forward, with both halves of guidance as a batch of two.
+        """
         t = self._pipe.scheduler.timesteps[self.step]
-        return _predict(
-            self._pipe,
-            self.latents,
-            self._image_latents,
-            t,
-            self._conditions,
-            self._guidance_scale,
-        )
+        batch = len(self._embeds)
+        noisy = self._pipe.scheduler.scale_model_input(torch.cat([self.latents] * batch), t)
+        predicted = self._pipe.transformer(
+            # [batch, latent frames, 32, h, w]: the noisy latents, then the face's latents
+            hidden_states=torch.cat([noisy, torch.cat([self._image_latents] * batch)], dim=2),
+            timestep=t.expand(batch),
+            return_dict=False,
+            **self._conditions,
+        )[0].float()
+        if batch == 1:
+            return predicted
+        without, with_prompt = predicted.chunk(2)
+        return without + self._guidance_scale * (with_prompt - without)
 
     @torch.no_grad()
     def advance(self, predicted: torch.Tensor) -> None:
-        """Step the latents with a prediction."""
+        """Take one scheduler step with a prediction."""
         scheduler, value = self._pipe.scheduler, self._values[self.step]
         if isinstance(scheduler, CogVideoXDPMScheduler):
             latents, self._previous_sample = scheduler.step(
@@ -172,64 +190,17 @@ class Loop:
 
 
 def _check_finite(finite: list[torch.Tensor], dtype: torch.dtype) -> None:
-    """Raise SamplingError where a step's latents were not finite: NaN would become black frames.
+    """Raise SamplingError if the latents of a step were not finite: NaN gives black frames.
 
-    Read once, at the end: a look at each step would wait for the GPU.
+    All steps are read at the end, because a read at each step would synchronise.
     """
-    answers = torch.stack(finite).tolist()
-    if not all(answers):
+    values = torch.stack(finite).tolist()
+    if not all(values):
         raise SamplingError(
-            f"the latents hold NaN or infinite numbers after step {answers.index(False)}, counted "
+            f"the latents hold NaN or infinite numbers after step {values.index(False)}, counted "
             f"from 0, in {devices.dtype_name(dtype)}: try another --dtype, a lower "
             "--guidance_scale or no --quantize"
         )
-
-
-def _conditions(
-    pipe: ConsisIDPipeline, start: Start, text: Text, size: VideoSize
-) -> dict[str, Any]:
-    """What the transformer is given at every step alike."""
-    rotary = None
-    if pipe.transformer.config.use_rotary_positional_embeddings:
-        rotary = pipe._prepare_rotary_positional_embeddings(
-            size.height, size.width, start.noise.shape[1], start.noise.device
-        )
-    return {
-        "encoder_hidden_states": text.prompt_embeds
-        if text.negative_prompt_embeds is None
-        else torch.cat([text.negative_prompt_embeds, text.prompt_embeds]),
-        "image_rotary_emb": rotary,
-        "id_cond": start.identity.id_cond,
-        "id_vit_hidden": start.identity.id_vit_hidden,
-    }
-
-
-def _predict(
-    pipe: ConsisIDPipeline,
-    latents: torch.Tensor,
-    image_latents: torch.Tensor,
-    t: torch.Tensor,
-    conditions: dict[str, Any],
-    guidance_scale: float,
-) -> torch.Tensor:
-    """What the scheduler steps with, in float32: one forward, both halves of guidance in a batch.
-
-    Args:
-        conditions: of a batch of two where there is guidance, without the prompt and with it.
-    """
-    batch = len(conditions["encoder_hidden_states"])
-    noisy = pipe.scheduler.scale_model_input(torch.cat([latents] * batch), t)
-    predicted = pipe.transformer(
-        # [batch, latent frames, 32, h, w]: what is denoised, and the face beside it
-        hidden_states=torch.cat([noisy, torch.cat([image_latents] * batch)], dim=2),
-        timestep=t.expand(batch),
-        return_dict=False,
-        **conditions,
-    )[0].float()
-    if batch == 1:
-        return predicted
-    without, with_prompt = predicted.chunk(2)
-    return without + guidance_scale * (with_prompt - without)
 
 
 @torch.no_grad()

@@ -95,7 +95,7 @@ def test_one_killed_and_a_job_that_fails(capsys, tmp_path, tiny, faceless):
     *warnings, last = error.splitlines()
     (failed,) = [line for line in warnings if "no face was found" in line]
     assert failed.startswith(f"warning: seed 42, rel_l1_thresh 0.1: --image {faceless}")
-    assert last.startswith("error: 1 of 6 videos could not be made")
+    assert last.startswith("error: 1 of 6 videos failed")
     assert len(warnings) == len(set(warnings)), "each once"
     assert "5 of 6 videos: see --resume" in output
     assert "raylet" not in output + error
@@ -135,7 +135,7 @@ def test_a_worker(tmp_path, monkeypatch, tiny, faceless):
     arguments = (*COMMON, "--num_infer_steps", 12, "--jobs", tmp_path / "jobs")
     arguments += ("--output_path", tmp_path / "out", "--prompt", "a man " * 300, "--resume")
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(interruption, "_asked", None)
+    monkeypatch.setattr(interruption, "_signal_time", None)
     worker = Worker(Order.of(parse_arguments([*map(str, arguments)])), tmp_path)
     first, without_face, second = worker.order.jobs
 

@@ -65,8 +65,8 @@ def test_torchrun_gives_the_same_bytes(tmp_path, alone):
 @pytest.mark.parametrize(
     ("num_gpus", "expected"),
     [
-        (3, "520 tokens and 6 heads do not divide among so many; 2 and 4 would do"),
-        (8, "520 tokens and 6 heads do not divide among so many; 4 would do"),
+        (3, "520 tokens and 6 heads cannot be divided among 3 GPUs: use 2 or 4"),
+        (8, "520 tokens and 6 heads cannot be divided among 8 GPUs: use 4"),
     ],
 )
 def test_what_does_not_divide_is_refused_before_any_rank_begins(

@@ -98,7 +98,9 @@ def test_a_shard_looks_at_its_own_images_alone(capsys, tmp_path):
     jobs = (*COMMON, "--jobs", tmp_path / "jobs.csv", "--output_path", tmp_path / "out")
     code, output, _ = main(capsys, *jobs, "--shard", "0/2")
     assert code == 0
-    assert "shard 0/2 is done; the last one reports on all: 1 of 2 videos are missing" in output
+    assert (
+        "shard 0/2 is done; the last shard writes the report: 1 of 2 videos are missing" in output
+    )
     code, _, error = main(capsys, *jobs, "--shard", "1/2")
     assert code == 2
     assert "broken.png" in error

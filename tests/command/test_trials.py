@@ -49,7 +49,7 @@ def test_the_command_takes_a_time_stamp_for_a_folder(capsys, tmp_path, monkeypat
     assert len(list((tmp_path / "2026-11-24T10:33").glob("42_*.mp4"))) == 2, "found again"
 
 
-@pytest.mark.parametrize("read", [readers.path, readers.file, readers.image, readers.name])
+@pytest.mark.parametrize("read", [readers.path, readers.image, readers.name])
 def test_the_home_directory_is_put_in_once_for_every_path(tmp_path, monkeypatch, read):
     """bash does it for `--output_path ~/x`, and not for `--output_path=~/x`."""
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -13,9 +13,9 @@ from teacache.core.forward import apply_teacache
 from teacache.sampling import attention
 from teacache.sampling.attention import (
     ConsisIDAttnProcessor,
+    apply_rotary_,
     choose_backend,
     is_exact,
-    turn,
     use_attention,
 )
 
@@ -44,9 +44,9 @@ def test_the_rotary_embedding_is_diffusers_bit_for_bit(monkeypatch, dtype):
     expected = apply_rotary_emb(tokens[:, 7:], rotary, sequence_dim=1)
     text = tokens[:, :7].clone()
     for at_once in (1, 2 * 6 * 64 * 70, 2**24):  # a token, 70 of them, all of them
-        monkeypatch.setattr(attention, "TURNED_AT_ONCE", at_once)
+        monkeypatch.setattr(attention, "ROTARY_CHUNK", at_once)
         turned = tokens.clone()
-        turn(turned[:, 7:], rotary)
+        apply_rotary_(turned[:, 7:], rotary)
         assert torch.equal(turned[:, 7:], expected)
         assert torch.equal(turned[:, :7], text)
     assert torch.equal(rotary[1], angles.sin()), "another layer reads them again"

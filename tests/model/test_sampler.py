@@ -17,7 +17,7 @@ from teacache.core.forward import apply_teacache
 from teacache.embedded.build import TRANSFORMER
 from teacache.inputs.text import Text, embed_text
 from teacache.sampling import sampler
-from teacache.sampling.room import Aside, Room
+from teacache.sampling.decoder_memory import DecoderMemory, Offloaded
 from teacache.sampling.streaming import stream_blocks
 
 SMALL = SIZE._replace(num_frames=5)
@@ -164,12 +164,12 @@ def places(pipe) -> set[str]:
 
 def test_a_cpu_has_no_room_to_make_but_after_the_last_video(pipe, sample):
     before = sample(pipe, steps=2)
-    with Room(pipe, SIZE, "none").to_decode(last=False):
+    with DecoderMemory(pipe, SIZE, "none").to_decode(last=False):
         assert places(pipe) == {"cpu"}
     assert torch.equal(sample(pipe, steps=2), before)
-    with Room(pipe, SIZE, "model").to_decode(last=True):
+    with DecoderMemory(pipe, SIZE, "model").to_decode(last=True):
         assert places(pipe) == {"cpu"}, "offloading has its own way"
-    with Room(pipe, SIZE, "none").to_decode(last=True):
+    with DecoderMemory(pipe, SIZE, "none").to_decode(last=True):
         assert places(pipe) == {"meta"}
 
 
@@ -180,17 +180,19 @@ def test_the_transformer_steps_aside_where_both_do_not_fit(pipe, sample, monkeyp
     if streamed:
         stream_blocks(pipe.transformer, CPU)
     before = sample(pipe, steps=2)
-    room = Room(pipe, SIZE, "blocks" if streamed else "none")
-    monkeypatch.setattr(Room, "_both_fit", lambda self, device: False)
+    room = DecoderMemory(pipe, SIZE, "blocks" if streamed else "none")
+    monkeypatch.setattr(DecoderMemory, "_both_fit", lambda self, device: False)
     moves = []
-    for name in ("leave", "come"):
-        move = getattr(Aside, name)
-        monkeypatch.setattr(Aside, name, lambda self, m=move: (moves.append(m.__name__), m(self)))
+    for name in ("to_host", "to_device"):
+        move = getattr(Offloaded, name)
+        monkeypatch.setattr(
+            Offloaded, name, lambda self, m=move: (moves.append(m.__name__), m(self))
+        )
     for _ in range(2):
         with pytest.raises(ZeroDivisionError), room.to_decode(last=False):
             raise ZeroDivisionError
         assert torch.equal(sample(pipe, steps=2), before)
-    assert moves == ["leave", "come"] * 2
+    assert moves == ["to_host", "to_device"] * 2
     with room.to_decode(last=True):
         assert places(pipe) == {"meta"}
 
@@ -203,4 +205,4 @@ def test_what_has_to_be_free_for_both(pipe, monkeypatch, more, stays, tiled):
     full = VideoSize(720, 480, 49)
     needed = 4 * 2**30 if tiled else 34 * 1024 * 720 * 480
     monkeypatch.setattr(devices, "free_memory_bytes", lambda device: needed + more)
-    assert Room(pipe, full, "none")._both_fit(torch.device("cuda")) is stays
+    assert DecoderMemory(pipe, full, "none")._both_fit(torch.device("cuda")) is stays

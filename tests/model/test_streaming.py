@@ -14,7 +14,7 @@ import torch
 from support import CPU
 
 from teacache.core.forward import apply_teacache
-from teacache.sampling.room import Aside
+from teacache.sampling.decoder_memory import Offloaded
 from teacache.sampling.streaming import HostWeights, StreamedBlocks, stream_blocks
 
 SHORT = {"steps": 8, "num_frames": 5}
@@ -46,9 +46,11 @@ def test_latents_are_the_same_bit_for_bit(make_pipe, sample, dtype, threshold):
 def test_two_blocks_are_there_and_reused_steps_move_none(pipe, sample, monkeypatch):
     stream_blocks(pipe.transformer, CPU)
     blocks = pipe.transformer.transformer_blocks
-    moved, come = [], HostWeights.come
+    moved, come = [], HostWeights.to_device
     monkeypatch.setattr(
-        HostWeights, "come", lambda self, buffer=None: (moved.append(self), come(self, buffer))[1]
+        HostWeights,
+        "to_device",
+        lambda self, buffer=None: (moved.append(self), come(self, buffer))[1],
     )
     with apply_teacache(pipe, 0.3) as handle:
         sample(pipe, **SHORT)
@@ -95,16 +97,16 @@ def test_stepping_aside_and_back(make_pipe, sample, streamed):
         stream_blocks(pipe.transformer, CPU)
     expected = sample(plain, steps=2)
     names = dict(plain.transformer.state_dict())
-    aside = Aside(pipe.transformer, CPU)
+    aside = Offloaded(pipe.transformer, CPU)
     for _ in range(2):
         assert torch.equal(sample(pipe, steps=2), expected)
-        aside.leave()
+        aside.to_host()
         assert all(map(torch.equal, pipe.transformer.state_dict().values(), names.values()))
         if streamed:
             assert not pipe.transformer.transformer_blocks._slots, "its memory is the decoder's"
-        aside.come()
+        aside.to_device()
     copies = [weights.host.data_ptr() for weights in aside.weights]
-    aside.leave()
+    aside.to_host()
     assert [weights.host.data_ptr() for weights in aside.weights] == copies, "copied once"
     whole = sum(each.nbytes for each in plain.transformer.state_dict().values())
     blocks = sum(each.nbytes for each in plain.transformer.transformer_blocks.state_dict().values())

@@ -1,4 +1,4 @@
-"""A GPU's memory, which the transformer leaves to the decoder where both do not fit."""
+"""GPU memory for the decoder: the transformer is offloaded if both do not fit."""
 
 from __future__ import annotations
 
@@ -17,48 +17,48 @@ if TYPE_CHECKING:
 
     from teacache.checkpoint.size import VideoSize
 
-# What decoding takes beyond the weights: at 720x480 7.0 GiB of tensors, and with 2.4 for cuDNN's
-# convolutions, as an H100 had it, 9.4; and a fifth more, which torch's allocator held besides.
+# Decoding beyond the weights: at 720x480 7.0 GiB of tensors and 2.4 for cuDNN's convolutions, as on
+# an H100, and 20 % more that torch's allocator reserved.
 DECODING_BYTES_PER_PIXEL = 34 * 1024
 
 
-class Room:
-    """Whether and how a pipeline's transformer steps aside while videos are decoded.
+class DecoderMemory:
+    """Frees the memory of a pipeline's transformer while a video is decoded.
 
     Args:
-        offload: with `model` and `sequential` it has left already.
+        offload: the way of `--offload`. `model` and `sequential` have freed the memory already.
     """
 
     def __init__(self, pipe: ConsisIDPipeline, size: VideoSize, offload: str):
         self._pipe, self._size, self._offload = pipe, size, offload
-        self._aside: Aside | None = None
+        self._offloaded: Offloaded | None = None
 
     @contextlib.contextmanager
     def to_decode(self, last: bool) -> Iterator[None]:
-        """Have the memory to decode in the block.
+        """Have enough memory for decoding in the block.
 
         Args:
-            last: whether no other video follows: then the transformer's weights are dropped; else
-                they wait in host memory for the end of the block, where both do not fit.
+            last: whether this is the last video. Then the transformer's weights are deleted. Else
+                they are in host memory during the block, if both do not fit.
         """
         transformer, device = self._pipe.transformer, self._pipe.vae.device
         if self._offload in ("model", "sequential") or (not last and self._both_fit(device)):
             yield
             return
         if last:
-            drop(transformer)
+            delete_weights(transformer)
         else:
-            self._aside = self._aside or Aside(transformer, device)
-            self._aside.leave()
+            self._offloaded = self._offloaded or Offloaded(transformer, device)
+            self._offloaded.to_host()
         devices.free_cached_memory(device)
         try:
             yield
         finally:
-            if self._aside and not last and not interruption.stop_requested():
-                self._aside.come()
+            if self._offloaded and not last and not interruption.stop_requested():
+                self._offloaded.to_device()
 
     def _both_fit(self, device: torch.device) -> bool:
-        """Whether a GPU can decode beside the transformer; on a CPU nothing is gained."""
+        """Whether transformer and decoder fit on the GPU together; always true on a CPU."""
         tiled = self._pipe.vae.use_tiling
         return device.type == "cpu" or (
             devices.free_memory_bytes(device) > decoding_bytes(self._size, tiled)
@@ -66,23 +66,23 @@ class Room:
 
 
 def decoding_bytes(size: VideoSize, tiled: bool) -> int:
-    """What decoding takes beyond the VAE's weights; in tiles less than 4 GiB, with them."""
+    """Memory for decoding beyond the VAE's weights; in tiles less than 4 GiB, weights included."""
     whole = DECODING_BYTES_PER_PIXEL * size.width * size.height
     return min(whole, 4 * 2**30) if tiled else whole
 
 
-def drop(transformer: ConsisIDTransformer3DModel) -> None:
-    """Free a transformer's weights."""
+def delete_weights(transformer: ConsisIDTransformer3DModel) -> None:
+    """Delete a transformer's weights."""
     if isinstance(transformer.transformer_blocks, StreamedBlocks):
         transformer.transformer_blocks.vacate()
     transformer.to("meta")
 
 
-class Aside:
-    """A transformer that steps aside and comes back.
+class Offloaded:
+    """Moves a transformer to host memory and back.
 
-    Its weights are copied to host memory once, when it first leaves, and must not change then.
-    What torchao has made of layers has no plain memory to copy, and moves as torch moves it.
+    The weights are copied to host memory once, at the first move, and must not change afterwards.
+    torchao's quantized layers have no plain memory to copy: torch moves them each time.
     """
 
     def __init__(self, transformer: ConsisIDTransformer3DModel, device: torch.device):
@@ -95,20 +95,18 @@ class Aside:
             modules += [*child] if isinstance(child, torch.nn.ModuleList) else [child]
         self.weights = [HostWeights(module, device) for module in modules] if plain else None
 
-    def leave(self) -> None:
-        """To host memory."""
+    def to_host(self) -> None:
+        """Move the weights to host memory."""
         if self._streamed is not None:
             self._streamed.vacate()
         if self.weights is None:
             self._transformer.to("cpu")
-            return
-        for weights in self.weights:
-            weights.leave()
+        for weights in self.weights or ():
+            weights.to_host()
 
-    def come(self) -> None:
-        """To the device."""
+    def to_device(self) -> None:
+        """Move the weights to the device."""
         if self.weights is None:
             self._transformer.to(self._device)
-            return
-        for weights in self.weights:
-            weights.come()
+        for weights in self.weights or ():
+            weights.to_device()
