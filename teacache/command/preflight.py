@@ -210,18 +210,17 @@ def plan_jobs(
         ArgumentError: where the scheduler has not so many steps, a listed step is none of them, or
             a forecast is not derived for it.
     """
-    from teacache.checkpoint.distances import distances_of, load_scheduler
+    from teacache.checkpoint.distances import load_scheduler, step_distances
     from teacache.core.forecast import check_scheduler
 
     scheduler = load_scheduler(checkpoint, order.scheduler)
     if any(job.reuse == "forecast" for job in order.all_jobs):
         check_scheduler(scheduler)
-    distances = distances_of(checkpoint, scheduler, order.format.guidance_scale, device, dtype)
-
+    fixed = checkpoint, scheduler, order.format.guidance_scale, device, dtype
     how = order.coefficients, order.limits
     return {
         job: schedule(
-            distances(job.num_infer_steps),
+            step_distances(*fixed, job.num_infer_steps),
             job.rel_l1_thresh,
             *how,
             reuse=job.reuse,
