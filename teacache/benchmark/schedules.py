@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,25 +54,16 @@ def main(argv: list[str] | None = None) -> int:
     add(
         "--videos", type=readers.positive, default=16, metavar="N", help="of each set (default: 16)"
     )
-    add("--output", type=readers.path, metavar="FILE", help="the figures, as JSON")
-    add(
-        "--draw",
-        nargs=2,
-        type=readers.path,
-        metavar="JSON",
-        help="sample nothing; draw the figures of dpm and of ddim into --output, a .png",
-    )
+    add("--output", type=readers.path, metavar="FILE", help="write the PSNR of each video, as JSON")
     args = parser.parse_args(argv)
-    if args.draw and not args.output:
-        parser.error("argument --draw needs --output")
     silence_libraries()
-    return run_command(lambda: draw(args.draw, args.output) if args.draw else compare(args))
+    return run_command(lambda: compare(args))
 
 
 def compare(args: argparse.Namespace) -> None:
     """Sample every video, print the table, and write the figures to `--output`."""
     prepare_environment()
-    # Here and below: after `silence_libraries`, and not for `--help` and `--draw`.
+    # Late, here and below: after `silence_libraries`, and for a fast `--help`.
     import torch
 
     from teacache.checkpoint.distances import step_distances
@@ -184,25 +174,6 @@ def _cell(decibels: np.ndarray, bound: float) -> str:
     error = decibels.std(ddof=1) / len(decibels) ** 0.5  # nan of a single video
     below = f"{(decibels < bound).mean():.0%}"
     return f"{decibels.mean():.1f} ± {error:.1f}, {decibels.min():.1f}, {below}"
-
-
-def draw(paths: list[Path], picture: Path) -> None:
-    """Draw mean and worst against the number of computed steps, a panel for each file."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    colours = {FORECAST: "C0", PUBLISHED: "C1", FEWER: "C2"}
-    for axes, path, title in zip(panels, paths, ("DPM, as published", "DDIM"), strict=True):
-        for name, rows in json.loads(path.read_text(encoding="utf-8")).items():
-            decibels, colour = np.array(rows), colours[name]
-            axes.plot(COMPUTED, decibels.mean(0), "o-", color=colour, label=name)
-            axes.plot(COMPUTED, decibels.min(0), ":", color=colour)
-        axes.set(title=title, xlabel="computed steps of 50", xticks=COMPUTED)
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("PSNR of the latents, dB\n(dotted: the worst video)")
-    panels[1].legend(fontsize="small")
-    figure.savefig(picture, dpi=130)
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def load_face_models(checkpoint: Path, device: torch.device, dtype: torch.dtype)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
                 f"{checkpoint / 'face_encoder'}: a .pth or .pt file is damaged, or holds more than "
-                "weights. It is not read, since it might run code"
+                "weights, and is not read: it might run code"
             ) from error
 
 
