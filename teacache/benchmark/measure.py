@@ -245,7 +245,7 @@ class Bench:
     @contextlib.contextmanager
     def _ready(self, variant: Variant) -> Iterator[TeaCacheHandle | None]:
         """Put the models of a variant on the device, all others in host memory."""
-        # Variants that differ in name or threshold alone share their models.
+        # Variants that differ only in name or threshold share their models.
         kind = variant._replace(name="", threshold=None if variant.threshold is None else 0.0)
         pipe = self.material.pipe
         for model in (model for models in self._models.values() for model in models):

@@ -1,6 +1,6 @@
 """The relative L1 distances of a video's steps, computed before it is sampled.
 
-The timestep embedding depends on the timestep alone. So the distances follow from the weights of
+The timestep embedding depends only on the timestep. So the distances follow from the weights of
 the time embedding, the scheduler's timesteps and the dtype. The same classes of diffusers compute
 them here and in the pipeline.
 """

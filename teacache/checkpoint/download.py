@@ -74,7 +74,7 @@ def _download(repo_id: str, folder: Path) -> None:
 
 
 def _advice(error: Exception, folder: Path) -> str:
-    """What a user can do about a failed download.
+    """Advice for a user after a failed download.
 
     Args:
         folder: with the files that were downloaded before.

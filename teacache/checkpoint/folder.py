@@ -121,7 +121,7 @@ def _check_models(folder: Path, index: dict[str, Any]) -> None:
     if config.get("patch_size_t") is not None:
         raise CheckpointError(
             f"{path}: patch_size_t is {config['patch_size_t']}, as of a model on CogVideoX1.5, "
-            "and diffusers loads ConsisID on CogVideoX-5B alone"
+            "and diffusers loads only ConsisID on CogVideoX-5B"
         )
     if not config.get("is_train_face"):
         raise CheckpointError(f"{path}: is_train_face is not true: such a model takes no face")
@@ -199,7 +199,7 @@ def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def weight_files(component: Path) -> list[Path]:
-    """The safetensors files of a model: the shards of its index, else a single file."""
+    """The safetensors files of a model: the shards in its index, or a single file."""
     for index in component.glob("*.safetensors.index.json"):
         shards = set(read_json(index)["weight_map"].values())
         return [component / shard for shard in sorted(shards)]

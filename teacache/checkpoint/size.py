@@ -29,7 +29,7 @@ class Architecture:
 
     Attributes:
         trained: the size of the training videos.
-        learned_positions: whether the positional embeddings are learned, for that size alone.
+        learned_positions: whether the positional embeddings are learned, and only for that size.
         heads, head_dim, num_layers: of the transformer.
         text_tokens: of each prompt.
         patch_size: in latent pixels.

@@ -13,7 +13,7 @@ import torch
 
 from teacache.results.record import Figures, IdentityFigures, Quality
 
-# The file of torchvision's cache that LPIPS needs, beside its package.
+# LPIPS needs its package, and this file in torch's cache.
 LPIPS_BACKBONE = "alexnet-owt-7be5be79.pth"
 
 

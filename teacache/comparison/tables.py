@@ -14,8 +14,8 @@ PUBLISHED_SECONDS = {0.0: 110, 0.1: 70, 0.15: 53, 0.2: 41}
 class Row(TypedDict):
     """One video of a sweep, as the tables and the figure show it.
 
-    group: number of a group of videos; those of one group differ in their schedule alone.
-    differs_in: what distinguishes the group from the others, in a few words.
+    group: number of a group of videos; the videos of one group differ only in their schedule.
+    differs_in: the differences of the group from the others, in a few words.
     rel_l1_thresh: None for a video without threshold.
     schedule: the name of its steps, `listed 22`; None for a video with a threshold.
     latency: seconds of denoising and decoding.
@@ -74,7 +74,7 @@ def _image_name(settings: Settings) -> str:
 
 
 def _differences(settings: Settings, differing: list[bool], ambiguous: bool) -> str:
-    """What distinguishes a group from the others; empty where there are no others.
+    """The differences of a group from the others, in a few words; empty for a single group.
 
     Args:
         differing: for each part of `Settings.group`, whether the groups differ in it.
@@ -96,7 +96,7 @@ def name(row: Row) -> str:
 
 
 def title(row: Row) -> str:
-    """The setting of a video, and what distinguishes its group."""
+    """The setting of a video, and the differences of its group."""
     return _joined(name(row), row["differs_in"])
 
 
@@ -112,7 +112,7 @@ def _joined(*parts: str) -> str:
 
 
 def terminal_table(rows: list[Row]) -> str:
-    """The rows in aligned columns, without empty columns; below it the reasons."""
+    """The rows in aligned columns, without empty columns, and remarks."""
     return "\n".join([aligned(_cells(rows)), *_remarks(rows)])
 
 
@@ -182,7 +182,7 @@ def _remarks(rows: list[Row]) -> list[str]:
 
 
 def _cells(rows: list[Row]) -> list[list[str]]:
-    """Headings, then a line for each row, without columns of dashes alone."""
+    """Headings, then a line for each row. Columns with only dashes are left out."""
     thresholds_only = not any(row["schedule"] for row in rows)
     columns = {
         "rel_l1_thresh" if thresholds_only else "schedule": [

@@ -62,7 +62,7 @@ def smooth_time_embedding(transformer: ConsisIDTransformer3DModel) -> None:
     frequency f changes by 20 f. A random first layer weights all frequencies alike, which gives
     relative L1 distances around 0.5, far above the fitted range of the coefficients. So the weights
     of frequencies whose phase changes by more than 0.15 are zero. The seed is one that gives a
-    different schedule at each of the usual thresholds, as the trained model does.
+    different schedule at each of the usual thresholds, as on the trained model.
     """
     embedding = transformer.time_embedding
     with torch.random.fork_rng(devices=[]), torch.no_grad():

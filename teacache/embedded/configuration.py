@@ -54,7 +54,7 @@ SCHEDULER = {
 def fill(module: nn.Module, seed: int) -> None:
     """Fill the matrices with normal values that keep the variance, and the biases with zeros.
 
-    The values depend on the seed alone. The initial values of the libraries may change with their
+    The values depend only on the seed. The initial values of the libraries may change with their
     versions.
     """
     generator = torch.Generator().manual_seed(seed)

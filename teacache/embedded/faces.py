@@ -1,6 +1,6 @@
 """Writes the face models of the embedded checkpoint, in the formats of facexlib and insightface.
 
-Both detectors are one small trained network (`detector`). All else is random, from seeds: the
+Both detectors are one small trained network (`detector`). The others are random, from seeds: the
 outputs of recogniser and EVA-CLIP depend on the pixels, and the parser labels nearly all of them
 skin.
 """

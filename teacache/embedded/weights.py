@@ -19,7 +19,7 @@ POSITIONS = "patch_embed.pos_embedding"
 
 
 def read() -> dict[str, torch.Tensor]:
-    """The trained weights, with the positional embeddings of the video tokens alone."""
+    """The trained weights; the positional embeddings are those of the video tokens only."""
     return load_file(FILE)
 
 

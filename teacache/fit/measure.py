@@ -1,7 +1,7 @@
 """The polynomial that estimates from the timestep embedding how far the residual moves.
 
 TeaCache fits it by least squares (arXiv:2411.19108, section 3.3). Nothing guarantees that the
-residual depends on the timestep embedding alone; R2 measures how well the fit explains it.
+residual depends only on the timestep embedding; R2 measures how well the fit explains it.
 """
 
 from __future__ import annotations

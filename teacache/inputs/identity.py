@@ -82,7 +82,7 @@ def from_tensors(tensors: dict[str, torch.Tensor], device: torch.device) -> Iden
 
 
 def load_analyser(checkpoint: Path) -> Any:
-    """Load insightface's detector and recogniser alone."""
+    """Load only insightface's detector and recogniser."""
     from insightface.app import FaceAnalysis
 
     folder = checkpoint / "face_encoder"

@@ -33,7 +33,7 @@ def prepare_folder(folder: Path) -> None:
 
 
 def check_space(folder: Path, frame_pixels: int, num_frames: int, videos: int) -> None:
-    """Raise OutputError where the folder's disk has not enough free space for a run.
+    """Raise OutputError where the disk has too little free space for a run.
 
     An mp4 takes less than a tenth of its frames' bytes. All other files together (latents, record,
     figure, side-by-side video) take less than one more video.

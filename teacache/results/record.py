@@ -1,4 +1,4 @@
-"""The record of a video: its settings and measurements, in a JSON file beside it.
+"""The record of a video: its settings and measurements, in a JSON file next to the mp4.
 
 `--resume` and comparisons read all they need of a finished video from its record.
 """
@@ -162,8 +162,8 @@ class Record:
 
     def replace_at(self, path: Path) -> None:
         """Replace an earlier record of the same video, atomically."""
-        with written_whole(path.with_suffix(""), ".json") as (beside,):
-            self.write(beside)
+        with written_whole(path.with_suffix(""), ".json") as (temporary,):
+            self.write(temporary)
 
 
 def read_record(path: Path) -> Record | None:
