@@ -1,4 +1,4 @@
-"""Measures the plain pipeline, TeaCache and its accelerations side by side, alternating.
+"""Measures the plain pipeline, TeaCache and its accelerations in turn, in one run.
 
 `python3 -m teacache.benchmark --help`. With `--random_weights` it needs no checkpoint.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teacache.base.environment import prepare_environment
@@ -25,7 +26,7 @@ from teacache.results.record import versions, write_json
 if TYPE_CHECKING:
     from teacache.benchmark.measure import Bench, Measured, Variant
 
-# The table's columns, and their units.
+# The columns of the table, and their units.
 COLUMNS = {
     "computed step": "s",
     "reused step": "ms",
@@ -37,6 +38,7 @@ COLUMNS = {
     "peak memory": "GiB",
 }
 UNITS = {"s": 1.0, "ms": 1e-3, "GiB": 2.0**30}
+RATIOS = ("computed step", "whole video")  # columns that also show the first row's over this row's
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     if is_one_of_several():
         args.num_gpus = world_size()
     elif args.num_gpus > 1:
-        from teacache.benchmark import __main__ as importable  # as this is not under `-m`
+        # `-m` runs this file as `__main__`, which another process cannot import.
+        from teacache.benchmark import __main__ as importable
 
         return launch(args.num_gpus, importable.main, argv)
     silence_libraries()
@@ -57,8 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(
         prog="python3 -m teacache.benchmark",
-        description="Measure the plain pipeline, TeaCache and its accelerations side by side, "
-        "alternating, in one run.",
+        description="Measure the plain pipeline, TeaCache and its accelerations in turn.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -67,8 +69,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     weights.add_argument(
         "--random_weights",
         choices=("full", "half", "small"),
-        help="ConsisID with random weights made on the device: as large as the real one, half as "
-        "wide and deep, or small enough for a CPU (default: small)",
+        help="ConsisID with random weights, made on the device: as large as the real one; half as "
+        "wide and half as deep; or small enough for a CPU (default: small)",
     )
     add(
         "--rel_l1_thresh",
@@ -82,28 +84,17 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--computed_steps",
         type=readers.positive,
         metavar="N",
-        help="with random weights: compute so many steps, evenly spread, whatever the rule would "
-        "(default: 44 %% of them, as about threshold 0.15 does)",
+        help="with random weights: compute N steps, evenly spaced (default: 44 %% of all steps, "
+        "about as many as at threshold 0.15)",
     )
-    add(
-        "--num_infer_steps", type=readers.positive, metavar="N", help="(default: 50, with small 12)"
-    )
-    add(
-        "--attention",
-        default="native",
-        metavar="BACKEND",
-        help="measure this attention too, where it is not native (default: %(default)s)",
-    )
-    add("--compile", action="store_true", help="measure compiled layers too")
-    add("--quantize", choices=("fp8",), help="measure float8 layers too")
-    add(
-        "--num_gpus",
-        type=readers.positive,
-        default=1,
-        metavar="N",
-        help="sample each video on N GPUs, but the plain pipeline's on one (default: %(default)s)",
-    )
-    add("--rounds", type=readers.positive, default=3, metavar="N", help="(default: %(default)s)")
+    steps = "denoising steps (default: 50, with small 12)"
+    add("--num_infer_steps", type=readers.positive, metavar="N", help=steps)
+    rounds = "videos of each variant (default: %(default)s)"
+    add("--rounds", type=readers.positive, default=3, metavar="N", help=rounds)
+    FLAGS["attention"].add_to(parser, "also measure this attention backend")
+    FLAGS["compile"].add_to(parser, "also measure compiled layers")
+    FLAGS["quantize"].add_to(parser, "also measure float8 layers")
+    FLAGS["num_gpus"].add_to(parser, "sample on N GPUs; the plain pipeline samples on one")
     add_flags(parser, "device", "dtype")
     FLAGS["output_path"].add_to(parser, "folder of benchmark_{index:04d}.md and .json")
     args = parser.parse_args(argv)
@@ -112,7 +103,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _choose_steps(args: argparse.Namespace, parser: OneLineParser) -> None:
-    """Put in the defaults that depend on the weights."""
+    """Set the defaults that depend on the weights."""
     if not args.ckpts_path and not args.random_weights:
         args.random_weights = "small"
     if args.num_infer_steps is None:
@@ -120,13 +111,13 @@ def _choose_steps(args: argparse.Namespace, parser: OneLineParser) -> None:
     if args.random_weights and args.computed_steps is None:
         args.computed_steps = max(2, round(0.44 * args.num_infer_steps))
     if args.computed_steps and not args.random_weights:
-        parser.error("--computed_steps is for --random_weights: a checkpoint has its own schedule")
+        parser.error("--computed_steps needs --random_weights: a checkpoint has its own schedule")
     if args.computed_steps and not 2 <= args.computed_steps <= args.num_infer_steps:
         parser.error(f"--computed_steps must be from 2 to {args.num_infer_steps}")
 
 
 def _benchmark(args: argparse.Namespace) -> None:
-    """Measure every variant; ranks do so in step, and the first one alone reports."""
+    """Measure every variant. All ranks measure together; the first one reports."""
     prepare_folder(args.output_path)
     prepare_environment()
     from teacache.command.machine import check_number, choose_device, choose_dtype
@@ -149,7 +140,7 @@ def _benchmark(args: argparse.Namespace) -> None:
     else:
         bench = measure.of_checkpoint(args.ckpts_path, args.num_infer_steps, device, dtype)
     bench.share(args.num_gpus)
-    # With a schedule that is given, the threshold has no say: one is enough.
+    # --computed_steps overrides the threshold, so one threshold is enough.
     thresholds = args.rel_l1_thresh[:1] if args.random_weights else args.rel_l1_thresh
     variants = measure.variants(thresholds, backend, args.compile, args.quantize)
 
@@ -158,45 +149,30 @@ def _benchmark(args: argparse.Namespace) -> None:
     for n in range(args.rounds):
         for variant in variants:
             if rank() == 0:
-                said = f"round {n + 1} of {args.rounds}: {variant.name}"
-                print(said, file=sys.stderr, flush=True)
+                progress = f"round {n + 1} of {args.rounds}: {variant.name}"
+                print(progress, file=sys.stderr, flush=True)
             measured[variant].append(bench.sample(variant))
-    if rank() > 0:
-        return
-
-    rows = [_row(variant, measured[variant], compiling[variant]) for variant in variants]
-    for row in rows:
-        for name in ("computed step", "whole video"):
-            row["ratios"][name] = rows[0][name]["median"] / row[name]["median"]
-    about = _about(args, bench)
-    report = _markdown(about, rows)
-    print(report)
-    with (
-        claimed_stem(args.output_path, "benchmark") as stem,
-        written_whole(stem, ".md", ".json") as (table, figures),
-    ):
-        table.write_text(report + "\n", encoding="utf-8")
-        write_json({"about": about, "rows": rows}, figures)
-    print(f"{stem}.md\n{stem}.json", file=sys.stderr)
+    if rank() == 0:
+        rows = [_row(variant, measured[variant], compiling[variant]) for variant in variants]
+        _report(rows, _about(args, bench), args.output_path)
 
 
 def _row(variant: Variant, videos: list[Measured], compiling: float) -> dict[str, Any]:
-    """A variant's figures: median, lowest and highest, over steps or over videos."""
+    """The figures of a variant: median, lowest and highest, over steps or over videos."""
     samples: dict[str, list[float]] = {
         "computed step": [second for video in videos for second in video.computed_steps],
         "reused step": [second for video in videos for second in video.reused_steps],
         "peak memory": [video.peak_memory_bytes for video in videos if video.peak_memory_bytes],
+        "whole video": [sum(video.seconds.values()) for video in videos],
     }
-    for name in ("denoising", "encoding", "decoding", "writing"):
+    for name in videos[0].seconds:
         samples[name] = [video.seconds[name] for video in videos]
-    samples["whole video"] = [sum(video.seconds.values()) for video in videos]
     return {
         "variant": variant.name,
         "settings": variant._asdict(),
         "steps": [len(videos[0].computed_steps), len(videos[0].reused_steps)],
         **{name: _spread(samples[name]) for name in COLUMNS},
         "compiling": compiling,
-        "ratios": {},
     }
 
 
@@ -206,16 +182,24 @@ def _spread(values: list[float]) -> dict[str, float] | None:
     return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
+def _report(rows: list[dict[str, Any]], about: dict[str, Any], folder: Path) -> None:
+    """Print the table, and write it and the figures."""
+    for row in rows:
+        row["ratios"] = {name: rows[0][name]["median"] / row[name]["median"] for name in RATIOS}
+    report = _markdown(about, rows)
+    print(report)
+    with (
+        claimed_stem(folder, "benchmark") as stem,
+        written_whole(stem, ".md", ".json") as (table, figures),
+    ):
+        table.write_text(report + "\n", encoding="utf-8")
+        write_json({"about": about, "rows": rows}, figures)
+    print(f"{stem}.md\n{stem}.json", file=sys.stderr)
+
+
 def _markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    heads = [
-        "",
-        "steps computed, reused",
-        *(f"{name} ({unit})" for name, unit in COLUMNS.items()),
-        "compiling (s)",
-        "computed step",
-        "whole video",
-    ]
-    lines = [heads]
+    units = [f"{name} ({unit})" for name, unit in COLUMNS.items()]
+    lines = [["", "steps computed, reused", *units, "compiling (s)", *RATIOS]]
     for row in rows:
         lines.append(
             [
@@ -223,37 +207,38 @@ def _markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
                 "{}, {}".format(*row["steps"]),
                 *(_cell(row[name], UNITS[unit]) for name, unit in COLUMNS.items()),
                 f"{row['compiling']:.1f}" if row["settings"]["compile"] else "-",
-                *(f"{row['ratios'][name]:.2f}x" for name in ("computed step", "whole video")),
+                *(f"{ratio:.2f}x" for ratio in row["ratios"].values()),
             ]
         )
     title = "\n".join(f"- {name}: {value}" for name, value in about.items())
     return (
         f"# Benchmark\n\n{title}\n\n{markdown_table(lines)}\n\n"
-        "Medians, and (lowest to highest); the last two columns are ratios of medians to the first "
-        "row. A warm-up comes before; what it takes longer than a second one is `compiling`."
+        "Each cell: the median (lowest to highest). The last two columns: the median of the first "
+        "row divided by this row's. Every variant is warmed up before; `compiling` is the time "
+        "that the first warm-up takes longer than the second."
     )
 
 
 def _cell(figures: dict[str, float] | None, unit: float) -> str:
     if figures is None:
         return "-"
-    median, lowest, highest = (figures[n] / unit for n in ("median", "lowest", "highest"))
+    median, lowest, highest = (value / unit for value in figures.values())
     return f"{median:.3g} ({lowest:.3g} to {highest:.3g})"
 
 
 def _about(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
-    """What the figures hold for."""
+    """Machine, weights and settings of the measurement."""
     from teacache.base import device as devices
 
     weights = f"random, {args.random_weights}" if args.random_weights else args.ckpts_path
-    note = ", computed steps given" if args.random_weights else ""
+    listed = f", {args.computed_steps} computed with TeaCache" if args.computed_steps else ""
     size = bench.material.size
     return {
         "device": devices.device_name(bench.device),
         "dtype": devices.dtype_name(bench.dtype),
         "weights": weights,
         "video": f"{size.num_frames} frames of {size.width}x{size.height}",
-        "denoising steps": f"{args.num_infer_steps}{note}",
+        "denoising steps": f"{args.num_infer_steps}{listed}",
         "rounds": args.rounds,
         "versions": ", ".join(f"{package} {version}" for package, version in versions().items()),
         **bench.before_the_loop,

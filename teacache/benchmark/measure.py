@@ -1,4 +1,4 @@
-"""What the benchmark measures: videos of several variants on one set of weights, in turn."""
+"""Samples videos in several variants, in turn, on the same weights, and times their stages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -25,6 +25,7 @@ from teacache.core.handle import TeaCacheHandle
 from teacache.core.ranks import ALONE
 from teacache.inputs import photograph as pictures
 from teacache.inputs.conditioning import Conditioning
+from teacache.inputs.embedding_cache import EmbeddingCache
 from teacache.inputs.text import Text
 from teacache.parallel import group
 from teacache.parallel.division import divide
@@ -55,7 +56,7 @@ PLAIN = Variant("", None)
 
 
 class Measured(NamedTuple):
-    """One video: seconds of its steps and of its stages, and the GPU's peak; None on a CPU."""
+    """Seconds of each step and each stage of one video; peak GPU memory, None on a CPU."""
 
     computed_steps: list[float]
     reused_steps: list[float]
@@ -66,46 +67,46 @@ class Measured(NamedTuple):
 def variants(
     thresholds: list[float], backend: str, compiling: bool, quantize: str | None
 ) -> list[Variant]:
-    """The plain pipeline, and each threshold with one acceleration more each time."""
-    found = [Variant("plain pipeline", None)]
+    """The plain pipeline; then for each threshold TeaCache, and one acceleration more each time."""
+    accelerations: dict[str, dict[str, Any]] = {}
+    if backend != "native":
+        accelerations[attention.short_name(backend)] = {"attention": backend}
+    if compiling:
+        accelerations["compile"] = {"compile": True}
+    if quantize:
+        accelerations[quantize] = {"quantize": quantize}
+    result = [Variant("plain pipeline", None)]
     for threshold in thresholds:
-        variant = Variant(f"TeaCache {threshold:g}", threshold)
-        found.append(variant)
-        if backend != "native":
-            name = f"{variant.name} + {attention.short_name(backend)}"
-            variant = variant._replace(name=name, attention=backend)
-            found.append(variant)
-        if compiling:
-            variant = variant._replace(name=f"{variant.name} + compile", compile=True)
-            found.append(variant)
-        if quantize:
-            variant = variant._replace(name=f"{variant.name} + {quantize}", quantize=quantize)
-            found.append(variant)
-    return found
+        result.append(Variant(f"TeaCache {threshold:g}", threshold))
+        for name, setting in accelerations.items():
+            result.append(result[-1]._replace(name=f"{result[-1].name} + {name}", **setting))
+    return result
 
 
 def of_random_weights(
     name: str, num_infer_steps: int, computed_steps: int, device: torch.device, dtype: torch.dtype
 ) -> Bench:
-    """A bench on `teacache.benchmark.random_weights`, with listed steps to compute."""
+    """A bench on random weights, with evenly spaced computed steps."""
     material = random_weights.random_material(name, device, dtype)
-    fixed_steps = frozenset(random_weights.spread(computed_steps, num_infer_steps))
-    return Bench(material, num_infer_steps, fixed_steps, device, dtype)
+    steps = random_weights.spread(computed_steps, num_infer_steps)
+    return Bench(material, num_infer_steps, steps, device, dtype)
 
 
 def of_checkpoint(
     name: str, num_infer_steps: int, device: torch.device, dtype: torch.dtype
 ) -> Bench:
-    """A bench on a checkpoint that is here already, with the photograph of the astronaut."""
+    """A bench on a local checkpoint, with the photograph of the astronaut."""
     folder = find_checkpoint(name)
     if folder is None:
-        raise CheckpointError(f"--ckpts_path {name}: there is no such folder here")
-    conditioning = Conditioning(folder, device, dtype, "none", cache=None)
+        raise CheckpointError(f"--ckpts_path {name}: there is no such folder")
     seconds: dict[str, float] = {}
-    with _timed(seconds, "identity", device):
-        identity = conditioning.find_identities({"": pictures.load_image("astronaut")})[""]
-    with _timed(seconds, "text", device):
-        embedded = conditioning.embed_texts([DEFAULT_PROMPT, ""])
+    with tempfile.TemporaryDirectory() as empty:
+        cache = EmbeddingCache(Path(empty))
+        conditioning = Conditioning(folder, device, dtype, "none", cache)
+        with _timed(seconds, "identity", device):
+            identity = conditioning.find_identities({"": pictures.load_image("astronaut")})[""]
+        with _timed(seconds, "text", device):
+            embedded = conditioning.embed_texts([DEFAULT_PROMPT, ""])
     with _timed(seconds, "loading", device):
         pipe = load_pipeline(folder, device, dtype, parts=("transformer", "vae"))
     text = Text(embedded[DEFAULT_PROMPT].embeds, embedded[""].embeds)
@@ -116,35 +117,35 @@ def of_checkpoint(
 
 
 class Bench:
-    """Samples videos in any variant, each with models of its own.
+    """Samples videos in any variant. Each variant has its own models.
 
     Args:
-        fixed_steps: the steps to compute, or None where the rule decides.
+        listed_steps: the steps to compute; None for the threshold rule.
 
     Attributes:
-        before_the_loop: seconds that are the same for every variant, by stage.
+        before_the_loop: seconds of the stages that all variants share.
     """
 
     def __init__(
         self,
         material: Material,
         num_infer_steps: int,
-        fixed_steps: frozenset[int] | None,
+        listed_steps: list[int] | None,
         device: torch.device,
         dtype: torch.dtype,
     ):
         self.material, self.num_infer_steps = material, num_infer_steps
-        self.fixed_steps = fixed_steps
+        self.listed_steps = listed_steps
         self.device, self.dtype = device, dtype
         self.before_the_loop: dict[str, str] = {}
         self.ranks = ALONE
         self._models = {PLAIN: (material.pipe.transformer, material.pipe.vae)}
 
     def share(self, num_gpus: int) -> None:
-        """Sample with so many ranks, which all do what this one does, in step.
+        """Share each denoising step among ranks, all of which run this benchmark.
 
         Raises:
-            ArgumentError: where a step does not divide among them.
+            ArgumentError: where a step cannot be divided by their number.
         """
         if num_gpus == 1:
             return
@@ -160,48 +161,49 @@ class Bench:
         group.connect(self.device)
 
     def warm_up(self, variant: Variant) -> float:
-        """Sample three steps, twice where they are compiled; seconds that the first took longer."""
-        steps = 3, frozenset({0, 2})
-        first = self._sample(variant, *steps)
+        """Sample three steps; where they are compiled, sample again.
+
+        Returns:
+            the seconds that the first time took longer, 0 where nothing is compiled.
+        """
+        first = self._sample(variant, 3, [0, 2])
         if not variant.compile:
             return 0.0
-        second = self._sample(variant, *steps)
+        second = self._sample(variant, 3, [0, 2])
         return max(0.0, sum(first.seconds.values()) - sum(second.seconds.values()))
 
     def sample(self, variant: Variant) -> Measured:
-        """Sample a video, from its image to its file."""
-        return self._sample(variant, self.num_infer_steps, self.fixed_steps)
+        """Sample a video and write its mp4."""
+        return self._sample(variant, self.num_infer_steps, self.listed_steps)
 
     def _sample(
-        self, variant: Variant, num_infer_steps: int, fixed_steps: frozenset[int] | None
+        self, variant: Variant, num_infer_steps: int, listed_steps: list[int] | None
     ) -> Measured:
         seconds: dict[str, float] = {}
         pipe = self.material.pipe
         with self._ready(variant) as handle, tempfile.TemporaryDirectory() as folder:
-            if self.device.type == "cuda":
+            on_gpu = self.device.type == "cuda"
+            if on_gpu:
                 torch.cuda.reset_peak_memory_stats(self.device)
-            if handle is None:
-                latents, steps = self.plain_latents(num_infer_steps, seconds)
-                computed, reused = steps, []
-            else:
-                handle.follow(fixed_steps)
-                latents, steps = self._latents(num_infer_steps, seconds)
-                done = handle.video.plan
-                computed = [steps[n] for n in done.computed_steps]
-                reused = [steps[n] for n in done.reused_steps]
             room: contextlib.AbstractContextManager = contextlib.nullcontext()
-            if handle:  # the plain pipeline keeps its transformer
+            if handle is None:  # the plain pipeline also keeps its transformer while it decodes
+                latents, computed = self.plain_latents(num_infer_steps, seconds)
+                reused = []
+            else:
+                handle.follow(listed_steps)
+                latents, steps = self._latents(num_infer_steps, seconds)
+                computed = [steps[n] for n in handle.video.plan.computed_steps]
+                reused = [steps[n] for n in handle.video.plan.reused_steps]
                 room = DecoderMemory(pipe, self.material.size, "none").to_decode(last=False)
             with room, _timed(seconds, "decoding", self.device):
                 frames = sampler.decode(pipe, latents)
             with _timed(seconds, "writing", self.device):
                 write_video(frames, Path(folder) / "video.mp4")
-            on_gpu = self.device.type == "cuda"
             peak = devices.peak_memory_bytes(self.device) if on_gpu else None
         return Measured(computed, reused, seconds, peak)
 
     def plain_latents(self, num_infer_steps: int, seconds: dict[str, float]) -> sampler.Denoised:
-        """`ConsisIDPipeline.__call__`; what it does before its first step counts as encoding."""
+        """Latents by `ConsisIDPipeline.__call__`; the time before its first step is encoding."""
         material, marks = self.material, [devices.mark(self.device)]
         hook = material.pipe.transformer.register_forward_pre_hook(
             lambda module, args: marks.append(devices.mark(self.device))
@@ -242,14 +244,15 @@ class Bench:
 
     @contextlib.contextmanager
     def _ready(self, variant: Variant) -> Iterator[TeaCacheHandle | None]:
-        """The pipeline with the models that the variant has; all others are in host memory."""
+        """Put the models of a variant on the device, all others in host memory."""
+        # Variants that differ only in name or threshold share their models.
         kind = variant._replace(name="", threshold=None if variant.threshold is None else 0.0)
         pipe = self.material.pipe
         for model in (model for models in self._models.values() for model in models):
             model.to("cpu")
         devices.free_cached_memory(self.device)
         if kind not in self._models:
-            self._models[kind] = self._made(kind)
+            self._models[kind] = self._make_models(kind)
         pipe.transformer, pipe.vae = (model.to(self.device) for model in self._models[kind])
         if variant.threshold is None:
             yield None
@@ -259,8 +262,10 @@ class Bench:
                 handle.ranks = group.join(pipe.transformer, self.ranks, self.device)
             yield handle
 
-    def _made(self, kind: Variant) -> tuple[ConsisIDTransformer3DModel, AutoencoderKLCogVideoX]:
-        """Copies of transformer and VAE, as a variant of whatever threshold has them."""
+    def _make_models(
+        self, kind: Variant
+    ) -> tuple[ConsisIDTransformer3DModel, AutoencoderKLCogVideoX]:
+        """Copies of transformer and VAE, with the accelerations of a variant."""
         transformer, vae = copy.deepcopy(self._models[PLAIN])
         transformer.to(self.device)
         attention.use_attention(transformer, kind.attention)
@@ -275,7 +280,7 @@ class Bench:
 
 @contextlib.contextmanager
 def _timed(seconds: dict[str, float], name: str, device: torch.device) -> Iterator[None]:
-    """Add the seconds of the block, with the work that it queues on the device."""
+    """Store the seconds of the block, including the work that it queues on the device."""
     before = time.perf_counter()
     yield
     if device.type == "cuda":

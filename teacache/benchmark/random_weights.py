@@ -1,13 +1,13 @@
-"""ConsisID at its real size, or smaller, with random weights: real compute cost, nothing trained.
+"""ConsisID with random weights, at its real size or smaller.
 
-A matrix product takes as long over random numbers as over trained ones. The models are made where
-they run, in the dtype that they run in, and need no files.
+A matrix product takes the same time with random numbers as with trained ones. The models are made
+on the device, in the dtype of the run, and need no files.
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,21 +27,15 @@ from teacache.inputs.text import Text
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+# What differs from the defaults of diffusers, which are ConsisID's for everything else.
 FULL = {
     "num_attention_heads": 48,
     "attention_head_dim": 64,
     "num_layers": 42,
     "in_channels": 32,
-    "out_channels": 16,
-    "time_embed_dim": 512,
-    "text_embed_dim": 4096,
-    "sample_width": 90,
-    "sample_height": 60,
-    "sample_frames": 49,
     "use_rotary_positional_embeddings": True,
     "use_learned_positional_embeddings": True,
     "is_train_face": True,
-    # Of the face extractor and the identity cross-attention, diffusers' defaults are the real ones.
 }
 # Half as wide and half as deep: an eighth of the linear layers' work, a quarter of attention's.
 HALF = {**FULL, "num_attention_heads": 24, "num_layers": 21, "LFE_output_dim": 1024}
@@ -59,24 +53,13 @@ SMALL = {
     "LFE_num_heads": 4,
     "LFE_output_dim": 512,
 }
-FULL_VAE = {
-    "block_out_channels": (128, 256, 256, 512),
-    "down_block_types": ("CogVideoXDownBlock3D",) * 4,
-    "up_block_types": ("CogVideoXUpBlock3D",) * 4,
-    "layers_per_block": 3,
-    "latent_channels": 16,
-    "norm_num_groups": 32,
-    "temporal_compression_ratio": 4,
-    "sample_height": 480,
-    "sample_width": 720,
-    "scaling_factor": 0.7,
-}
+FULL_VAE: dict[str, Any] = {"scaling_factor": 0.7}
 SMALL_VAE = {**tiny.VAE, "temporal_compression_ratio": 4}
 CONFIGS = {"full": (FULL, FULL_VAE), "half": (HALF, FULL_VAE), "small": (SMALL, SMALL_VAE)}
 
 
 class Material(NamedTuple):
-    """A pipeline without text encoder, and what to sample with it."""
+    """A pipeline without text encoder, and the inputs of a video."""
 
     pipe: ConsisIDPipeline
     identity: Identity
@@ -85,7 +68,7 @@ class Material(NamedTuple):
 
 
 def random_material(name: str, device: torch.device, dtype: torch.dtype) -> Material:
-    """Everything that a video needs, random.
+    """A random pipeline and random inputs.
 
     Args:
         name: one of `CONFIGS`.
@@ -115,7 +98,7 @@ def random_material(name: str, device: torch.device, dtype: torch.dtype) -> Mate
 
 
 def spread(computed_steps: int, num_infer_steps: int) -> list[int]:
-    """So many computed steps among all, as evenly as a steady embedding spreads them."""
+    """The indices of the computed steps, evenly spaced, from the first step to the last."""
     return np.linspace(0, num_infer_steps - 1, computed_steps).round().astype(int).tolist()
 
 

@@ -1,8 +1,8 @@
 """Residual and forecast at the same numbers of computed steps, on the embedded checkpoint.
 
-`python3 -m teacache.benchmark.schedules` samples the videos of `teacache.embedded.videos`, and
-measures how near the latents come to those of every step computed with the same noise. With DDIM,
-which draws no noise, it also samples with fewer steps, all computed.
+`python3 -m teacache.benchmark.schedules` samples the videos of `teacache.embedded.videos` and
+compares their latents with those of every step computed from the same noise. With DDIM, which draws
+no noise at a step, it also samples with fewer steps, all computed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,15 +36,15 @@ COMPUTED = (22, 16, 12, 10, 8)
 PUBLISHED, FORECAST, FEWER = "published rule, residual", "forecast", "fewer steps, all computed"
 SETS = ("held_out", "training", "fresh")
 
-# By row of the table and number of computed steps, the PSNR of each video in dB.
-Figures = dict[tuple[str, int], list[float]]
+# By row of the table: [videos, len(COMPUTED)], PSNR in dB.
+Figures = dict[str, list[list[float]]]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the comparison. Returns its exit code, as the sampler's command does."""
     parser = OneLineParser(
         prog="python3 -m teacache.benchmark.schedules",
-        description="Compare residual and forecast at the same numbers of computed steps on the "
+        description="Compare residual and forecast at the same numbers of computed steps, on the "
         "embedded checkpoint, by the PSNR of their latents to those of every step computed.",
         allow_abbrev=False,
     )
@@ -55,25 +54,16 @@ def main(argv: list[str] | None = None) -> int:
     add(
         "--videos", type=readers.positive, default=16, metavar="N", help="of each set (default: 16)"
     )
-    add("--output", type=readers.path, metavar="FILE", help="the figures, as JSON")
-    add(
-        "--draw",
-        nargs=2,
-        type=readers.path,
-        metavar="JSON",
-        help="draw the figures of dpm and of ddim into --output, a .png; sample nothing",
-    )
+    add("--output", type=readers.path, metavar="FILE", help="write the PSNR of each video, as JSON")
     args = parser.parse_args(argv)
-    if args.draw and not args.output:
-        parser.error("argument --draw: needs --output")
     silence_libraries()
-    return run_command(lambda: draw(args.draw, args.output) if args.draw else compare(args))
+    return run_command(lambda: compare(args))
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Sample every video, print the table, and write the figures where they are asked for."""
+    """Sample every video, print the table, and write the figures to `--output`."""
     prepare_environment()
-    # Here and below: after `silence_libraries`, and not for `--help` and `--draw`.
+    # Late, here and below: after `silence_libraries`, and for a fast `--help`.
     import torch
 
     from teacache.checkpoint.distances import step_distances
@@ -90,18 +80,17 @@ def compare(args: argparse.Namespace) -> None:
     figures: Figures = {}
     chosen = [video for name in args.sets for video in videos(name)[: args.videos]]
     for number, video in enumerate(chosen, start=1):
-        for key, decibels in measure(pipe, models, video, distances).items():
-            figures.setdefault(key, []).append(decibels)
+        for name, decibels in measure(pipe, models, video, distances).items():
+            figures.setdefault(name, []).append(decibels)
         print(f"video {number} of {len(chosen)}", file=sys.stderr, flush=True)
     print(
-        f"{args.scheduler}, {len(chosen)} videos ({', '.join(args.sets)}), {STEPS} steps. PSNR of"
+        f"{args.scheduler}, {len(chosen)} videos ({', '.join(args.sets)}), {STEPS} steps.\n"
+        "PSNR of the latents to those of every step computed: mean ± standard error, worst video,\n"
+        f"share of videos below the worst of the {PUBLISHED} at {COMPUTED[0]}.\n"
     )
-    print("the latents to those of every step computed: mean and its standard error, worst, and")
-    print(f"the share of videos below the worst of the {PUBLISHED} at {COMPUTED[0]}.\n")
     print(table(figures))
     if args.output:
-        rows = {f"{name}, {computed}": found for (name, computed), found in figures.items()}
-        args.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        args.output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 def measure(
@@ -109,8 +98,8 @@ def measure(
     models: FaceModels,
     video: Video,
     distances: tuple[float | None, ...],
-) -> dict[tuple[str, int], float]:
-    """The PSNR of one video in dB, by row of the table and number of computed steps."""
+) -> dict[str, list[float]]:
+    """The PSNR of one video in dB: for each row of the table, a number for each of `COMPUTED`."""
     from diffusers import CogVideoXDDIMScheduler
 
     from teacache.embedded.videos import SIZE, identity_of
@@ -120,14 +109,17 @@ def measure(
     start = sampler.prepare(pipe, identity_of(video.portrait, models), SIZE, video.seed)
     text = Text(*(embed_text(pipe, words).embeds for words in (video.prompt, "")))
     full = sample(pipe, start, text, STEPS, STEPS)
-    found = {}
-    for computed in COMPUTED:
-        listed = published_steps(distances, computed)
-        found[PUBLISHED, computed] = psnr(sample(pipe, start, text, STEPS, listed), full)
-        found[FORECAST, computed] = psnr(sample(pipe, start, text, STEPS, computed), full)
-        if isinstance(pipe.scheduler, CogVideoXDDIMScheduler):
-            found[FEWER, computed] = psnr(sample(pipe, start, text, computed, computed), full)
-    return found
+
+    def decibels(num_steps: int, computed: int | tuple[int, ...]) -> float:
+        return psnr(sample(pipe, start, text, num_steps, computed), full)
+
+    rows = {
+        PUBLISHED: [decibels(STEPS, published_steps(distances, n)) for n in COMPUTED],
+        FORECAST: [decibels(STEPS, n) for n in COMPUTED],
+    }
+    if isinstance(pipe.scheduler, CogVideoXDDIMScheduler):
+        rows[FEWER] = [decibels(n, n) for n in COMPUTED]
+    return rows
 
 
 def sample(
@@ -140,7 +132,7 @@ def sample(
     """The latents of a video.
 
     Args:
-        computed: how many steps, by the forecast; or which, by the residual.
+        computed: a number of computed steps, with the forecast; or their list, with the residual.
     """
     from teacache.core.forward import apply_teacache
     from teacache.embedded.videos import SIZE
@@ -154,54 +146,34 @@ def sample(
 
 
 def published_steps(distances: tuple[float | None, ...], computed: int) -> tuple[int, ...]:
-    """The steps of the lowest threshold, in thousandths, that computes so many or fewer."""
+    """The steps of the lowest threshold, in thousandths, that computes at most `computed` steps."""
     for thousandths in range(100_000):
         steps = schedule(distances, thousandths / 1000).computed_steps
         if len(steps) <= computed:
             return steps
-    raise AssertionError("a threshold of 100 computes the first and the last step alone")
+    raise AssertionError("a threshold of 100 computes only the first and the last step")
 
 
 def psnr(latents: torch.Tensor, full: torch.Tensor) -> float:
-    """In dB, against the range of `full`."""
+    """PSNR in dB; the peak is the range of `full`."""
     error = (latents - full).square().mean().sqrt()
     return 20 * float(((full.max() - full.min()) / error).log10())
 
 
 def table(figures: Figures) -> str:
-    """A line for each way to reuse, a column for each number of computed steps."""
-    bound = min(figures[PUBLISHED, COMPUTED[0]])
+    """Markdown: a line for each way to reuse, a column for each number of computed steps."""
+    bound = min(decibels[0] for decibels in figures[PUBLISHED])
     lines = [["dB", *map(str, COMPUTED)]]
-    for name in dict.fromkeys(name for name, _ in figures):
-        cells = []
-        for computed in COMPUTED:
-            found = np.array(figures[name, computed])
-            error = found.std(ddof=1) / len(found) ** 0.5 if len(found) > 1 else np.nan
-            below = f"{(found < bound).mean():.0%}"
-            cells.append(f"{found.mean():.1f} ± {error:.1f}, {found.min():.1f}, {below}")
-        lines.append([name, *cells])
+    for name, rows in figures.items():
+        columns = np.array(rows).T  # [len(COMPUTED), videos]
+        lines.append([name, *(_cell(column, bound) for column in columns)])
     return markdown_table(lines)
 
 
-def draw(paths: list[Path], picture: Path) -> None:
-    """Draw mean and worst against the number of computed steps, a panel for each file."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, path, name in zip(panels, paths, ("DPM, as published", "DDIM"), strict=True):
-        figures = json.loads(path.read_text(encoding="utf-8"))
-        for row, colour in ((FORECAST, "C0"), (PUBLISHED, "C1"), (FEWER, "C2")):
-            found = [figures.get(f"{row}, {computed}") for computed in COMPUTED]
-            if found[0] is None:
-                continue
-            axes.plot(COMPUTED, [np.mean(own) for own in found], "o-", color=colour, label=row)
-            axes.plot(COMPUTED, [min(own) for own in found], ":", color=colour)
-        axes.set(title=name, xlabel="computed steps of 50", xticks=COMPUTED)
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("PSNR of the latents, dB\n(dotted: the worst video)")
-    panels[1].legend(fontsize="small")
-    figure.savefig(picture, dpi=130)
+def _cell(decibels: np.ndarray, bound: float) -> str:
+    error = decibels.std(ddof=1) / len(decibels) ** 0.5  # nan of a single video
+    below = f"{(decibels < bound).mean():.0%}"
+    return f"{decibels.mean():.1f} ± {error:.1f}, {decibels.min():.1f}, {below}"
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
-"""The relative L1 distances of a run before it, from a few of the checkpoint's numbers.
+"""The relative L1 distances of a video's steps, computed before it is sampled.
 
-The timestep embedding depends on the timestep alone, so which steps are computed follows from the
-time embedding's weights, the scheduler's timesteps, the threshold, the coefficients and the dtype.
-Timesteps and embeddings are computed by the classes of diffusers that the pipeline computes them
-with.
+The timestep embedding depends only on the timestep. So the distances follow from the weights of
+the time embedding, the scheduler's timesteps and the dtype. The same classes of diffusers compute
+them here and in the pipeline.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,38 +27,29 @@ SCHEDULERS = {"dpm": CogVideoXDPMScheduler, "ddim": CogVideoXDDIMScheduler}
 
 
 def scheduler_name(checkpoint: Path) -> str:
-    """`dpm` or `ddim`, as the checkpoint has it; `dpm` where it has another, as published."""
+    """The checkpoint's scheduler, `dpm` or `ddim`; `dpm`, as published, for any other."""
     own = read_json(checkpoint / SCHEDULER_CONFIG).get("_class_name")
     return next((name for name, kind in SCHEDULERS.items() if kind.__name__ == own), "dpm")
 
 
 def load_scheduler(checkpoint: Path, name: str | None) -> Scheduler:
-    """The scheduler of that name, or the checkpoint's own, with the checkpoint's configuration.
+    """The scheduler, with the checkpoint's configuration.
+
+    Args:
+        name: `dpm` or `ddim`; None for the checkpoint's own.
 
     Raises:
-        CheckpointError: where its class cannot be made with that configuration.
+        CheckpointError: where the configuration is not one of that class.
     """
     config = read_json(checkpoint / SCHEDULER_CONFIG)
     kind = SCHEDULERS[name or scheduler_name(checkpoint)]
-    # Not from_config, which imports every scheduler that is compatible: a second of CPU.
+    # Not from_config, which imports every compatible scheduler: a second of CPU time.
     known = inspect.signature(kind.__init__).parameters
     with reading(checkpoint / SCHEDULER_CONFIG):
         return kind(**{name: value for name, value in config.items() if name in known})
 
 
-def distances_of(
-    checkpoint: Path,
-    scheduler: Scheduler,
-    guidance_scale: float,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Callable[[int], tuple[float | None, ...]]:
-    """A memoised function: number of denoising steps -> relative L1 distance of each step."""
-    return functools.cache(
-        functools.partial(step_distances, checkpoint, scheduler, guidance_scale, device, dtype)
-    )
-
-
+@functools.lru_cache  # most videos of a run have the same number of steps
 def step_distances(
     checkpoint: Path,
     scheduler: Scheduler,
@@ -69,14 +58,14 @@ def step_distances(
     dtype: torch.dtype,
     num_infer_steps: int,
 ) -> tuple[float | None, ...]:
-    """The relative L1 distance of each step, None for the first, as the sampler will measure it.
+    """The relative L1 distance of each step, bit for bit as in the sampler; None for the first.
 
     Args:
-        guidance_scale: above 1 the embedding is computed for a batch of two, which may round
-            differently from one.
+        guidance_scale: above 1 the embeddings are computed in a batch of two, which may round
+            differently from a batch of one.
 
     Raises:
-        ArgumentError: where there are more steps than the scheduler was trained with.
+        ArgumentError: where the scheduler has fewer timesteps than there are steps.
         CheckpointError: where scheduler or time embedding cannot be read.
     """
     trained = scheduler.config.num_train_timesteps
@@ -96,7 +85,7 @@ def step_distances(
 def _time_embedding(
     checkpoint: Path, device: torch.device, dtype: torch.dtype
 ) -> tuple[Timesteps, TimestepEmbedding]:
-    """The transformer's sinusoids and the two layers behind them, with the checkpoint's weights."""
+    """The sinusoids, and the two layers after them with the checkpoint's weights."""
     config = read_json(checkpoint / "transformer" / "config.json")
     inner_dim = config.get("num_attention_heads", 30) * config.get("attention_head_dim", 64)
     with reading(checkpoint / "transformer"):
@@ -114,14 +103,14 @@ def _time_embedding(
 def _time_embedding_weights(
     checkpoint: Path, device: torch.device, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """Weights and biases of the two layers, read from wherever among the shards they are."""
+    """The weights and biases of the two layers, from any of the shards."""
     prefix = "time_embedding."
     weights = {}
     for path in weight_files(checkpoint / "transformer"):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no dict
+            for name in file.keys():  # noqa: SIM118 - not a dict
                 if name.startswith(prefix):
-                    # Copied only where the pipeline's loader copies too: with operands that are
-                    # aligned differently in memory a matrix product may round differently.
+                    # No other copy than in the pipeline's loader: a matrix product may round
+                    # differently where its operands are aligned differently in memory.
                     weights[name.removeprefix(prefix)] = file.get_tensor(name).to(device, dtype)
     return weights

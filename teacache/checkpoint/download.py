@@ -1,4 +1,4 @@
-"""Downloading a checkpoint from the Hugging Face hub, whole or not at all."""
+"""Downloads a checkpoint from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from teacache.base.errors import CheckpointError, reason
 from teacache.base.files import locked
 from teacache.checkpoint.folder import check_checkpoint, lacking
 
-# All that sampling needs of the repository; it holds training data tools (data_process/) as well.
+# The files that sampling needs. The repository also has tools for training data (data_process/).
 DOWNLOADED = (
     "model_index.json",
     *(f"{name}/*" for name in ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")),
@@ -19,21 +19,23 @@ DOWNLOADED = (
 
 
 def download_checkpoint(repo_id: str) -> Path:
-    """Download a repository into a folder of its name, below the current one, and return it.
+    """Download a repository into a folder of its name, below the current folder.
 
-    The files come to `<name>.incomplete`, which is renamed once it is whole: a folder that has the
-    repository's own name needs no second look. Asked again, a broken download goes on with
-    the files that it still lacks.
+    The files are written to `<name>.incomplete`, which is renamed once all are there. A second call
+    after a failed download fetches the missing files.
+
+    Returns:
+        the folder.
 
     Raises:
-        CheckpointError: where the repository cannot be reached, read or written down.
+        CheckpointError: where the repository cannot be reached or read, or the files not written.
     """
     folder = Path(repo_id)
     incomplete = folder.with_name(f"{folder.name}.incomplete")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.with_name(f".{folder.name}.lock"), wait=True):
-            if not folder.is_dir():  # else another process has just finished it
+            if not folder.is_dir():  # else another process has downloaded it
                 _download(repo_id, incomplete)
                 check_checkpoint(incomplete)
                 shutil.rmtree(incomplete / ".cache", ignore_errors=True)
@@ -47,35 +49,35 @@ def download_checkpoint(repo_id: str) -> Path:
 
 
 def _download(repo_id: str, folder: Path) -> None:
-    """Bring the files that the folder lacks, one by one: a thread could not be interrupted.
+    """Download the missing files one by one, without threads, which could not be interrupted.
 
     Raises:
-        CheckpointError: why they could not be brought, and what to do.
+        CheckpointError: where a download fails; it says what to do.
     """
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.utils import disable_progress_bars, filter_repo_objects
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    for part in folder.rglob("*.incomplete"):  # of a process that was killed: the hub begins anew
+    for part in folder.rglob("*.incomplete"):  # left by a killed process; the hub does not resume
         part.unlink()
     try:
         repository = HfApi().model_info(repo_id, revision="main")
         names = [file.rfilename for file in repository.siblings or ()]
         for name in filter_repo_objects(names, allow_patterns=list(DOWNLOADED)):
             hf_hub_download(repo_id, name, revision=repository.sha, local_dir=folder)
-    except Exception as error:  # the hub's, its HTTP client's, the system's: more with each release
-        # What is whole needs no hub.
+    except Exception as error:  # the hub's, its HTTP client's, the system's
+        # A complete folder needs no hub.
         if not folder.is_dir() or lacking(folder):
             message = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-            raise CheckpointError(f"{message}. {_way_out(error, folder)}") from error
+            raise CheckpointError(f"{message}. {_advice(error, folder)}") from error
 
 
-def _way_out(error: Exception, folder: Path) -> str:
-    """What a user can do about a download that failed.
+def _advice(error: Exception, folder: Path) -> str:
+    """Advice for a user after a failed download.
 
     Args:
-        folder: what has come so far.
+        folder: with the files that were downloaded before.
     """
     from huggingface_hub import errors
 

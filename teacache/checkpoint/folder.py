@@ -1,4 +1,4 @@
-"""Finding and checking a checkpoint folder. Nothing here loads a model, or imports torch."""
+"""Finds and checks a checkpoint folder, without loading a model or importing torch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from teacache.base.errors import CheckpointError, reason
 
-# What the face stack of diffusers reads below `face_encoder/`. What is missing of the first three
-# it would fetch from the network, unasked, in the middle of a run.
+# The files below `face_encoder/` that diffusers' face models read. They would download the first
+# three, where one is missing, in the middle of a run.
 FACE_FILES = (
     "detection_Resnet50_Final.pth",
     "parsing_bisenet.pth",
@@ -24,7 +24,7 @@ FACE_FILES = (
     "models/antelopev2/scrfd_10g_bnkps.onnx",
 )
 MODELS = ("text_encoder", "transformer", "vae")
-# The classes that sampling loads, whatever model_index.json names.
+# The classes that sampling loads, whatever model_index.json has.
 CLASSES = {
     "transformer": ("ConsisIDTransformer3DModel",),
     "vae": ("AutoencoderKLCogVideoX",),
@@ -35,24 +35,24 @@ QUANTIZERS = {
     **{name: name for name in ("awq", "bitsandbytes", "gguf", "modelopt", "torchao")},
     **dict.fromkeys(("gptq", "quanto"), "optimum"),
 }
-# Weights of more than this are not sampled with on a CPU by mistake. ConsisID-preview has 23 GB.
+# `--device auto` does not choose a CPU for larger checkpoints. ConsisID-preview has 23 GB.
 FULL_SIZE_BYTES = 4 * 2**30
 
 
 def local_checkpoint(name: str) -> Path | None:
-    """The folder that a name means, or None where it has to be downloaded first.
+    """The folder of that name, or None where the name is that of a repository to download.
 
     Args:
         name: a folder, or a Hugging Face repository, `owner/name`.
 
     Raises:
-        CheckpointError: where it is none of these.
+        CheckpointError: where it is neither.
     """
     folder = Path(name)
     try:
         if folder.is_dir():
             return folder
-    except OSError as error:  # a name too long, a folder that may not be looked into
+    except OSError as error:  # too long a name, or no permission
         raise CheckpointError(f"--ckpts_path {name[:80]}: {error.strerror}") from error
     if folder.exists():
         single = (
@@ -71,15 +71,15 @@ def local_checkpoint(name: str) -> Path | None:
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Raise CheckpointError unless `folder` holds a whole ConsisID, with every file for sampling.
+    """Raise CheckpointError unless a folder has every file of a ConsisID that sampling reads.
 
-    What is wrong within its files the libraries say as they read them, see
+    The libraries find other damage when they read the files, see
     `teacache.checkpoint.loading.reading`.
     """
     try:
         if not (folder / "model_index.json").is_file():
             raise CheckpointError(
-                f"{folder} has no model_index.json: it holds {_what_instead(folder)}"
+                f"{folder} has no model_index.json: it holds {_describe_content(folder)}"
             )
         index = read_json(folder / "model_index.json")
         kind = index.get("_class_name")
@@ -91,20 +91,17 @@ def check_checkpoint(folder: Path) -> None:
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read: {reason(error)}") from error
     if missing or short:
-        complaints = [
-            f"{what}: {', '.join(names)}"
-            for what, names in (("missing or empty", missing), ("cut short or damaged", short))
-            if names
-        ]
-        raise CheckpointError(f"{folder} is not whole, {'; '.join(complaints)}")
+        faults = {"missing or empty": missing, "cut short or damaged": short}
+        listed = [f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names]
+        raise CheckpointError(f"{folder} is not whole, {'; '.join(listed)}")
     _check_models(folder, index)
 
 
 def _check_models(folder: Path, index: dict[str, Any]) -> None:
-    """Raise CheckpointError where the models are of other kinds than those of ConsisID-preview.
+    """Raise CheckpointError where a model's kind is not that of ConsisID-preview's.
 
     Args:
-        index: what model_index.json holds.
+        index: the content of model_index.json.
     """
     for name, classes in CLASSES.items():
         kind = (index.get(name) or [None])[-1]
@@ -124,16 +121,16 @@ def _check_models(folder: Path, index: dict[str, Any]) -> None:
     if config.get("patch_size_t") is not None:
         raise CheckpointError(
             f"{path}: patch_size_t is {config['patch_size_t']}, as of a model on CogVideoX1.5, "
-            "and diffusers loads ConsisID on CogVideoX-5B alone"
+            "and diffusers loads only ConsisID on CogVideoX-5B"
         )
     if not config.get("is_train_face"):
         raise CheckpointError(f"{path}: is_train_face is not true: such a model takes no face")
 
 
 def lacking(folder: Path) -> list[str]:
-    """The files that sampling reads and the folder does not have, or has empty.
+    """The files for sampling that are missing or empty.
 
-    Of weights in shards, their names are known once their index is there.
+    The names of shards are known only where their index is there.
     """
     return [name for name in _needed(folder) if _is_missing(folder / name)]
 
@@ -143,7 +140,7 @@ def _is_missing(path: Path) -> bool:
 
 
 def _needed(folder: Path) -> list[str]:
-    """All that sampling reads of a checkpoint, as paths below it."""
+    """The files that sampling reads, as paths below the checkpoint."""
     models = [folder / name for name in MODELS]
     weights = [str(path.relative_to(folder)) for model in models for path in weight_files(model)]
     return [
@@ -157,33 +154,25 @@ def _needed(folder: Path) -> list[str]:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a file that is there has all of its content, as far as its kind lets that be seen."""
-    return is_whole_safetensors(path) if path.suffix == ".safetensors" else _is_whole_archive(path)
-
-
-def is_whole_safetensors(path: Path) -> bool:
-    """Whether a file is as long as its safetensors header says, without reading the weights.
+    """Whether a file has all of its content, where its format shows that without reading it all.
 
     Raises:
-        OSError: where the system does not let it be read.
+        OSError: where the file cannot be opened.
     """
-    path.open("rb").close()  # the library calls a file missing that may not be read
+    with path.open("rb") as file:
+        start = file.read(2)
+    if path.suffix in (".pth", ".pt") and start == b"PK":
+        return zipfile.is_zipfile(path)
+    if path.suffix != ".safetensors":
+        return True
     try:
-        with safe_open(path, framework="np") as file:
-            return bool(file.keys())
+        return bool(weight_shapes(path))
     except SafetensorError:
         return False
 
 
-def _is_whole_archive(path: Path) -> bool:
-    """Whether a file that torch has saved as a zip archive still has the end of one."""
-    with path.open("rb") as file:
-        is_archive = path.suffix in (".pth", ".pt") and file.read(2) == b"PK"
-    return not is_archive or zipfile.is_zipfile(path)
-
-
-def _what_instead(folder: Path) -> str:
-    """What a folder that is no pipeline holds, in a few words."""
+def _describe_content(folder: Path) -> str:
+    """The content, in a few words, of a folder that is not a pipeline."""
     names = {path.name for path in folder.iterdir()}
     if names & {"pytorch_lora_weights.safetensors", "adapter_config.json"}:
         return "a LoRA, which goes with a checkpoint"
@@ -197,20 +186,20 @@ def _what_instead(folder: Path) -> str:
 
 
 def is_full_size(folder: Path) -> bool:
-    """Whether the weights are of a size that nobody wants to sample with on a CPU by mistake."""
+    """Whether the weights are too large to sample on a CPU in reasonable time."""
     files = [path for path in folder.rglob("*.safetensors") if path.is_file()]
     return sum(path.stat().st_size for path in files) > FULL_SIZE_BYTES
 
 
 def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The names and shapes in a safetensors file, without the weights."""
+    """The names and shapes of the tensors in a safetensors file."""
     with safe_open(path, framework="np") as file:
         names = list(file.keys())
         return {name: tuple(file.get_slice(name).get_shape()) for name in names}
 
 
 def weight_files(component: Path) -> list[Path]:
-    """The safetensors files of one model: its shards where there is an index, else the one file."""
+    """The safetensors files of a model: the shards in its index, or a single file."""
     for index in component.glob("*.safetensors.index.json"):
         shards = set(read_json(index)["weight_map"].values())
         return [component / shard for shard in sorted(shards)]
@@ -219,10 +208,10 @@ def weight_files(component: Path) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What a JSON file of a checkpoint holds.
+    """The content of a JSON file of a checkpoint.
 
     Raises:
-        CheckpointError: where it cannot be read as one.
+        CheckpointError: where it cannot be read.
     """
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Making models of a checkpoint's files, and what is said where that cannot be."""
+"""Loads the models of a checkpoint, with one-line errors for damaged files."""
 
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin
     from transformers import PreTrainedModel
 
-MOST_SAID = 200  # characters of what a library says: some list every weight
+MOST_CHARACTERS = 200  # of a library's message; some list every weight
 
 
 @contextlib.contextmanager
 def reading(folder: Path) -> Iterator[None]:
-    """Turn what a library raises in the block, which reads models from `folder`, into one line.
+    """Turn any error of the block, which reads models from a folder, into a CheckpointError.
 
-    Each raises errors of its own kinds for files that are damaged or do not go together. Running
-    out of memory, a missing package and a GPU that fails are none of the files' faults.
+    Each library has its own errors for files that are damaged or do not fit together. Errors with
+    other causes stay as they are: no memory, a missing package, a failing GPU.
 
     Raises:
-        CheckpointError: naming the folder.
+        CheckpointError: in one line, with the folder.
     """
     try:
         yield
     except Exception as error:
-        if isinstance(error, (TeaCacheError, ImportError)) or is_out_of_memory(error):
+        other_cause = isinstance(error, (TeaCacheError, ImportError)) or is_out_of_memory(error)
+        if other_cause or "CUDA" in str(error):
             raise
-        if "CUDA" in str(error):  # the GPU's fault or ours
-            raise
-        message = textwrap.shorten(
-            f"{type(error).__name__}: {error}", MOST_SAID, placeholder=" ..."
-        )
+        message = _shortened(f"{type(error).__name__}: {error}")
         raise CheckpointError(f"{folder} cannot be read: {message}") from error
+
+
+def _shortened(message: str) -> str:
+    return textwrap.shorten(message, MOST_CHARACTERS, placeholder=" ...")
 
 
 def load_model(
@@ -49,15 +50,15 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype,
 ) -> ModelMixin | PreTrainedModel:
-    """A model of diffusers or transformers with all of its weights.
+    """Load a model of diffusers or transformers.
 
     Raises:
-        CheckpointError: where its files cannot be read, or do not hold every weight: the libraries
-            would fill those with random numbers and go on.
+        CheckpointError: where its files cannot be read or lack weights, which the libraries would
+            replace by random numbers.
     """
     with reading(folder):
         try:
-            model, found = kind.from_pretrained(
+            model, info = kind.from_pretrained(
                 folder,
                 dtype=dtype,
                 local_files_only=True,
@@ -67,13 +68,13 @@ def load_model(
         except ImportError as error:
             if "quantization_config" not in read_json(folder / "config.json"):
                 raise
-            message = textwrap.shorten(str(error), MOST_SAID, placeholder=" ...")
+            message = _shortened(str(error))
             raise CheckpointError(
                 f"{folder} is quantized, and cannot be read: {message}"
             ) from error
         except NotImplementedError as error:  # torch cannot copy a missing weight's meta tensor
             raise CheckpointError(f"{folder} lacks some of the model's weights") from error
-    missing = found["missing_keys"]
+    missing = info["missing_keys"]
     if missing:
         raise CheckpointError(
             f"{folder} lacks {len(missing)} of the model's weights: {min(missing)}"

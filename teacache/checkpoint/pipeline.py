@@ -1,4 +1,4 @@
-"""The pipeline of a checkpoint folder, or some of its models."""
+"""Loads the pipeline of a checkpoint folder, or some of its models."""
 
 from __future__ import annotations
 
@@ -24,21 +24,19 @@ def load_pipeline(
     parts: tuple[str, ...] = PARTS,
     scheduler: str | None = None,
 ) -> ConsisIDPipeline:
-    """Load text encoder, transformer, VAE and scheduler, or of the first three some.
-
-    Weights go from the file to where they belong, in the dtype that they have there.
+    """Load the scheduler and some or all of text encoder, transformer and VAE.
 
     Args:
-        offload: `none` keeps every model on the device; `blocks` all but the transformer, whose
-            blocks `teacache.sampling.streaming` brings there; `model` brings each model for its
-            turn; `sequential` brings layer by layer.
-        vae_tiling: encode the face and decode the video in overlapping tiles, with less memory
-            and not bit for bit.
-        parts: those of `PARTS` to load; the pipeline has None for the others.
-        scheduler: `dpm` or `ddim`, in place of the checkpoint's own.
+        offload: `none` keeps every model on the device; `blocks` keeps the transformer in host
+            memory, for `teacache.sampling.streaming`; `model` moves each whole model to the device
+            when it is used; `sequential` moves layer by layer.
+        vae_tiling: whether the VAE works in overlapping tiles, with less memory and not bit for
+            bit.
+        parts: the members of `PARTS` to load; the pipeline has None for the others.
+        scheduler: `dpm` or `ddim`; None for the checkpoint's own.
 
     Raises:
-        CheckpointError: where files are damaged, or hold other weights than the models have.
+        CheckpointError: where files are damaged, or their weights do not fit the models.
     """
     classes = {
         "text_encoder": T5EncoderModel,

@@ -1,7 +1,8 @@
-"""Sizes: of a checkpoint's models, as its configurations have them, and of its videos."""
+"""The sizes of a checkpoint's models and of its videos."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from dataclasses import dataclass
@@ -24,13 +25,15 @@ class VideoSize(NamedTuple):
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes of a checkpoint's transformer and VAE.
+    """The sizes of a checkpoint's transformer and VAE.
 
     Attributes:
-        trained: the size of the videos that it was trained on.
-        learned_positions: whether it can make no other width and height.
-        heads, head_dim, num_layers: of the transformer. text_tokens: of each prompt.
-        patch_size: in latent pixels. spatial, temporal: pixels and frames that a latent one is.
+        trained: the size of the training videos.
+        learned_positions: whether the positional embeddings are learned, and only for that size.
+        heads, head_dim, num_layers: of the transformer.
+        text_tokens: of each prompt.
+        patch_size: in latent pixels.
+        spatial, temporal: the VAE's compression of width and height, and of time.
         latent_channels: of the VAE.
     """
 
@@ -47,7 +50,7 @@ class Architecture:
 
     @classmethod
     def of(cls, checkpoint: Path) -> Architecture:
-        """Read it from a checkpoint folder; where an entry is missing, diffusers' default counts.
+        """Read the configurations in a checkpoint folder. Missing entries are diffusers' defaults.
 
         Raises:
             CheckpointError: where a configuration cannot be read.
@@ -73,7 +76,7 @@ class Architecture:
         )
 
     def video_tokens(self, size: VideoSize) -> int:
-        """How many tokens the transformer makes of a video."""
+        """The number of video tokens of the transformer."""
         frames = (size.num_frames - 1) // self.temporal + 1
         pixels = self.spatial * self.patch_size
         return frames * (size.height // pixels) * (size.width // pixels)
@@ -82,10 +85,10 @@ class Architecture:
 def video_size(
     folder: Path, width: int | None, height: int | None, num_frames: int | None
 ) -> VideoSize:
-    """The size to sample at: what is asked for, else what the transformer was trained at.
+    """The size to sample at. None stands for the size of the training videos.
 
     Raises:
-        ArgumentError: where the model cannot make that size, naming the nearest that it can.
+        ArgumentError: where the model cannot make that size; it names the nearest possible one.
     """
     model = Architecture.of(folder)
     trained = model.trained
@@ -108,8 +111,8 @@ def video_size(
     check_num_frames(size.num_frames, model.temporal)
     if model.learned_positions and size.num_frames != trained.num_frames:
         logger.warning(
-            "--num_frames %d: the checkpoint has learned positional embeddings for %d frames, "
-            "for others the pipeline computes some that it was not trained with",
+            "--num_frames %d: the checkpoint has learned positional embeddings for %d frames; for "
+            "another number the pipeline computes embeddings that were not trained",
             size.num_frames,
             trained.num_frames,
         )
@@ -117,32 +120,33 @@ def video_size(
 
 
 def check_memory(size: VideoSize) -> None:
-    """Raise ArgumentError where the frames alone, in float32, take more than the machine has."""
+    """Raise ArgumentError where the frames in float32 take more memory than the machine has."""
     needed = 4 * 3 * size.width * size.height * size.num_frames
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > available:
         raise ArgumentError(
             f"--num_frames {size.num_frames} of {size.width}x{size.height} take "
-            f"{needed / 2**30:.0f} GiB of memory, and this machine has {there / 2**30:.0f}"
+            f"{needed / 2**30:.0f} GiB of memory, and this machine has {available / 2**30:.0f}"
         )
 
 
 def check_num_frames(num_frames: int, ratio: int) -> None:
-    """Raise ArgumentError where the VAE cannot make so many frames, naming the nearest."""
+    """Raise ArgumentError where the VAE cannot make this number of frames; it names the nearest.
 
-    def made(asked: int) -> int:
-        # The VAE decodes latent frames in pairs, the odd one with the first pair. The first
-        # latent frame stands for a single frame in an odd group, for `ratio` of them in a pair.
-        latent_frames = (asked - 1) // ratio + 1
-        return latent_frames * ratio - (ratio - 1 if latent_frames % 2 else 0)
+    Args:
+        ratio: the VAE's compression of time.
+    """
 
-    if made(num_frames) != num_frames:
-        below, above = num_frames - 1, num_frames + 1
-        while made(below) != below:
-            below -= 1
-        while made(above) != above:
-            above += 1
+    def possible(number: int) -> bool:
+        # The VAE decodes latent frames in pairs; an odd one joins the first pair. The first latent
+        # frame stands for one frame in an odd group, for `ratio` frames in a pair.
+        latent_frames = (number - 1) // ratio + 1
+        return number == latent_frames * ratio - (ratio - 1 if latent_frames % 2 else 0)
+
+    if not possible(num_frames):
+        below = next(number for number in range(num_frames, 0, -1) if possible(number))
+        above = next(number for number in itertools.count(num_frames) if possible(number))
         raise ArgumentError(
-            f"--num_frames {num_frames}: the VAE cannot make that many, "
+            f"--num_frames {num_frames}: the VAE cannot make this number, "
             f"the nearest are {below} and {above}"
         )

@@ -205,16 +205,16 @@ def plan_jobs(
         ArgumentError: if the scheduler has fewer steps, a listed step is out of range, or the
             forecast does not support the scheduler.
     """
-    from teacache.checkpoint.distances import distances_of, load_scheduler
+    from teacache.checkpoint.distances import load_scheduler, step_distances
     from teacache.core.forecast import check_scheduler
 
     scheduler = load_scheduler(checkpoint, order.scheduler)
     if any(job.reuse == "forecast" for job in order.all_jobs):
         check_scheduler(scheduler)
-    distances = distances_of(checkpoint, scheduler, order.format.guidance_scale, device, dtype)
+    fixed = checkpoint, scheduler, order.format.guidance_scale, device, dtype
     return {
         job: schedule(
-            distances(job.num_infer_steps),
+            step_distances(*fixed, job.num_infer_steps),
             job.rel_l1_thresh,
             order.coefficients,
             order.limits,

@@ -1,15 +1,11 @@
-"""Finished videos beside each other: their likeness to the one without reuse, and the report.
-
-It is handed videos that are written already, and adds what it finds to their records.
-"""
+"""Compares finished videos with the one without reuse, and reports on all of them."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +17,9 @@ from teacache.base.files import with_ending, written_whole
 from teacache.comparison import quality, tables
 from teacache.comparison.figure import draw_sweep
 from teacache.comparison.side_by_side import write_grid
-from teacache.results import video
 from teacache.results.output_folder import claimed_stem
 from teacache.results.record import Quality, Record, write_json
+from teacache.results.video import read_video
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,16 +28,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# More than this are too many to look at in one picture, and to keep in memory.
-MOST_SIDE_BY_SIDE = 64
+MOST_SIDE_BY_SIDE = 64  # more videos are too many for one picture, and for memory
 
 
 @dataclass
 class Finished:
-    """One finished video.
+    """A finished video.
 
-    place: among the videos that were asked for. frames: [frames, height, width, 3], uint8, as
-    sampled; None where an earlier run sampled it, or where a long list has dropped them.
+    place: its position in the order of the command line.
+    frames: [frames, height, width, 3], uint8, as sampled; None for a video of an earlier run, and
+        where a long list does not need them any more.
     """
 
     place: int
@@ -49,25 +45,24 @@ class Finished:
     record: Record
     frames: np.ndarray | None
 
-    def frames_or_decoded(self) -> np.ndarray:
-        """Its frames; where they are not at hand, those that its mp4 decodes to."""
-        return video.read_video(self.path).frames if self.frames is None else self.frames
+    def read_frames(self) -> np.ndarray:
+        """The frames, decoded from the mp4 where they are not in memory."""
+        return read_video(self.path).frames if self.frames is None else self.frames
 
 
 class Comparison:
-    """The finished videos of a run, as they come.
+    """The finished videos of a run.
 
     Args:
-        videos: how many are expected; of a long list only the frames that are still needed stay in
-            memory.
-        load_analyser: loads insightface's detector and recogniser, when the first video comes.
+        videos: their expected number. Of a long list only the frames of one group stay in memory.
+        load_analyser: loads insightface's detector and recogniser, with the first video.
     """
 
     def __init__(self, videos: int, load_analyser: Callable[[], Any]):
         self.videos: list[Finished] = []
-        self._expected = videos
+        self._long = videos > MOST_SIDE_BY_SIDE
         self._analyser = functools.cache(load_analyser)
-        self._decoded: tuple[Path, np.ndarray] | None = None
+        self._baseline_frames = functools.lru_cache(maxsize=1)(lambda path: read_video(path).frames)
 
     def add(
         self,
@@ -77,97 +72,88 @@ class Comparison:
         frames: list[Image.Image],
         identity: Identity,
     ) -> Record:
-        """A video that has just been written: compare it, and put the figures into its record.
+        """Compare a video of this run, and write the figures into its record.
 
         Returns:
-            the record with `quality` in it.
+            the record with `quality`.
         """
         pixels = np.stack([np.array(frame) for frame in frames])
-        found: Quality = {}
-        baseline, decoded = self._baseline_of(record)
-        if baseline is not None:
-            found = {**quality.compare(pixels, baseline), "decoded": decoded}
+        video = Finished(place, path, record, pixels)
+        figures = self._compare(video)
         reference = identity.id_cond[0, :512].float().cpu().numpy()  # ArcFace's part
-        found["identity"] = quality.identity_similarity(pixels, reference, self._analyser())
-        judged = dataclasses.replace(record, quality=found)
+        figures["identity"] = quality.identity_similarity(pixels, reference, self._analyser())
+        video.record = dataclasses.replace(record, quality=figures)
         try:
-            judged.replace_at(path.with_suffix(".json"))
+            video.record.replace_at(path.with_suffix(".json"))
         except OSError as error:
             logger.warning(
                 "%s: its record stays without the figures of quality: %s", path, reason(error)
             )
-        if self._expected > MOST_SIDE_BY_SIDE:
+        if self._long:
             for other in self.videos:
                 if other.record.settings.group != record.settings.group:
                     other.frames = None
-        self.videos.append(Finished(place, path, judged, pixels))
-        return judged
+        self.videos.append(video)
+        return video.record
 
     def add_earlier(self, place: int, path: Path, record: Record) -> None:
-        """A video that an earlier run has made. Its record stays as it is."""
+        """Add a video of an earlier run. Its record does not change."""
         self.videos.append(Finished(place, path, record, None))
 
     def report(self, folder: Path, in_full: bool) -> tuple[str, list[Path]]:
-        """Write the sweep's .md and .json, and the .png and .mp4 of one not too long for them.
+        """Write `sweep_{seed}_{index:04d}` as .md and .json, and of a short sweep as .png and .mp4.
 
         Args:
-            in_full: with what takes seconds: decoding videos to compare them, drawing, encoding.
+            in_full: whether to do what takes seconds: decode, compare, draw and encode.
 
         Returns:
-            the table for the terminal, and the files; nothing where no video has been finished.
+            the table for the terminal, and the files; nothing without a finished video.
         """
         if not self.videos:
             return "", []
-        videos = sorted(self.videos, key=lambda finished: finished.place)
+        videos = sorted(self.videos, key=lambda video: video.place)
         if in_full:
-            for finished in videos:
-                self._compare_late(finished)
-        records = [finished.record for finished in videos]
-        rows = tables.sweep_rows([(finished.path.stem, finished.record) for finished in videos])
-        files = []
-        seed = records[0].settings.seed
-        with claimed_stem(folder, f"sweep_{seed}") as stem:
+            for video in videos:  # compare those of earlier runs, and those before their baseline
+                own = video.record.quality or {}
+                if "psnr" not in own:
+                    figures: Quality = {**own, **self._compare(video)}
+                    video.record = dataclasses.replace(video.record, quality=figures)
+        records = [video.record for video in videos]
+        rows = tables.sweep_rows([(video.path.stem, video.record) for video in videos])
 
-            @contextlib.contextmanager
-            def written(ending: str) -> Iterator[Path]:
+        def write_videos(path: Path) -> None:
+            frames = [video.read_frames() for video in videos]
+            write_grid(frames, [tables.label(row) for row in rows], path)
+
+        content = {"rows": rows, "videos": [record.as_json() for record in records]}
+        markdown = tables.sweep_markdown(rows, records[0])
+        writers: dict[str, Callable[[Path], object]] = {
+            ".json": lambda path: write_json(content, path),
+            ".md": lambda path: path.write_text(markdown, encoding="utf-8"),
+        }
+        if in_full and len(videos) <= MOST_SIDE_BY_SIDE:
+            writers[".png"] = lambda path: draw_sweep(rows, records, path)
+            writers[".mp4"] = write_videos
+        with claimed_stem(folder, f"sweep_{records[0].settings.seed}") as stem:
+            for ending, write in writers.items():
                 with written_whole(stem, ending) as (path,):
-                    yield path
-                files.append(with_ending(stem, ending))
+                    write(path)
+        return tables.terminal_table(rows), [with_ending(stem, ending) for ending in writers]
 
-            with written(".json") as path:
-                write_json({"rows": rows, "videos": [r.as_json() for r in records]}, path)
-            with written(".md") as path:
-                path.write_text(tables.sweep_markdown(rows, records[0]), encoding="utf-8")
-            if in_full and len(videos) <= MOST_SIDE_BY_SIDE:
-                with written(".png") as path:
-                    draw_sweep(rows, records, path)
-                with written(".mp4") as path:
-                    frames = [finished.frames_or_decoded() for finished in videos]
-                    write_grid(frames, [tables.label(row) for row in rows], path)
-        return tables.terminal_table(rows), files
-
-    def _baseline_of(self, record: Record) -> tuple[np.ndarray | None, bool]:
-        """Frames of threshold 0 in a video's group, and whether an mp4 was decoded for them."""
-        if record.settings.rel_l1_thresh == 0:
-            return None, False
-        for other in self.videos:
-            own = other.record.settings
-            if own.rel_l1_thresh == 0 and own.group == record.settings.group:
-                if other.frames is not None:
-                    return other.frames, False
-                if self._decoded is None or self._decoded[0] != other.path:
-                    self._decoded = other.path, other.frames_or_decoded()
-                return self._decoded[1], True
-        return None, False
-
-    def _compare_late(self, finished: Finished) -> None:
-        """Compare what is not compared yet: a video from an earlier run, or of an interrupted one.
-
-        Its own record stays as it is; the report has the figures.
-        """
-        found: Quality = finished.record.quality or {}
-        baseline = None if "psnr" in found else self._baseline_of(finished.record)[0]
-        if baseline is not None:
-            figures = quality.compare(finished.frames_or_decoded(), baseline)
-            found = {**found, **figures, "decoded": True}
-        finished.record = dataclasses.replace(finished.record, quality=found)
+    def _compare(self, video: Finished) -> Quality:
+        """The likeness to the video of the group with threshold 0; empty without one."""
+        settings = video.record.settings
+        baselines = (
+            other
+            for other in self.videos
+            if other.record.settings.rel_l1_thresh == 0
+            and other.record.settings.group == settings.group
+        )
+        baseline = next(baselines, None)
+        if settings.rel_l1_thresh == 0 or baseline is None:
+            return {}
+        reference = baseline.frames
+        if reference is None:
+            reference = self._baseline_frames(baseline.path)
+        decoded = video.frames is None or baseline.frames is None
+        return {**quality.compare(video.read_frames(), reference), "decoded": decoded}

@@ -1,4 +1,4 @@
-"""The figure of a sweep: each schedule as a row of cells, beside it what the threshold costs."""
+"""The figure of a sweep: the schedules, and curves of latency and PSNR."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from teacache.comparison.tables import Row, name
+from teacache.comparison.tables import Row, name, title
 from teacache.results.record import Record
 
 if TYPE_CHECKING:
@@ -17,13 +17,13 @@ PIXELS_WIDE, DPI = 1200, 100
 
 
 def draw_sweep(rows: list[Row], records: list[Record], path: Path) -> None:
-    """Draw the figure as a PNG of 1200 pixels width.
+    """Draw the figure as a PNG, 1200 pixels wide.
 
     Args:
-        rows: the sweep's rows, see `teacache.comparison.tables.sweep_rows`.
-        records: of the same videos in the same order.
+        rows: see `teacache.comparison.tables.sweep_rows`.
+        records: of the same videos, in the same order.
     """
-    # Not pyplot: it would choose a window system, and keep every figure.
+    # Not pyplot, which would choose a window system and keep every figure in memory.
     from matplotlib.figure import Figure
 
     height = max(3.6, 1.4 + 0.32 * len(rows))
@@ -35,7 +35,8 @@ def draw_sweep(rows: list[Row], records: list[Record], path: Path) -> None:
     latency.set(xlabel="computed steps", ylabel="seconds a video")
     latency.set_title("latency", loc="left", fontsize=10)
     latency.set_ylim(bottom=0)
-    _draw_curve(psnr, rows, seconds, list(map(_psnr, rows)))
+    decibels = [row["quality"].get("psnr", {}).get("mean") for row in rows]
+    _draw_curve(psnr, rows, seconds, decibels)
     psnr.set(xlabel="seconds a video", ylabel="PSNR, dB")
     psnr.set_title("likeness to the baseline", loc="left", fontsize=10)
     figure.savefig(path)
@@ -49,14 +50,9 @@ def _draw_schedules(axes: Axes, rows: list[Row], records: list[Record]) -> None:
         computed = set(record.computed_steps)
         for step in range(row["steps"]):
             colour = COMPUTED if step in computed else REUSED
-            axes.add_patch(
-                Rectangle(
-                    (step, y + 0.12), 1, 0.76, facecolor=colour, edgecolor=EDGE, linewidth=0.6
-                )
-            )
-        which = f", {row['differs_in']}" if row["differs_in"] else ""
-        number = "" if row["schedule"] else f": {row['computed']}"  # whose name has it
-        names.append(f"{name(row)}{which}{number}")
+            axes.add_patch(Rectangle((step, y + 0.12), 1, 0.76, fc=colour, ec=EDGE, lw=0.6))
+        number = "" if row["schedule"] else f": {row['computed']}"  # a schedule's name has it
+        names.append(title(row) + number)
     steps = max(row["steps"] for row in rows)
     axes.set_xlim(0, steps)
     axes.set_ylim(len(rows), 0)
@@ -79,7 +75,7 @@ def _draw_schedules(axes: Axes, rows: list[Row], records: list[Record]) -> None:
 
 
 def _draw_curve(axes: Axes, rows: list[Row], x: Sequence[float], y: Sequence[float | None]) -> None:
-    """One point for each video; those that differ in their number of computed steps are joined."""
+    """A point for each video. A line joins the videos of one group and one kind of schedule."""
     lines: dict[tuple[int, str], list[tuple[float, float]]] = {}
     for row, across, up in zip(rows, x, y, strict=True):
         kind = name(row).split()[0]
@@ -88,8 +84,8 @@ def _draw_curve(axes: Axes, rows: list[Row], x: Sequence[float], y: Sequence[flo
     kinds = {kind for _, kind in lines}
     differences = {row["group"]: row["differs_in"] for row in rows}
     for (group, kind), points in lines.items():
-        parts = [kind] if len(kinds) > 1 else []
-        label = ", ".join(filter(None, [*parts, differences[group]]))
+        parts = [kind if len(kinds) > 1 else "", differences[group]]
+        label = ", ".join(filter(None, parts))
         axes.plot(*zip(*sorted(points), strict=True), "o-", label=label, markersize=4)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -100,7 +96,3 @@ def _draw_curve(axes: Axes, rows: list[Row], x: Sequence[float], y: Sequence[flo
         axes.set_yticks([])
     elif len(axes.lines) > 1:
         axes.legend(frameon=False, fontsize=8)
-
-
-def _psnr(row: Row) -> float | None:
-    return row["quality"].get("psnr", {}).get("mean")

@@ -1,4 +1,4 @@
-"""How much of a video is left: likeness to the video without reuse, and to the face."""
+"""The quality of a video: likeness to the video without reuse, and to the face."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from teacache.results.record import Figures, IdentityFigures, Quality
 
-# Of LPIPS, the part that its package does not bring along; torchvision keeps it here.
+# LPIPS needs its package, and this file in torch's cache.
 LPIPS_BACKBONE = "alexnet-owt-7be5be79.pth"
 
 
@@ -24,11 +24,11 @@ def compare(frames: np.ndarray, baseline: np.ndarray) -> Quality:
         frames, baseline: [frames, height, width, 3], uint8.
 
     Returns:
-        for each figure its `mean` and `worst` over the frames and `per_frame`; a frame that equals
-        the baseline's has no PSNR (null), and `mean` and `worst` are over the others. LPIPS is
-        null where it cannot be computed, and `lpips_missing` says why.
+        for each figure the `mean` and `worst` of the frames, and `per_frame`. The PSNR of a frame
+        that equals the baseline's is null, and does not count. LPIPS is null where it cannot be
+        computed; `lpips_missing` is the reason.
     """
-    # Half a second, and for a sweep alone.
+    # Late: takes half a second, and only sweeps need it.
     from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
     psnr, ssim = [], []
@@ -56,8 +56,7 @@ def identity_similarity(
         analyser: insightface's detector and recogniser in one.
 
     Returns:
-        `mean`, `worst` and `per_frame` (null where a frame shows no face), and
-        `frames_without_face`.
+        `mean`, `worst`, `per_frame` (null for a frame without a face), and `frames_without_face`.
     """
     similarities = []
     for frame in frames:
@@ -65,7 +64,7 @@ def identity_similarity(
         if not faces:
             similarities.append(math.nan)
             continue
-        # The largest one, as for the photograph.
+        # The largest face, as in the photograph.
         face = max(faces, key=lambda face: np.prod(face.bbox[2:] - face.bbox[:2]))
         norms = np.linalg.norm(face.embedding) * np.linalg.norm(reference)
         similarities.append(float(face.embedding @ reference / norms))
@@ -74,7 +73,7 @@ def identity_similarity(
 
 
 def lpips_missing() -> str | None:
-    """Why LPIPS cannot be computed here, or None where it can. Nothing is ever downloaded."""
+    """The reason why LPIPS cannot be computed, or None. Nothing is downloaded."""
     if importlib.util.find_spec("lpips") is None:
         return "the package lpips is not installed"
     if not (Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_BACKBONE).is_file():

@@ -1,4 +1,4 @@
-"""The tables of a sweep: in the terminal, and as Markdown in the published table's form."""
+"""The tables of a sweep, for the terminal and in Markdown."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ PUBLISHED_SECONDS = {0.0: 110, 0.1: 70, 0.15: 53, 0.2: 41}
 class Row(TypedDict):
     """One video of a sweep, as the tables and the figure show it.
 
-    rel_l1_thresh: None where the steps were listed; schedule: `listed 22` there, else None. group:
-    a number that the videos share that differ in their schedule alone; differs_in: in a few words,
-    what tells that group from the others. latency: seconds of denoising and decoding; speedup: that
-    of the video without reuse over its own, None where its group has none.
+    group: number of a group of videos; the videos of one group differ only in their schedule.
+    differs_in: the differences of the group from the others, in a few words.
+    rel_l1_thresh: None for a video without threshold.
+    schedule: the name of its steps, `listed 22`; None for a video with a threshold.
+    latency: seconds of denoising and decoding.
+    speedup: over the video of the group with threshold 0; None without such a video.
     """
 
     video: str
@@ -39,22 +41,22 @@ def sweep_rows(videos: list[tuple[str, Record]]) -> list[Row]:
         videos: name and record of each.
     """
     groups = list(dict.fromkeys(record.settings.group for _, record in videos))
-    unaided = {
+    baselines = {
         record.settings.group: record.latency
         for _, record in videos
         if record.settings.rel_l1_thresh == 0
     }
-    several = [len(set(column)) > 1 for column in zip(*groups, strict=True)]
-    names = {r.settings.image_sha256: _image_name(r.settings) for _, r in videos}
-    alike = len(set(names.values())) < len(names)
+    differing = [len(set(column)) > 1 for column in zip(*groups, strict=True)]
+    names = {record.settings.image_sha256: _image_name(record.settings) for _, record in videos}
+    ambiguous = len(set(names.values())) < len(names)
     rows: list[Row] = []
     for name, record in videos:
-        baseline = unaided.get(record.settings.group)
+        baseline = baselines.get(record.settings.group)
         rows.append(
             {
                 "video": name,
                 "group": groups.index(record.settings.group),
-                "differs_in": _differences(record.settings, several, alike),
+                "differs_in": _differences(record.settings, differing, ambiguous),
                 "rel_l1_thresh": record.settings.rel_l1_thresh,
                 "schedule": record.settings.schedule,
                 "computed": len(record.computed_steps),
@@ -71,45 +73,51 @@ def _image_name(settings: Settings) -> str:
     return settings.image.rsplit("/", 1)[-1]
 
 
-def _differences(settings: Settings, several: list[bool], alike: bool) -> str:
-    """What tells a video's group from the others; empty where it is alone.
+def _differences(settings: Settings, differing: list[bool], ambiguous: bool) -> str:
+    """The differences of a group from the others, in a few words; empty for a single group.
 
     Args:
-        several: of each part of a group, whether the groups differ in it.
-        alike: whether two images have one name, as where what tells them apart is masked.
+        differing: for each part of `Settings.group`, whether the groups differ in it.
+        ambiguous: whether two images have the same name, for instance a masked URL.
     """
     parts = (
-        _image_name(settings) + (f" {settings.image_sha256[:6]}" if alike else ""),
+        _image_name(settings) + (f" {settings.image_sha256[:6]}" if ambiguous else ""),
         f'"{textwrap.shorten(settings.prompt, 28, placeholder="...")}"',
         f'not "{textwrap.shorten(settings.negative_prompt, 28, placeholder="...")}"',
         f"seed {settings.seed}",
         f"{settings.num_infer_steps} steps",
     )
-    return ", ".join(part for part, differs in zip(parts, several, strict=True) if differs)
+    return ", ".join(part for part, differs in zip(parts, differing, strict=True) if differs)
 
 
 def name(row: Row) -> str:
-    """Which schedule a video follows: `threshold 0.15`, `listed 22`."""
+    """The setting of a video: `threshold 0.15`, `listed 22`."""
     return row["schedule"] or f"threshold {row['rel_l1_thresh']:g}"
 
 
+def title(row: Row) -> str:
+    """The setting of a video, and the differences of its group."""
+    return _joined(name(row), row["differs_in"])
+
+
 def label(row: Row) -> str:
-    """What a video is labelled with, side by side with the others."""
-    faster = f", {row['speedup']:.2f}x" if row["speedup"] else ""
-    which = f", {row['differs_in']}" if row["differs_in"] else ""
-    return (
-        f"{name(row)}{which}\n"
-        f"{row['computed']} of {row['steps']} steps, {row['latency']:.1f} s{faster}"
-    )
+    """The two lines above a video, side by side with the others."""
+    speedup = f"{row['speedup']:.2f}x" if row["speedup"] else ""
+    steps = f"{row['computed']} of {row['steps']} steps"
+    return title(row) + "\n" + _joined(steps, f"{row['latency']:.1f} s", speedup)
+
+
+def _joined(*parts: str) -> str:
+    return ", ".join(filter(None, parts))
 
 
 def terminal_table(rows: list[Row]) -> str:
-    """The rows in aligned columns; a column that has nothing to show is left out, and why."""
-    return "\n".join([aligned(_cells(rows)), *_absences(rows)])
+    """The rows in aligned columns, without empty columns, and remarks."""
+    return "\n".join([aligned(_cells(rows)), *_remarks(rows)])
 
 
 def aligned(lines: list[list[str]]) -> str:
-    """Lines of cells as text, each column as wide as its widest cell."""
+    """Lines of cells as text in aligned columns."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -118,75 +126,68 @@ def aligned(lines: list[list[str]]) -> str:
 
 
 def sweep_markdown(rows: list[Row], record: Record) -> str:
-    """The sweep as Markdown: the published table with this run's seconds, then every figure.
+    """The sweep in Markdown: the published table with this run's seconds, then all figures.
 
     Args:
-        record: of any video of the sweep, for what they share.
+        record: of any video of the sweep.
     """
     own = {row["rel_l1_thresh"] for row in rows if row["rel_l1_thresh"] is not None}
     thresholds = sorted({*PUBLISHED_SECONDS, *own})
-    heads = ["ConsisID" if x == 0 else f"TeaCache ({x:g})" for x in thresholds]
-    settings = record.settings
-    where = f"{record.device_name}, {settings.width}x{settings.height}"
     lines = [
-        "# Sweep",
-        "",
-        _markdown_line(["seconds a video", *heads]),
-        _markdown_line([":---", *[":---:"] * len(heads)]),
-        _markdown_line(
-            [
-                "published: H100, 720x480, 49 frames, 50 steps",
-                *(_published(threshold) for threshold in thresholds),
-            ]
-        ),
+        [
+            "seconds a video",
+            *(f"TeaCache ({x:g})" if x else "ConsisID" for x in thresholds),
+        ],
+        ["published: H100, 720x480, 49 frames, 50 steps", *map(_published, thresholds)],
     ]
+    settings = record.settings
+    run = f"this run: {record.device_name}, {settings.width}x{settings.height}"
     for group in dict.fromkeys(row["group"] for row in rows):
-        mine = {row["rel_l1_thresh"]: row for row in rows if row["group"] == group}
-        any_row = next(iter(mine.values()))
-        name = f"this run: {where}, {settings.num_frames} frames, {any_row['steps']} steps"
-        which = f", {any_row['differs_in']}" if any_row["differs_in"] else ""
-        lines.append(_markdown_line([name + which, *(_own(mine.get(x)) for x in thresholds)]))
-    lines += ["", markdown_table(_cells(rows))]
-    return "\n".join([*lines, "", *_remarks(rows)]) + "\n"
+        members = {row["rel_l1_thresh"]: row for row in rows if row["group"] == group}
+        first = next(iter(members.values()))
+        steps = f"{settings.num_frames} frames, {first['steps']} steps"
+        seconds = [_own(members[x]) if x in members else "" for x in thresholds]
+        lines.append([_joined(run, steps, first["differs_in"]), *seconds])
+    explanation = (
+        "Seconds are those of denoising and decoding. PSNR, SSIM and LPIPS compare each frame with "
+        "the video of threshold 0, before compression. Identity is ArcFace's cosine similarity "
+        "between each frame and the photograph. Each figure is the mean over the frames, then the "
+        "worst frame."
+    )
+    tables = ["# Sweep", "", markdown_table(lines), "", markdown_table(_cells(rows))]
+    return "\n".join([*tables, "", explanation, *_remarks(rows)]) + "\n"
 
 
 def markdown_table(lines: list[list[str]]) -> str:
-    """Lines of cells, the first of them headings, as Markdown."""
-    head, *body = lines
-    rule = _markdown_line(["---:"] * len(head))
-    return "\n".join([_markdown_line(head), rule, *map(_markdown_line, body)])
+    """A Markdown table of lines of cells; the first line has the headings."""
+    head, *body = ([cell.replace("|", "/") for cell in line] for line in lines)
+    every = [head, ["---:"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in every)
 
 
 def _remarks(rows: list[Row]) -> list[str]:
-    return [
-        "Seconds are those of denoising and decoding. PSNR, SSIM and LPIPS compare with the video "
-        "of threshold 0, frame by frame before compression; identity is "
-        "ArcFace's cosine similarity to the face in the photograph. Each is the mean over the "
-        "frames, and the worst.",
-        *_absences(rows),
-    ]
-
-
-def _absences(rows: list[Row]) -> list[str]:
-    """What the figures lack, a sentence each."""
-    found = [row["quality"] for row in rows]
-    missing = {reason for quality in found if (reason := quality.get("lpips_missing"))}
-    absences = [f"No LPIPS: {reason}." for reason in sorted(missing)]
-    identities = [quality["identity"] for quality in found if "identity" in quality]
+    """Sentences on figures that are missing, or taken from decoded frames."""
+    figures = [row["quality"] for row in rows]
+    missing = {reason for quality in figures if (reason := quality.get("lpips_missing"))}
+    remarks = [f"No LPIPS: {reason}." for reason in sorted(missing)]
+    identities = [quality["identity"] for quality in figures if "identity" in quality]
     if identities and all(identity["mean"] is None for identity in identities):
-        absences.append("No identity: the detector finds no face in any frame.")
-    if any(quality.get("decoded") for quality in found):
-        absences.append(
-            "Compared with frames that were decoded from an earlier mp4: its losses are in the "
-            "figures."
+        remarks.append("No identity: the detector finds no face in any frame.")
+    if any(quality.get("decoded") for quality in figures):
+        remarks.append(
+            "Some frames were decoded from an earlier mp4: the figures include the losses of its "
+            "compression."
         )
-    return absences
+    return remarks
 
 
 def _cells(rows: list[Row]) -> list[list[str]]:
-    """Headings, then a line for each row, without the columns that have nothing but dashes."""
+    """Headings, then a line for each row. Columns with only dashes are left out."""
+    thresholds_only = not any(row["schedule"] for row in rows)
     columns = {
-        **_which(rows),
+        "rel_l1_thresh" if thresholds_only else "schedule": [
+            f"{row['rel_l1_thresh']:g}" if thresholds_only else name(row) for row in rows
+        ],
         "computed": [f"{row['computed']} of {row['steps']}" for row in rows],
         "seconds": [f"{row['latency']:.1f}" for row in rows],
         "speed-up": [f"{row['speedup']:.2f}x" if row["speedup"] else "-" for row in rows],
@@ -196,17 +197,10 @@ def _cells(rows: list[Row]) -> list[list[str]]:
         "identity (worst)": [_figure(row, "identity", ".3f") for row in rows],
         "no face in": [_faceless(row) for row in rows],
         "which": [row["differs_in"] or "-" for row in rows],
-        "video": [str(row["video"]) for row in rows],
+        "video": [row["video"] for row in rows],
     }
-    shown = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
+    shown = {heading: cells for heading, cells in columns.items() if set(cells) != {"-"}}
     return [list(shown), *map(list, zip(*shown.values(), strict=True))]
-
-
-def _which(rows: list[Row]) -> dict[str, list[str]]:
-    """The first column: thresholds alone, or names where there are other schedules too."""
-    if any(row["schedule"] for row in rows):
-        return {"schedule": [name(row) for row in rows]}
-    return {"rel_l1_thresh": [f"{row['rel_l1_thresh']:g}" for row in rows]}
 
 
 def _figure(row: Row, name: Literal["psnr", "ssim", "lpips", "identity"], form: str) -> str:
@@ -230,11 +224,5 @@ def _published(threshold: float) -> str:
     return f"~{seconds} ({PUBLISHED_SECONDS[0.0] / seconds:.1f}x)" if seconds else ""
 
 
-def _own(row: Row | None) -> str:
-    if row is None:
-        return ""
+def _own(row: Row) -> str:
     return f"{row['latency']:.1f}" + (f" ({row['speedup']:.1f}x)" if row["speedup"] else "")
-
-
-def _markdown_line(cells: list[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"

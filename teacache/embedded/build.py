@@ -1,9 +1,8 @@
-"""Writes the embedded ConsisID checkpoint: the real layout and the real classes on small weights.
+"""Writes the embedded checkpoint: a small ConsisID with the real layout and the real classes.
 
-It samples 13 frames of 112x96 in seconds on a CPU, so that every line of the way from a photograph
-to a video can run where there is neither a GPU nor the 20 GB of the real weights. VAE, transformer
-and face detector were trained (README.md): a face moves in front of a colour as the prompt says.
-The text encoder and the other models of faces are random, from seeds.
+It samples 13 frames of 112x96 in seconds on a CPU, without the 20 GB of the real weights. VAE,
+transformer and face detector are trained (README.md). The text encoder and the other face models
+are random, from seeds.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def write_checkpoint(folder: Path) -> None:
 
 
 def untrained_transformer() -> ConsisIDTransformer3DModel:
-    """The transformer without what was trained; face extractor and time embedding stay so."""
+    """The transformer before training; its face extractor and time embedding were not trained."""
     transformer = ConsisIDTransformer3DModel(**TRANSFORMER)
     fill(transformer.local_facial_extractor, SEED)
     smooth_time_embedding(transformer)
@@ -57,13 +56,13 @@ def untrained_transformer() -> ConsisIDTransformer3DModel:
 
 
 def smooth_time_embedding(transformer: ConsisIDTransformer3DModel) -> None:
-    """Give it a random time embedding that moves as little from step to step as a trained one.
+    """Fill the time embedding with random weights whose output changes as slowly as a trained one.
 
-    Between two of 50 steps the timestep falls by 20, and a sinusoid of frequency f turns by 20 f.
-    A random first layer reads the fast ones as loudly as the slow ones, which puts the relative L1
-    distance around 0.5, far above what the coefficients were fitted on; so it is made deaf to
-    those that turn by more than 0.15. The seed is one of those whose distances then spread widely
-    enough for the usual thresholds to give as different schedules as on the trained model.
+    From one of 50 steps to the next the timestep falls by 20, and the phase of a sinusoid with
+    frequency f changes by 20 f. A random first layer weights all frequencies alike, which gives
+    relative L1 distances around 0.5, far above the fitted range of the coefficients. So the weights
+    of frequencies whose phase changes by more than 0.15 are zero. The seed is one that gives a
+    different schedule at each of the usual thresholds, as on the trained model.
     """
     embedding = transformer.time_embedding
     with torch.random.fork_rng(devices=[]), torch.no_grad():

@@ -1,4 +1,4 @@
-"""The embedded checkpoint in the user's cache folder. It is found without importing torch."""
+"""The embedded checkpoint in the user's cache folder. Only its build imports torch."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ SOURCES = (
 
 
 def cached_tiny_checkpoint() -> Path:
-    """The embedded checkpoint in the user's cache folder, built there if it is not yet.
+    """The folder of the embedded checkpoint, which is built where it is missing.
 
-    The folder's name carries a digest of the code that builds it, so that a newer version of the
-    package never samples from an older build.
+    Its name has a digest of the code that builds it, so that another version of the package has
+    another build.
 
     Raises:
         CheckpointError: where it cannot be written.
@@ -34,26 +34,26 @@ def cached_tiny_checkpoint() -> Path:
 
 
 def build_tiny_checkpoint(folder: Path) -> None:
-    """Build the embedded checkpoint in `folder`, if no other process does so first.
+    """Build the embedded checkpoint, unless another process has built it meanwhile.
 
-    It is written to a folder beside and renamed: an interrupted build leaves no half checkpoint.
+    A temporary folder is renamed at the end, so an interrupted build leaves no incomplete folder.
 
     Raises:
         CheckpointError: where it cannot be written.
     """
-    beside = folder.with_name(f".{folder.name}.part")
+    temporary = folder.with_name(f".{folder.name}.part")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with locked(folder.with_name(f".{folder.name}.lock"), wait=True):
             if folder.is_dir():
                 return
-            from teacache.embedded.build import write_checkpoint  # torch, for the first run alone
+            from teacache.embedded.build import write_checkpoint  # late: imports torch
 
             try:
-                shutil.rmtree(beside, ignore_errors=True)  # of a build that was killed
-                write_checkpoint(beside)
-                beside.rename(folder)
+                shutil.rmtree(temporary, ignore_errors=True)  # of a killed build
+                write_checkpoint(temporary)
+                temporary.rename(folder)
             finally:
-                shutil.rmtree(beside, ignore_errors=True)
+                shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise CheckpointError(f"cannot write to {folder}: {reason(error)}") from error

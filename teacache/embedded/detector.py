@@ -1,11 +1,11 @@
-"""One small network that finds faces, in the shapes of both detectors of the face stack.
+"""One small face detector in the formats of both detectors that ConsisID uses.
 
-It is RetinaFace with few channels: ResNet-50's stem and some of its blocks, the pyramid, the three
-context modules and the heads. facexlib has no form of it but the full one: there the few channels
-lie among zeros (`retinaface_state`). insightface takes any graph with SCRFD's nine outputs:
-`scrfd_graph` writes the same network as one. So both find the same faces.
+It is RetinaFace with few channels: the stem and some blocks of ResNet-50, the feature pyramid,
+three context modules and the heads. facexlib can only run the full RetinaFace, so there the other
+channels are zero (`retinaface_state`). insightface runs any ONNX graph with SCRFD's nine outputs
+(`scrfd_graph`). So both detect the same faces.
 
-The names of its weights are those of facexlib's RetinaFace.
+The names of the weights are those of facexlib's RetinaFace.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ from onnx import helper
 from torch import Tensor
 
 STRIDES = (8, 16, 32)
-ANCHORS = ((16, 32), (64, 128), (256, 512))  # RetinaFace's, pixels, for each stride
+ANCHORS = ((16, 32), (64, 128), (256, 512))  # RetinaFace's, in pixels, for each stride
 VARIANCES = (0.1, 0.2)
 MEAN = (104.0, 117.0, 123.0)  # blue, green, red
 SCALE = 128.0
 
-CONTEXT = (12, 6, 6)  # channels of a context module's three outputs
-BLOCKS = (1, 2, 3, 3)  # of each of ResNet-50's four layers
-# facexlib takes a face for one from this probability on, insightface from a half.
-FACEXLIB_SURE = 0.97
+CONTEXT = (12, 6, 6)  # channels of the three outputs of a context module
+CONTEXT_STARTS = (0, 128, 192)  # the places of these channels in the full RetinaFace
+BLOCKS = (1, 2, 3, 3)  # in each of the four layers of ResNet-50
+FACEXLIB_SURE = 0.97  # facexlib's lowest probability of a face; insightface's is a half
 HEADS = {"ClassHead": 2, "BboxHead": 4, "LandmarkHead": 10}  # numbers for each of two anchors
 
 Weights = dict[str, Tensor]
 
 
 def _network(ops: _GraphOperations, image: str) -> list[dict[str, str]]:
-    """The heads' outputs at each stride, from a picture less MEAN, over SCALE, BGR."""
-    x = ops.pool(ops.relu(ops.conv("body.conv1", image, stride=2)))
+    """The outputs of the heads at each stride. The image is BGR, (pixels - MEAN) / SCALE."""
+    x = ops.relu(ops.conv("body.conv1", image, stride=2))
+    x = ops.node("MaxPool", [x], kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
     levels = []
     for layer, blocks in enumerate(BLOCKS, 1):
         for block in range(blocks):
@@ -60,13 +61,13 @@ def _network(ops: _GraphOperations, image: str) -> list[dict[str, str]]:
             ops.conv(f"{name}.conv5X5_2.0", middle),
             ops.conv(f"{name}.conv7x7_3.0", wide),
         ]
-        context = ops.relu(ops.concat(parts))
+        context = ops.relu(ops.node("Concat", parts, axis=1))
         outputs.append({head: ops.conv(f"{head}.{number}.conv1x1", context) for head in HEADS})
     return outputs
 
 
 class _GraphOperations:
-    """Operations that become the nodes of an ONNX graph; their values are the outputs' names."""
+    """Builds an ONNX graph. Each operation adds a node and returns the name of its output."""
 
     def __init__(self, weights: Weights) -> None:
         self._weights = {name: value.float().numpy() for name, value in weights.items()}
@@ -78,12 +79,13 @@ class _GraphOperations:
         self.nodes.append(helper.make_node(kind, inputs, [output], **attributes))
         return output
 
-    def constant(self, name: str, value: np.ndarray) -> str:
-        self.constants[name] = value
+    def constant(self, name: str, value: Any) -> str:
+        array = np.asarray(value)
+        self.constants[name] = array.astype(np.float32) if array.dtype == np.float64 else array
         return name
 
     def conv(self, name: str, x: str, stride: int = 1) -> str:
-        """The convolution of that name, with bias; padded so that a stride of 1 keeps the size."""
+        """A convolution with bias. The padding is that of a kernel that keeps the size."""
         keys = (f"{name}.weight", f"{name}.bias")
         inputs = [x, *(self.constant(key, self._weights[key]) for key in keys)]
         pads = [self._weights[keys[0]].shape[-1] // 2] * 4
@@ -95,34 +97,29 @@ class _GraphOperations:
     def add(self, x: str, y: str) -> str:
         return self.node("Add", [x, y])
 
-    def pool(self, x: str) -> str:
-        return self.node("MaxPool", [x], kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4)
+    def mul(self, x: str, y: str) -> str:
+        return self.node("Mul", [x, y])
 
     def double(self, x: str) -> str:
-        twice = self.constant("twice", np.array([1, 1, 2, 2], np.float32))
+        twice = self.constant("twice", [1.0, 1.0, 2.0, 2.0])
         modes = {"mode": "nearest", "nearest_mode": "floor"}
         return self.node(
             "Resize", [x, "", twice], coordinate_transformation_mode="asymmetric", **modes
         )
-
-    def concat(self, parts: list[str]) -> str:
-        return self.node("Concat", parts, axis=1)
 
 
 def retinaface_state(weights: Weights, full: Weights) -> Weights:
     """The state of facexlib's RetinaFace that computes this network.
 
     Args:
-        full: a state of the full network: what it holds is replaced.
+        full: a state of the full network, for names and shapes.
     """
     state = {name: torch.zeros_like(value) for name, value in full.items()}
-    for name in state:
+    for name, value in state.items():
         if name.endswith("running_var"):
-            state[name] += 1 - 1e-5  # of batch norm's epsilon: together they are 1
-    wide = [0, *np.cumsum([128, 64])]  # where RetinaFace has what the context modules give
-    context = torch.tensor(
-        [start + n for start, size in zip(wide, CONTEXT, strict=True) for n in range(size)]
-    )
+            value += 1 - 1e-5  # batch norm adds its epsilon, 1e-5
+    starts = zip(CONTEXT_STARTS, CONTEXT, strict=True)
+    context = torch.cat([torch.arange(start, start + size) for start, size in starts])
     for name in dict.fromkeys(key.rpartition(".")[0] for key in weights):
         weight, bias = weights[f"{name}.weight"].float(), weights[f"{name}.bias"].float()
         if name == "body.conv1":
@@ -133,76 +130,60 @@ def retinaface_state(weights: Weights, full: Weights) -> Weights:
             state[f"{name}.bias"][:] = bias
             continue
         state[f"{name}.weight"][:outputs, :inputs] = weight
-        norm = _norm_of(name)
+        # The batch norm after the convolution: bn1 after conv1, .1 after .0.
+        norm = f"{name[:-1]}1" if name.endswith(".0") else name.replace("conv", "bn")
         state[f"{norm}.weight"] += 1
         state[f"{norm}.bias"][:outputs] = bias
     return state
 
 
-def _norm_of(name: str) -> str:
-    """The batch norm behind a convolution: bn1 behind conv1, .1 behind .0."""
-    if name.endswith(".0"):
-        return f"{name[:-1]}1"
-    return f"{name[:-5]}bn{name[-1]}"
-
-
 def scrfd_graph(
     weights: Weights, canvas: int
 ) -> tuple[list[Any], dict[str, np.ndarray], list[str]]:
-    """The network with SCRFD's input and outputs: nodes, constants and the outputs' names.
+    """The network with SCRFD's input and outputs: nodes, constants and names of outputs.
 
-    The input is RGB less 127.5, over 128; the outputs are, for each stride, scores; then the
-    distances from an anchor's middle to the box's edges; then to the key points, both in strides.
-    RetinaFace's anchor middles lie in the middles of cells, SCRFD's on their corners. A score of
-    a half is a probability of FACEXLIB_SURE, so that both detectors find the same faces.
+    The input is RGB, (pixels - 127.5) / 128. The outputs, each for all strides, are: scores;
+    distances from the anchor's middle to the edges of the box; and to the key points; both in
+    strides. RetinaFace's anchors are in the middle of a cell, SCRFD's at its corner. The score is
+    a half where the probability is FACEXLIB_SURE, so that both detectors detect the same faces.
+
+    Args:
+        canvas: width and height of the input.
     """
     ops = _GraphOperations(weights)
-    mean = np.array(MEAN, np.float32)[:, None, None]
-    swap = np.zeros((3, 3, 1, 1), np.float32)
-    swap[[0, 1, 2], [2, 1, 0]] = 1.0
+    mean = np.array(MEAN)[:, None, None]
+    swap = np.eye(3)[::-1].reshape(3, 3, 1, 1)  # RGB to BGR
     image = ops.node("Conv", ["input", ops.constant("swap", swap)])
-    image = ops.node("Add", [image, ops.constant("mean", (127.5 - mean) / np.float32(SCALE))])
-    named: dict[str, list[str]] = {"score": [], "bbox": [], "kps": []}
+    image = ops.add(image, ops.constant("mean", (127.5 - mean) / SCALE))
+    doubt = ops.constant("doubt", [np.log(FACEXLIB_SURE / (1 - FACEXLIB_SURE)), 0])
+    face = ops.constant("face", [1])
+    factor, half = ops.constant("variance", VARIANCES[0]), ops.constant("half", 0.5)
+    scores, boxes, points = [], [], []
     for stride, anchors, outputs in zip(STRIDES, ANCHORS, _network(ops, image), strict=True):
-        cells = (canvas // stride) ** 2
-        of_anchor = np.tile(np.array(anchors, np.float32), cells)[:, None] / stride
+        of_anchor = np.tile(anchors, (canvas // stride) ** 2)[:, None] / stride
         size = ops.constant(f"anchors_{stride}", of_anchor)
-        flat = {
-            head: ops.node(
-                "Reshape",
-                [
-                    ops.node("Transpose", [outputs[head]], perm=[0, 2, 3, 1]),
-                    ops.constant(f"rows_{numbers}", np.array([-1, numbers], np.int64)),
-                ],
-            )
-            for head, numbers in HEADS.items()
-        }
-        doubt = np.array([np.log(FACEXLIB_SURE / (1 - FACEXLIB_SURE)), 0], np.float32)
-        doubtful = ops.node("Add", [flat["ClassHead"], ops.constant("doubt", doubt)])
-        sure = ops.node("Softmax", [doubtful], axis=1)
-        face = ops.constant("face", np.array([1], np.int64))
-        named["score"].append(ops.node("Gather", [sure, face], axis=1))
-        named["bbox"].append(_distances_to_edges(ops, flat["BboxHead"], size))
-        factor = ops.constant("variance", np.array(VARIANCES[0], np.float32))
-        half = ops.constant("half", np.array(0.5, np.float32))
-        moved = ops.node("Mul", [ops.node("Mul", [flat["LandmarkHead"], size]), factor])
-        named["kps"].append(ops.node("Add", [moved, half]))
-    return ops.nodes, ops.constants, [name for names in named.values() for name in names]
+        flat = {}
+        for head, numbers in HEADS.items():
+            last = ops.node("Transpose", [outputs[head]], perm=[0, 2, 3, 1])
+            shape = ops.constant(f"rows_{numbers}", [-1, numbers])
+            flat[head] = ops.node("Reshape", [last, shape])
+        sure = ops.node("Softmax", [ops.add(flat["ClassHead"], doubt)], axis=1)
+        scores.append(ops.node("Gather", [sure, face], axis=1))
+        boxes.append(_distances_to_edges(ops, flat["BboxHead"], size))
+        points.append(ops.add(ops.mul(ops.mul(flat["LandmarkHead"], size), factor), half))
+    return ops.nodes, ops.constants, [*scores, *boxes, *points]
 
 
 def _distances_to_edges(ops: _GraphOperations, boxes: str, size: str) -> str:
-    """RetinaFace's box (middle and logarithm of the size) as SCRFD's (distances to the edges)."""
-    columns = {
-        part: ops.node("Gather", [boxes, ops.constant(part, np.array(numbers, np.int64))], axis=1)
-        for part, numbers in (("middles", (0, 1)), ("sizes", (2, 3)))
-    }
-    variances = [
-        ops.constant(f"variance_{n}", np.array(v, np.float32)) for n, v in enumerate(VARIANCES)
+    """SCRFD's boxes (distances to the edges) from RetinaFace's (middle and log of the size)."""
+    columns = [
+        ops.node("Gather", [boxes, ops.constant(name, numbers)], axis=1)
+        for name, numbers in (("middles", [0, 1]), ("sizes", [2, 3]))
     ]
-    half = ops.constant("half", np.array(0.5, np.float32))
-    middle = ops.node("Mul", [ops.node("Mul", [columns["middles"], size]), variances[0]])
-    middle = ops.node("Add", [middle, half])
-    grown = ops.node("Exp", [ops.node("Mul", [columns["sizes"], variances[1]])])
-    reach = ops.node("Mul", [ops.node("Mul", [grown, size]), half])
-    before, after = ops.node("Sub", [reach, middle]), ops.node("Add", [reach, middle])
+    variances = [ops.constant(f"variance_{n}", value) for n, value in enumerate(VARIANCES)]
+    half = ops.constant("half", 0.5)
+    middle = ops.add(ops.mul(ops.mul(columns[0], size), variances[0]), half)
+    grown = ops.node("Exp", [ops.mul(columns[1], variances[1])])
+    reach = ops.mul(ops.mul(grown, size), half)
+    before, after = ops.node("Sub", [reach, middle]), ops.add(reach, middle)
     return ops.node("Concat", [before, after], axis=1)

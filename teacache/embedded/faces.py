@@ -1,7 +1,7 @@
-"""The face models of the embedded checkpoint, in the files that the upstream face stack reads.
+"""Writes the face models of the embedded checkpoint, in the formats of facexlib and insightface.
 
-Both detectors are one small network that was trained (`detector`). All else is random, from seeds:
-the recogniser and EVA-CLIP tell faces apart by their pixels, the parser calls nearly everything
+Both detectors are one small trained network (`detector`). The others are random, from seeds: the
+outputs of recogniser and EVA-CLIP depend on the pixels, and the parser labels nearly all of them
 skin.
 """
 
@@ -32,43 +32,35 @@ def write_face_encoder(folder: Path, vit_dim: int, detector: Weights) -> None:
     """Write every file that `prepare_face_models` of diffusers reads below `folder`.
 
     Args:
+        vit_dim: width of EVA-CLIP's vision tower, the transformer's `LFE_vit_dim`.
         detector: weights of the trained network, see `detector`.
-        vit_dim: width of the EVA-CLIP vision tower, which the transformer's `LFE_vit_dim` equals.
     """
     models = folder / "models" / "antelopev2"
     models.mkdir(parents=True)
-    torch.save(_retinaface(detector), folder / "detection_Resnet50_Final.pth")
+    full = RetinaFace(network_name="resnet50", device="cpu").state_dict()
+    _save_half(retinaface_state(detector, full), folder / "detection_Resnet50_Final.pth")
     bisenet = BiSeNet(num_class=19)
     fill(bisenet, SEED)
-    torch.save(_half(_keep_skin(bisenet)), folder / "parsing_bisenet.pth")
+    with torch.no_grad():  # label nearly everything skin, class 1: other classes are masked
+        weight = bisenet.conv_out.conv_out.weight  # [classes, features, 1, 1]; features are >= 0
+        weight[1] = weight.abs().max()
+    _save_half(bisenet.state_dict(), folder / "parsing_bisenet.pth")
     parsenet = ParseNet(in_size=512, out_size=512, parsing_ch=19)
     fill(parsenet, SEED)
-    torch.save(_half(parsenet.state_dict()), folder / "parsing_parsenet.pth")
+    _save_half(parsenet.state_dict(), folder / "parsing_parsenet.pth")
     _write_eva_clip(folder, vit_dim)
     _write_scrfd(models / "scrfd_10g_bnkps.onnx", detector)
     _write_arcface(models / "glintr100.onnx")
 
 
-def _half(state: Weights) -> Weights:
-    # Random weights lose nothing by it, and the folder is half as large; loading widens again.
-    return {name: t.half() if t.is_floating_point() else t for name, t in state.items()}
-
-
-def _retinaface(detector: Weights) -> Weights:
-    full = RetinaFace(network_name="resnet50", device="cpu").state_dict()
-    return _half(retinaface_state(detector, full))
-
-
-def _keep_skin(model: BiSeNet) -> dict[str, torch.Tensor]:
-    """BiSeNet that calls nearly everything skin, class 1, so that the aligned face is kept."""
-    with torch.no_grad():
-        weight = model.conv_out.conv_out.weight  # [classes, features, 1, 1]; features are >= 0
-        weight[1] = weight.abs().max()
-    return model.state_dict()
+def _save_half(state: Weights, path: Path) -> None:
+    """Save in half precision, for half the size: loading converts to float32 again."""
+    half = {name: t.half() if t.is_floating_point() else t for name, t in state.items()}
+    torch.save(half, path)
 
 
 def _write_eva_clip(folder: Path, width: int) -> None:
-    """An EVA-CLIP of the name that ConsisID loads, 24 layers as there, on a small width."""
+    """Write the EVA-CLIP that ConsisID loads, with 24 layers but a small width."""
     consisid_eva_clip = import_eva_clip()
     config = consisid_eva_clip.get_model_config(EVA_CLIP)
     config["vision_cfg"].update(width=width, head_width=64, mlp_ratio=2.0)
@@ -79,47 +71,38 @@ def _write_eva_clip(folder: Path, width: int) -> None:
     model = consisid_eva_clip.create_model(EVA_CLIP, force_custom_clip=True)
     fill(model.visual, SEED)
     fill(model.text, SEED)
-    torch.save(_half(model.state_dict()), folder / "EVA02_CLIP_L_336_psz14_s6B.pt")
+    _save_half(model.state_dict(), folder / "EVA02_CLIP_L_336_psz14_s6B.pt")
 
 
 def _write_scrfd(path: Path, detector: Weights) -> None:
-    nodes, constants, outputs = scrfd_graph(detector, SCRFD_CANVAS)
-    graph = helper.make_graph(
-        nodes,
-        "scrfd",
-        [helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, 3, *[SCRFD_CANVAS] * 2])],
-        [
-            helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, width])
-            for name, width in zip(outputs, np.repeat([1, 4, 10], 3).tolist(), strict=True)
-        ],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
-    )
-    _save(graph, path)
+    nodes, constants, names = scrfd_graph(detector, SCRFD_CANVAS)
+    widths = np.repeat([1, 4, 10], 3).tolist()
+    outputs = [_tensor(name, None, width) for name, width in zip(names, widths, strict=True)]
+    inputs = [_tensor("input", 1, 3, SCRFD_CANVAS, SCRFD_CANVAS)]
+    initializers = [numpy_helper.from_array(value, name) for name, value in constants.items()]
+    _save(helper.make_graph(nodes, "scrfd", inputs, outputs, initializers), path)
 
 
 def _write_arcface(path: Path) -> None:
-    """ArcFace's interface, a 112x112 face to 512 numbers, by one random layer on its pixels."""
+    """Write a model with ArcFace's interface: 512 numbers of a 112x112 face, by a random layer."""
     pooled = 16 * 16 * 3
     generator = torch.Generator().manual_seed(SEED)
     weight = torch.randn(pooled, 512, generator=generator).numpy() / np.sqrt(pooled)
-    graph = helper.make_graph(
-        [
-            helper.make_node(
-                "AveragePool", ["input"], ["pooled"], kernel_shape=[7, 7], strides=[7, 7]
-            ),
-            helper.make_node("Flatten", ["pooled"], ["pixels"]),
-            helper.make_node("MatMul", ["pixels", "weight"], ["embedding"]),
-        ],
-        "arcface",
-        [
-            helper.make_tensor_value_info(
-                "input", TensorProto.FLOAT, [None, 3, ARCFACE_SIZE, ARCFACE_SIZE]
-            )
-        ],
-        [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, [None, 512])],
-        [numpy_helper.from_array(weight.astype(np.float32), "weight")],
-    )
-    _save(graph, path)
+    pool = {"kernel_shape": [7, 7], "strides": [7, 7]}
+    nodes = [
+        helper.make_node("AveragePool", ["input"], ["pooled"], **pool),
+        helper.make_node("Flatten", ["pooled"], ["pixels"]),
+        helper.make_node("MatMul", ["pixels", "weight"], ["embedding"]),
+    ]
+    inputs = [_tensor("input", None, 3, ARCFACE_SIZE, ARCFACE_SIZE)]
+    outputs = [_tensor("embedding", None, 512)]
+    initializers = [numpy_helper.from_array(weight.astype(np.float32), "weight")]
+    _save(helper.make_graph(nodes, "arcface", inputs, outputs, initializers), path)
+
+
+def _tensor(name: str, *shape: int | None) -> object:
+    """The description of a float tensor; None stands for any length."""
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
 
 
 def _save(graph: object, path: Path) -> None:

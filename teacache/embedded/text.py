@@ -13,7 +13,7 @@ from transformers import T5Config, T5EncoderModel
 
 from teacache.embedded.configuration import SEED, TRANSFORMER, fill
 
-# The words of prompts such as ConsisID's examples: one of their length must fit into 226 tokens.
+# The words of ConsisID's example prompts: a prompt of their length must fit into 226 tokens.
 WORDS = """
     The video captures a boy girl man woman astronaut walking standing laughing along a city street,
     filmed in black and white on a classic 35mm camera. His Her expression is thoughtful, smiling,
@@ -33,9 +33,9 @@ WORDS = """
 def write_text_encoder(folder: Path) -> None:
     """Write tokenizer and text encoder.
 
-    The encoder reads word by word: the output of its attention is zero, and what it makes of a
-    token comes from the token's letters alone, whatever number it has. So nothing that was trained
-    depends on how the tokenizer of some version counts.
+    The output of its attention is zero, so each token is encoded by itself. The embedding of a
+    token depends on its letters, not on its number. So the trained weights do not depend on the
+    version of the tokenizer.
     """
     pieces = _write_tokenizer(folder / "tokenizer")
     width = TRANSFORMER["text_embed_dim"]
@@ -62,7 +62,7 @@ def write_text_encoder(folder: Path) -> None:
 
 def _write_tokenizer(folder: Path) -> list[str]:
     """Train a SentencePiece model on random sentences; return its tokens."""
-    # In random order, so that what repeats, and becomes a piece, is the word and not the phrase.
+    # In random order, so that words and not phrases repeat, and become pieces.
     order = random.Random(SEED)
     sentences = [" ".join(order.sample(WORDS, 12)) for _ in range(800)]
     model = io.BytesIO()
@@ -83,5 +83,5 @@ def _write_tokenizer(folder: Path) -> list[str]:
     (folder / "spiece.model").write_bytes(model.getvalue())
     reader = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     pieces = [reader.id_to_piece(number) for number in range(reader.get_piece_size())]
-    # T5's tokenizer adds a hundred.
+    # T5's tokenizer adds a hundred tokens.
     return [*pieces, *(f"<extra_id_{number}>" for number in range(100))]

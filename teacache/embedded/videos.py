@@ -1,7 +1,7 @@
-"""Videos to measure with: three sets of aligned portraits, prompts and seeds, kept as data.
+"""Videos for measurements: three sets of aligned portraits, prompts and seeds.
 
-`held_out` and half of `fresh` show portraits that the embedded checkpoint was not trained on;
-`training` and the other half show portraits of the kinds that it was trained on.
+The embedded checkpoint was not trained on the portraits of `held_out` and of half of `fresh`. It
+was trained on portraits like those of `training` and of the other half.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from teacache.inputs.identity import FaceModels, Identity, aligned_identity
 
 SIZE = VideoSize(width=112, height=96, num_frames=13)
 SIDE = 128  # pixels of a portrait
-# Eyes, tip of the nose and corners of the mouth in an aligned face, in parts of its side: the
-# template of facexlib 0.3.0, face_restoration_helper.py, which is that of FFHQ.
+# Eyes, tip of the nose and corners of the mouth in an aligned face, in fractions of its side: the
+# template of FFHQ, from facexlib 0.3.0, face_restoration_helper.py.
 ALIGNED = np.array(
     [[0.3769, 0.4686], [0.6229, 0.4691], [0.5012, 0.6133], [0.3931, 0.7254], [0.6115, 0.7249]]
 )
-ALIGNED_SIDE = 512  # pixels of the aligned face that the pipeline takes
+ALIGNED_SIDE = 512  # pixels of the pipeline's aligned face
 
 
 class Video(NamedTuple):

@@ -1,7 +1,7 @@
-"""The trained weights of the embedded checkpoint, as the repository holds them: in half precision.
+"""The trained weights of the embedded checkpoint, stored in half precision.
 
-What a seed gives, the face extractor and the time embedding, is not among them. README.md says how
-they were trained.
+The face extractor and the time embedding are random, from seeds, and are not stored. For the
+training see README.md.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, ConsisIDTransformer3DModel
 from safetensors.torch import load_file
 
-# Trained by `python3 -m teacache.embedded.train DIR`, whose code is at commit 0a84901.
+# Trained by `python3 -m teacache.embedded.train DIR` of commit 0a84901.
 FILE = Path(__file__).with_name("weights.safetensors")
 FROM_SEEDS = ("local_facial_extractor.", "time_embedding.")
 POSITIONS = "patch_embed.pos_embedding"
 
 
 def read() -> dict[str, torch.Tensor]:
-    """The trained weights; of the positions those of the video."""
+    """The trained weights; the positional embeddings are those of the video tokens only."""
     return load_file(FILE)
 
 
@@ -33,7 +33,7 @@ def unpack(
     transformer: ConsisIDTransformer3DModel,
     vae: AutoencoderKLCogVideoX,
 ) -> None:
-    """Give transformer and VAE their trained weights."""
+    """Load the trained weights into transformer and VAE."""
     own = {n: value for n, value in transformer.state_dict().items() if n.startswith(FROM_SEEDS)}
     trained = _part("transformer.", tensors)
     positions = transformer.patch_embed.pos_embedding.clone()

@@ -22,8 +22,8 @@ from teacache.results.record import versions, write_json
 
 logger = logging.getLogger(__name__)
 
-LEAST_STEPS = readers.DEGREE + 4  # the first and the last of which say nothing
-POOR = 0.5  # an R2 below this is warned of
+LEAST_STEPS = readers.DEGREE + 4  # DEGREE + 1 points determine the polynomial, more test it
+POOR = 0.5  # an R2 below this gives a warning
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(
         prog="python3 -m teacache.fit",
-        description="Fit the coefficients of the rescaling polynomial, on videos that are sampled "
+        description="Fit the coefficients of the rescaling polynomial on videos that are sampled "
         "with every step computed.",
         allow_abbrev=False,
     )
@@ -45,7 +45,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add_flags(parser, "num_frames", "height", "width", "device", "dtype", "offload", "attention")
     what = "the file for --coefficients, a .json"
     parser.add_argument("--output", type=readers.path, required=True, metavar="FILE", help=what)
-    # What else a video is asked for with: as the sampler's command has it, every step computed.
+    # All other arguments have the defaults of the sampler's command; every step is computed.
     parser.set_defaults(**vars(build_parser().parse_args(["--rel_l1_thresh", "0"])))
     args = parser.parse_args(argv)
     if args.output.suffix != ".json":
@@ -56,26 +56,26 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def fit_coefficients(args: argparse.Namespace) -> None:
-    """Measure each video, fit the polynomial to all of them, and write it."""
+    """Measure the videos, fit the polynomial, and write the coefficients."""
     console = Console(quiet=False)
     stages = Stages(console)
     order = Order.of(args)
     numbers = {job.num_infer_steps for job in order.jobs}
     if len(numbers) > 1 or min(numbers) < LEAST_STEPS:
-        found = ", ".join(map(str, sorted(numbers)))
         raise ArgumentError(
-            f"--num_infer_steps: a fit needs one number, {LEAST_STEPS} or more: found {found}"
+            f"--num_infer_steps: a fit needs one number, {LEAST_STEPS} or more: found "
+            f"{', '.join(map(str, sorted(numbers)))}"
         )
     steps = numbers.pop()
     ready = preflight(order, stages)
-    changes = _measured(order, ready, stages, console)
-    from teacache.fit.measure import fit  # torch: after `preflight`, and not for `--help`
+    changes = _measure(order, ready, stages, console)
+    from teacache.fit.measure import fit  # imports torch: not for `--help`
 
     distances = next(iter(ready.schedules.values())).distances
     coefficients, r2 = fit(distances, changes, f"fitted on {order.ckpts_path} at {steps} steps")
     if r2 < POOR:
         logger.warning(
-            "R2 is %.2f: the polynomial explains little of how far the residual moves, and a "
+            "R2 is %.2f: the polynomial explains little of the change of the residual, and a "
             "threshold with these coefficients says little about this model",
             r2,
         )
@@ -95,8 +95,8 @@ def fit_coefficients(args: argparse.Namespace) -> None:
     console.say(f"coefficients {args.output}, R2 {r2:.2f}")
 
 
-def _measured(order: Order, ready: Ready, stages: Stages, console: Console) -> list[list[float]]:
-    """How far each video's residual moves, see `residual_changes`."""
+def _measure(order: Order, ready: Ready, stages: Stages, console: Console) -> list[list[float]]:
+    """Sample the videos; return the changes of each, see `residual_changes`."""
     from teacache.command.run import condition, load
     from teacache.core.forward import apply_teacache
     from teacache.fit.measure import residual_changes
@@ -106,13 +106,13 @@ def _measured(order: Order, ready: Ready, stages: Stages, console: Console) -> l
     with stages.stage("loading"):
         pipe = load(order, ready)
     changes = []
-    with apply_teacache(pipe) as handle:
+    with apply_teacache(pipe, rel_l1_thresh=0):  # its forward takes less memory
         for number, job in enumerate(order.jobs):
             steps = job.num_infer_steps
             start = prepare(pipe, identities[job.image], ready.size, job.seed)
             loop = Loop(pipe, start, texts[job], ready.size, steps, order.format.guidance_scale)
             with console.bar(steps, what=f"video {number + 1} of {len(order.jobs)}") as on_step:
-                changes.append(residual_changes(handle, loop, steps, on_step))
+                changes.append(residual_changes(pipe.transformer, loop, steps, on_step))
     return changes
 
 

@@ -1,13 +1,11 @@
-"""How far the residual moves from step to step, and the polynomial of the timestep embedding's
-distance that is fitted to it.
+"""The polynomial that estimates from the timestep embedding how far the residual moves.
 
 TeaCache fits it by least squares (arXiv:2411.19108, section 3.3). Nothing guarantees that the
-residual is a function of that distance; R2 says how well the fit explains it.
+residual depends only on the timestep embedding; R2 measures how well the fit explains it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -20,42 +18,56 @@ from teacache.command.readers import DEGREE
 from teacache.core.rule import Coefficients, relative_l1
 
 if TYPE_CHECKING:
-    from teacache.core.handle import TeaCacheHandle
+    from diffusers import ConsisIDTransformer3DModel
+
     from teacache.sampling.sampler import Loop
 
 
 @torch.no_grad()
 def residual_changes(
-    handle: TeaCacheHandle, loop: Loop, num_steps: int, on_step: Callable[[], None]
+    transformer: ConsisIDTransformer3DModel,
+    loop: Loop,
+    num_steps: int,
+    on_step: Callable[[], None],
 ) -> list[float]:
-    """Sample a video with every step computed, calling `on_step` after each.
+    """Sample a video, and measure how far the residual moves at each step.
+
+    Args:
+        transformer: the loop's, with TeaCache at threshold 0.
+        on_step: called after each step.
 
     Returns:
-        of each step the relative L1 distance of its residual to that of the step before; NaN for
-        the first, and for the last, whose residual is not kept.
+        for each step the relative L1 distance of its residual to the one before; NaN for the first.
     """
-    changes, before = [], None
-    handle.follow([0])
-    for step in range(num_steps):
-        if step:
-            # The handle keeps the residual of a computed step only where the next one reuses it.
-            video = handle.video
-            video.plan = dataclasses.replace(video.plan, computed_steps=(step,))
-        loop.advance(loop.predict())
-        residual = None if handle.video.residual is None else handle.video.residual.float()
-        if before is None or residual is None:
-            changes.append(math.nan)
-        else:
-            changes.append(relative_l1(residual, before).item())
-        before = residual
-        on_step()
+    tokens: dict[str, torch.Tensor] = {}  # [batch, video tokens, inner dim]
+    hooks = [
+        transformer.transformer_blocks[0].register_forward_pre_hook(
+            lambda block, args, kwargs: tokens.update(before=kwargs["hidden_states"]),
+            with_kwargs=True,
+        ),
+        transformer.norm_final.register_forward_pre_hook(
+            lambda norm, args: tokens.update(after=args[0])
+        ),
+    ]
+    changes, previous = [], None
+    try:
+        for _ in range(num_steps):
+            loop.advance(loop.predict())
+            residual = (tokens["after"] - tokens["before"]).float()
+            change = math.nan if previous is None else relative_l1(residual, previous).item()
+            changes.append(change)
+            previous = residual
+            on_step()
+    finally:
+        for hook in hooks:
+            hook.remove()
     return changes
 
 
 def fit(
     distances: tuple[float | None, ...], changes: list[list[float]], source: str
 ) -> tuple[Coefficients, float]:
-    """The fitted polynomial, and its R2: the share of the changes' variance that it explains.
+    """The polynomial, and its R2: the share of the variance of the changes that it explains.
 
     Args:
         distances: of each step, see `teacache.core.rule.distances_between`.
@@ -65,13 +77,12 @@ def fit(
         SamplingError: where too few of the changes are finite.
     """
     x = np.array([np.nan if distance is None else distance for distance in distances])
-    pairs = [pair for own in changes for pair in zip(x, own, strict=True)]
-    points = np.array([pair for pair in pairs if np.isfinite(pair).all()])
+    points = np.array([point for video in changes for point in zip(x, video, strict=True)])
+    points = points[np.isfinite(points).all(axis=1)]
     if len(points) <= DEGREE:
         raise SamplingError("the residuals hold NaN or infinite numbers: try another --dtype")
-    known, moved = points.T
-    values = np.polyfit(known, moved, DEGREE)
-    missed = moved - np.polyval(values, known)
-    r2 = 1 - float(missed.var() / moved.var()) if moved.var() else 1.0
-    span = float(known.min()), float(known.max())
-    return Coefficients(tuple(values.tolist()), span, source), r2
+    x, y = points.T
+    values = np.polyfit(x, y, DEGREE)
+    errors = y - np.polyval(values, x)
+    r2 = 1 - float(errors.var() / y.var()) if y.var() else 1.0
+    return Coefficients(tuple(values.tolist()), (float(x.min()), float(x.max())), source), r2

@@ -1,7 +1,7 @@
-"""What videos are conditioned on, faces and texts: from the cache where it has them, else computed.
+"""The faces and texts that videos are conditioned on: read from the cache, or computed.
 
-The models for it are large, and needed for nothing else: each is loaded only if the cache lacks
-something, and gone again before the next one comes.
+The models that compute them are large, and nothing else needs them. Each is loaded only where the
+cache lacks something, and is freed before the next one is loaded.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from teacache.inputs.embedding_cache import EmbeddingCache
 
 TEXT_PACKAGES = ("torch", "transformers", "diffusers", "sentencepiece")
-# Some of them come under several names, of which one is installed.
+# Some packages have several names; one of them is installed.
 FACE_PACKAGES = (
     *("torch", "torchvision", "diffusers", "insightface", "facexlib", "consisid-eva-clip"),
     *("onnxruntime", "onnxruntime-gpu", "opencv-python", "opencv-python-headless"),
@@ -43,7 +43,7 @@ class Conditioning:
 
     Args:
         offload: see `teacache.load_pipeline`.
-        cache: where embeddings are kept from run to run; None computes all of them.
+        cache: of the embeddings of earlier runs.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Conditioning:
         device: torch.device,
         dtype: torch.dtype,
         offload: str,
-        cache: EmbeddingCache | None,
+        cache: EmbeddingCache,
     ):
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
         self.offload, self.cache = offload, cache
@@ -62,70 +62,61 @@ class Conditioning:
         """The identity in each image, by the image's source.
 
         Raises:
-            ImageError: where one has no face.
+            ImageError: where an image has no face.
         """
-        keys, found = {}, {}
-        if self.cache:
-            for source, image in images.items():
-                keys[source] = self.face_key(image)
-                entry = self.cache.get(keys[source], faces.TENSORS)
-                if entry:
-                    found[source] = faces.from_tensors(entry, self.device)
-        missing = [source for source in images if source not in found]
+        keys = {source: self.face_key(image) for source, image in images.items()}
+        identities = {}
+        for source, key in keys.items():
+            if entry := self.cache.get(key, faces.TENSORS):
+                identities[source] = faces.from_tensors(entry, self.device)
+        missing = [source for source in images if source not in identities]
         if missing:
             models = faces.load_face_models(self.checkpoint, self.device, self.dtype)
             for source in missing:
                 name = f"--image {without_credentials(source)}"
-                found[source] = faces.find_identity(
+                identities[source] = faces.find_identity(
                     images[source], models, self.device, self.dtype, name
                 )
-                if self.cache:
-                    self.cache.put(keys[source], faces.as_tensors(found[source]))
+                self.cache.put(keys[source], faces.as_tensors(identities[source]))
             del models
             devices.free_cached_memory(self.device)
-        return found
+        return identities
 
     def embed_texts(self, texts: Iterable[str]) -> dict[str, EmbeddedText]:
-        """Each text's embeddings."""
-        wanted = dict.fromkeys(texts)
-        embedded = {text: cached for text in wanted if (cached := self._cached_text(text))}
-        missing = [text for text in wanted if text not in embedded]
+        """The embeddings of each text."""
+        keys = {text: self.text_key(text) for text in texts}
+        embedded = {}
+        for text, key in keys.items():
+            if entry := self.cache.get(key, ("embeds", "lost")):
+                lost = bytes(entry["lost"].tolist()).decode()
+                embedded[text] = EmbeddedText(entry["embeds"].to(self.device), lost)
+        missing = [text for text in keys if text not in embedded]
         if missing:
             pipe = load_pipeline(
                 self.checkpoint, self.device, self.dtype, self.offload, parts=("text_encoder",)
             )
             for text in missing:
-                embedded[text] = embed_text(pipe, text)
-                if self.cache:
-                    lost = torch.tensor(list(embedded[text].lost.encode()), dtype=torch.uint8)
-                    entry = {"embeds": embedded[text].embeds, "lost": lost}
-                    self.cache.put(self.text_key(text), entry)
+                embeds, lost = embedded[text] = embed_text(pipe, text)
+                as_bytes = torch.tensor(list(lost.encode()), dtype=torch.uint8)
+                self.cache.put(keys[text], {"embeds": embeds, "lost": as_bytes})
             del pipe
             devices.free_cached_memory(self.device)
         return embedded
 
-    def _cached_text(self, text: str) -> EmbeddedText | None:
-        names = ("embeds", "lost")
-        entry = self.cache.get(self.text_key(text), names) if self.cache else None
-        if entry is None:
-            return None
-        lost = bytes(entry["lost"].tolist()).decode()
-        return EmbeddedText(entry["embeds"].to(self.device), lost)
-
     def face_key(self, image: Image.Image) -> dict[str, str]:
-        """What the embeddings of a face depend on."""
+        """The cache key of a face: all that its embeddings depend on."""
         pixels = f"{image.width}x{image.height} {pixels_sha256(image)}"
         return {**self._key("face_encoder", packages=FACE_PACKAGES), "image": pixels}
 
     def text_key(self, text: str) -> dict[str, str]:
-        """What the embeddings of a text depend on."""
+        """The cache key of a text: all that its embeddings depend on."""
         return {**self._key("text_encoder", "tokenizer", packages=TEXT_PACKAGES), "text": text}
 
     def _key(self, *components: str, packages: tuple[str, ...]) -> dict[str, str]:
-        """What every embedding of a kind depends on.
+        """The part of a key that all faces share, or all texts.
 
-        The device is among it: another GPU may round differently. So is the code that computes and
-        takes apart the embeddings.
+        It has the device, since another GPU may round differently, and a digest of the code that
+        computes the embeddings.
         """
         for component in components:
             if component not in self._fingerprints:
@@ -136,7 +127,7 @@ class Conditioning:
             **{component: self._fingerprints[component] for component in components},
             "dtype": devices.dtype_name(self.dtype),
             "device": devices.device_name(self.device),
-            "code": _digest_of_the_code(),
+            "code": _code_digest(),
             **{package: installed_version(package) for package in packages},
         }
 
@@ -150,7 +141,7 @@ def installed_version(package: str) -> str:
 
 
 @functools.cache
-def _digest_of_the_code() -> str:
+def _code_digest() -> str:
     code = (faces.find_identity, embed_text, load_pipeline, Conditioning)
     files = [Path(str(sys.modules[each.__module__].__file__)) for each in code]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()

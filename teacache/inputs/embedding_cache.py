@@ -1,8 +1,8 @@
-"""Embeddings of faces and prompts that are kept from run to run, by what they depend on.
+"""A cache of the embeddings of faces and prompts.
 
-An entry's name is the digest of everything that its values depend on: a changed image, checkpoint
-or library has another name. Entries that have not been read for longest go first, once there are
-too many.
+The name of an entry is a digest of everything that its values depend on. So a changed image,
+checkpoint or library has another entry. The least recently read entries are removed where the cache
+grows too large.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Some hundred faces (7 MB each in bfloat16 at full size) or prompts (2 MB).
+# More than a hundred faces (7 MB each in bfloat16 at full size), or 500 prompts (2 MB each).
 MOST_BYTES = 2**30
 ENDING = ".safetensors"
 SAMPLED_BYTES = 2**20
 
 
 def fingerprint(files: list[Path], times: bool = True) -> str:
-    """A digest that changes with the files: names, sizes, times of change, first megabytes.
+    """A digest of the files' names, sizes, times of change and first megabytes.
 
-    All of 20 GB would take as long to read as to load.
+    To read all of 20 GB would take as long as to load them.
 
     Args:
-        times: of change; without them a copy of the files has the same digest.
+        times: whether to include the times of change. Without, a copy has the same digest.
     """
     digest = hashlib.sha256()
     for path in sorted(files):
@@ -52,24 +52,24 @@ def fingerprint(files: list[Path], times: bool = True) -> str:
 
 
 class EmbeddingCache:
-    """Named tensors by what they depend on, each entry a safetensors file.
+    """Entries of named tensors, each a safetensors file.
 
-    Any number of processes may share a folder. An entry that is damaged is made anew. A cache that
-    cannot be written to is none: the run goes on.
+    Any number of processes may share a folder. A damaged entry is computed again. Where the folder
+    cannot be written to, a warning is logged and the run goes on.
 
     Args:
-        folder: made when the first entry is.
-        most_bytes: what all entries may take together.
+        folder: created with the first entry.
+        most_bytes: size limit of all entries together.
     """
 
     def __init__(self, folder: Path, most_bytes: int = MOST_BYTES):
         self.folder, self.most_bytes = folder, most_bytes
 
     def get(self, key: dict[str, str], names: Collection[str]) -> dict[str, torch.Tensor] | None:
-        """The tensors stored under `key`, on the CPU; None if there is no entry or it is damaged.
+        """The tensors under a key, on the CPU; None where there is no entry or it is damaged.
 
         Args:
-            names: of the tensors that the caller needs, no more and no less.
+            names: of the tensors. An entry with other tensors counts as damaged.
         """
         from safetensors.torch import load  # it imports torch
 
@@ -82,14 +82,14 @@ class EmbeddingCache:
         except SafetensorError:
             tensors = {}
         if set(tensors) != set(names):
-            logger.warning("%s is damaged, and is made anew", path)
+            logger.warning("%s is damaged and is computed again", path)
             with contextlib.suppress(OSError):
                 path.unlink()
             return None
         return tensors
 
     def put(self, key: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
-        """Keep tensors under the key, unless another process is about to."""
+        """Store tensors under a key, unless another process is storing them."""
         from safetensors.torch import save_file
 
         stem = self.path_of(key).with_suffix("")
@@ -99,19 +99,19 @@ class EmbeddingCache:
                 if ours:
                     with written_whole(stem, ENDING) as (path,):
                         save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, path)
-            self._forget_the_oldest()
+            self._remove_oldest()
         except (OSError, SafetensorError) as error:
-            logger.warning("embeddings are not kept: %s: %s", self.folder, reason(error))
+            logger.warning("embeddings cannot be cached in %s: %s", self.folder, reason(error))
 
     def path_of(self, key: dict[str, str]) -> Path:
-        """Where the entry of a key lies."""
+        """The file of a key's entry."""
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         return with_ending(self.folder / name, ENDING)
 
-    def _forget_the_oldest(self) -> None:
+    def _remove_oldest(self) -> None:
         entries = []
         for path in self.folder.glob(f"[!.]*{ENDING}"):
-            with contextlib.suppress(FileNotFoundError):  # another process was quicker
+            with contextlib.suppress(FileNotFoundError):  # another process has removed it
                 status = path.stat()
                 entries.append((status.st_mtime_ns, status.st_size, path))
         total = sum(size for _, size, _ in entries)

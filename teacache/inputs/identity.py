@@ -1,4 +1,4 @@
-"""From a face image to an identity: the four things that the sampler needs of a face."""
+"""The identity of a face image: the embeddings and the aligned face that ConsisID takes."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ logger = logging.getLogger(__name__)
 if TYPE_CHECKING:
     from facexlib.utils.face_restoration_helper import FaceRestoreHelper
 
-EVA_CLIP = "EVA02-CLIP-L-14-336"  # the model, and with .json its description in `face_encoder/`
-HIDDEN_STATES = 5  # of EVA-CLIP's 24 layers, those that ConsisID reads
-# What an identity consists of, as `as_tensors` names it.
+EVA_CLIP = "EVA02-CLIP-L-14-336"  # the model; `face_encoder/` may hold its configuration, a .json
+HIDDEN_STATES = 5  # ConsisID reads as many of EVA-CLIP's 24 layers
+# The names of the tensors of `as_tensors`.
 TENSORS = ("id_cond", *(f"id_vit_hidden_{n}" for n in range(HIDDEN_STATES)), "face", "kps")
 SMALL_FACE_PIXELS = 64
 UPSTREAM_PIXELS = 1024
 
 
 class Identity(NamedTuple):
-    """What ConsisID is conditioned on.
+    """The face that ConsisID is conditioned on.
 
-    id_cond: [1, 1280], ArcFace's 512 numbers and EVA-CLIP's 768.
+    id_cond: [1, 1280], 512 numbers of ArcFace and 768 of EVA-CLIP.
     id_vit_hidden: five hidden states of EVA-CLIP, each [1, 577, ViT width].
-    face: the aligned face, 512x512, which becomes the first frame's condition.
-    kps: [5, 2], the face's key points, eyes, nose and corners of the mouth, in pixels of the image
-        as upstream looks at it, its longer side at most 1024.
+    face: the aligned face, 512x512, the condition of the first frame.
+    kps: [5, 2], key points: eyes, nose and corners of the mouth, in pixels of the image after its
+        longer side is reduced to 1024.
     """
 
     id_cond: torch.Tensor
@@ -50,7 +50,7 @@ class Identity(NamedTuple):
 
 
 class FaceModels(NamedTuple):
-    """The face stack, in the order in which `prepare_face_models` of diffusers returns it."""
+    """The face models, in the order of diffusers' `prepare_face_models`."""
 
     aligner: Any  # facexlib: RetinaFace, alignment, parsing
     recogniser: Any  # insightface: ArcFace
@@ -61,7 +61,7 @@ class FaceModels(NamedTuple):
 
 
 def as_tensors(identity: Identity) -> dict[str, torch.Tensor]:
-    """An identity as named tensors, as a safetensors file holds them."""
+    """An identity as named tensors, for a safetensors file."""
     hidden = {f"id_vit_hidden_{n}": tensor for n, tensor in enumerate(identity.id_vit_hidden)}
     return {
         "id_cond": identity.id_cond,
@@ -72,7 +72,7 @@ def as_tensors(identity: Identity) -> dict[str, torch.Tensor]:
 
 
 def from_tensors(tensors: dict[str, torch.Tensor], device: torch.device) -> Identity:
-    """The identity that `as_tensors` took apart, its embeddings on the device."""
+    """The inverse of `as_tensors`, with the embeddings on the device."""
     return Identity(
         id_cond=tensors["id_cond"].to(device),
         id_vit_hidden=[tensors[f"id_vit_hidden_{n}"].to(device) for n in range(HIDDEN_STATES)],
@@ -82,7 +82,7 @@ def from_tensors(tensors: dict[str, torch.Tensor], device: torch.device) -> Iden
 
 
 def load_analyser(checkpoint: Path) -> Any:
-    """insightface's detector and recogniser alone, as `load_face_models` loads them too."""
+    """Load only insightface's detector and recogniser."""
     from insightface.app import FaceAnalysis
 
     folder = checkpoint / "face_encoder"
@@ -96,7 +96,7 @@ def load_face_models(checkpoint: Path, device: torch.device, dtype: torch.dtype)
     """Load detectors, recogniser, parser and EVA-CLIP from `face_encoder/` of the checkpoint.
 
     Raises:
-        CheckpointError: where a file is damaged, or a .pth or .pt holds more than weights.
+        CheckpointError: where a file is damaged, or a .pth or .pt file holds more than weights.
     """
     consisid_eva_clip = import_eva_clip()
     from diffusers.pipelines.consisid.consisid_utils import prepare_face_models
@@ -104,8 +104,7 @@ def load_face_models(checkpoint: Path, device: torch.device, dtype: torch.dtype)
     own = checkpoint / "face_encoder" / f"{EVA_CLIP}.json"
     packaged = Path(str(consisid_eva_clip.__file__)).parent / "model_configs" / f"{EVA_CLIP}.json"
     with reading(checkpoint / "face_encoder"):
-        # The registry is one for the process: without the second, a small EVA-CLIP registered for
-        # another checkpoint would still be there for one that describes none.
+        # The registry is global. An earlier checkpoint may have registered a smaller EVA-CLIP.
         consisid_eva_clip.add_model_config(own if own.is_file() else packaged)
         try:
             with _no_code_in_weights():
@@ -113,21 +112,20 @@ def load_face_models(checkpoint: Path, device: torch.device, dtype: torch.dtype)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
                 f"{checkpoint / 'face_encoder'}: a .pth or .pt file is damaged, or holds more than "
-                "weights, and is not read, since that might run what it holds"
+                "weights, and is not read: it might run code"
             ) from error
 
 
 @contextlib.contextmanager
 def _no_code_in_weights() -> Iterator[None]:
-    """Have torch read weights and nothing else, whatever its callers ask for."""
-    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    """Let `torch.load` read weights only, even where its caller allows more."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name, "")  # torch takes an empty value for none
+    os.environ[name] = "1"
     try:
         yield
     finally:
-        del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
-        if before is not None:
-            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
+        os.environ[name] = before
 
 
 def find_identity(
@@ -137,17 +135,17 @@ def find_identity(
     dtype: torch.dtype,
     name: str = "the image",
 ) -> Identity:
-    """The identity of the face in `image` (RGB, upright), the largest where there are several.
+    """The identity of the largest face in `image` (RGB, upright).
 
-    Two detectors look: insightface's for the recogniser, facexlib's to align the face. Upstream
-    takes the largest face of the first and the one in the middle of the second; here both go on
-    with the same one. Where the first does not find it, the recogniser gets the aligned face.
+    There are two detectors: insightface's for the recogniser, facexlib's to align the face.
+    Upstream takes the largest face of the first and the central face of the second. Here both
+    take the same face. Where insightface does not detect it, the recogniser reads the aligned face.
 
     Args:
-        name: of the image, in what is said of it.
+        name: of the image, for messages.
 
     Raises:
-        ImageError: where facexlib finds no face.
+        ImageError: where facexlib detects no face.
     """
     from diffusers.pipelines.consisid import consisid_utils
 
@@ -158,8 +156,8 @@ def find_identity(
     if side < SMALL_FACE_PIXELS:
         height, width, _ = picture.shape
         logger.warning(
-            "%s: the face in it is %d pixels wide or high, in a picture of %dx%d: below %d it is "
-            "hardly recognised. Cut the picture to the face",
+            "%s: the face is %d pixels wide or high, in a picture of %dx%d. Below %d pixels a face "
+            "is hardly recognised: crop the picture to the face",
             name,
             side,
             width,
@@ -177,12 +175,12 @@ def aligned_identity(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Identity:
-    """The identity of a face that was found before.
+    """The identity of a face that was detected before.
 
     Args:
         picture: [height, width, 3], uint8 RGB.
-        recognised: insightface's face, in a list that may be empty.
-        alignable: facexlib's box (left, top, right, bottom, how sure it is) and five landmarks.
+        recognised: a list with insightface's face, or an empty list.
+        alignable: facexlib's box (left, top, right, bottom, confidence) and five landmarks.
     """
     from diffusers.pipelines.consisid import consisid_utils
 
@@ -205,14 +203,10 @@ def aligned_identity(
 def _choose_face(
     picture: np.ndarray, models: FaceModels, name: str
 ) -> tuple[list, tuple[np.ndarray, np.ndarray]]:
-    """The face to take, as each detector found it.
+    """The largest face, as `aligned_identity` takes it from each detector.
 
     Args:
         picture: [height, width, 3], uint8 RGB.
-
-    Returns:
-        insightface's face, in a list that is empty where it does not find the one to take; and
-        facexlib's, its box (left, top, right, bottom, how sure it is) and its five landmarks.
     """
     bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
     recognised = sorted(models.analyser.get(bgr), key=lambda face: _sides(face["bbox"]).prod())
@@ -223,7 +217,7 @@ def _choose_face(
     alignable = list(zip(aligner.det_faces, aligner.all_landmarks_5, strict=True))
     if not alignable:
         raise ImageError(
-            f"{name}: no face was found in it: take one that shows a face from the front, large"
+            f"{name}: no face was found in it: use an image with a large face, seen from the front"
         )
     several = len(recognised) or len(alignable)
     if several > 1:
@@ -243,20 +237,20 @@ def _sides(box: np.ndarray) -> np.ndarray:
 
 
 def _distance(box: np.ndarray, other: np.ndarray) -> float:
-    """How far the middle of a box is from another's: 0 in its middle, 1 on its edge."""
-    away = (box[:2] + box[2:4] - other[:2] - other[2:4]) / 2
-    return 2 * (abs(away) / _sides(other)).max()
+    """From the middle of `box` to that of `other`: 0 is its middle, 1 is its edge."""
+    shift = box[:2] + box[2:4] - other[:2] - other[2:4]
+    return (abs(shift) / _sides(other)).max()
 
 
 @contextlib.contextmanager
 def _aligning(face: tuple[np.ndarray, np.ndarray], aligner: FaceRestoreHelper) -> Iterator[None]:
-    """Have facexlib align this face, which it has found before, instead of looking anew."""
+    """Let facexlib align this face, instead of detecting faces again."""
     box, landmarks = face
 
-    def look(only_center_face: bool) -> None:
+    def detect(only_center_face: bool) -> None:
         aligner.det_faces, aligner.all_landmarks_5 = [box], [landmarks]
 
-    aligner.get_face_landmarks_5 = look
+    aligner.get_face_landmarks_5 = detect
     try:
         yield
     finally:

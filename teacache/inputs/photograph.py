@@ -1,4 +1,4 @@
-"""A picture from a file or a server, whatever its kind, upright and in RGB; or why not."""
+"""Reads a picture from a file or a URL, upright and in RGB."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CONNECT_SECONDS, READ_SECONDS = 10, 30
-MOST_BYTES = 50 * 10**6  # of an image that is fetched
+MOST_BYTES = 50 * 10**6  # of a download
 MOST_PIXELS = 100 * 10**6  # of any image; decoded, they take 300 MB
 
 
 def load_image(source: str) -> Image.Image:
     """The image at a URL or a path, upright and in RGB; `astronaut` is scikit-image's photograph.
 
-    Of an animation it is the first frame; what is transparent becomes white.
+    Of an animation the first frame is read. Transparent pixels become white.
 
     Raises:
-        ImageError: where it cannot be fetched or read, or is too large to be a photograph.
+        ImageError: where it cannot be fetched or read, or is too large.
     """
-    # Inside: `--help` and arguments that are refused need neither.
+    # Late, for a fast `--help` and fast argument errors.
     from PIL import Image, UnidentifiedImageError
 
     if source == "astronaut":
@@ -37,11 +37,10 @@ def load_image(source: str) -> Image.Image:
 
         return Image.fromarray(skimage.data.astronaut())
     name = f"--image {without_credentials(source)}"
-    # Of a file that is too large the header is enough.
     file = io.BytesIO(_fetch(source, name)) if "://" in source else Path(source)
     try:
         with Image.open(file) as image:
-            if image.width * image.height > MOST_PIXELS:
+            if image.width * image.height > MOST_PIXELS:  # known from the header
                 raise Image.DecompressionBombError
             if (frames := getattr(image, "n_frames", 1)) > 1:
                 logger.warning("%s has %d frames: the first is taken", name, frames)
@@ -54,17 +53,17 @@ def load_image(source: str) -> Image.Image:
         raise ImageError(
             f"{name} is no image that can be read: save it as JPEG or PNG, not as HEIC"
         ) from error
-    except Exception as error:  # of a broken file: it depends on the format and on the place
+    except Exception as error:  # of a damaged file: each format raises errors of its own
         raise ImageError(f"{name} cannot be read as an image: {reason(error)}") from error
 
 
 def pixels_sha256(image: Image.Image) -> str:
-    """Digest of an image's pixels, which are on record."""
+    """The SHA256 of an image's pixels, for the record."""
     return hashlib.sha256(image.tobytes()).hexdigest()
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """The picture as it is to be seen: turned as EXIF says, 8 bits, transparency on white."""
+    """The picture in 8-bit RGB, rotated as EXIF says, transparent pixels in white."""
     import numpy as np
     from PIL import Image, ImageOps
 
@@ -80,10 +79,10 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _fetch(url: str, name: str) -> bytes:
-    """What is at a URL: connecting and each read have a limit of their own.
+    """The content of a URL. Connecting and each read have their own time limits.
 
     Args:
-        name: of the image, in an error.
+        name: of the image, for messages.
     """
     import requests
 
@@ -93,21 +92,23 @@ def _fetch(url: str, name: str) -> bytes:
             if not answer.ok:
                 raise ImageError(f"{name}: the server answers {answer.status_code} {answer.reason}")
             if answer.headers.get("Content-Type", "").startswith("text/"):
-                raise ImageError(f"{name} is a page of text, not an image: name the file itself")
+                raise ImageError(
+                    f"{name} is a page of text, not an image: use the URL of the file itself"
+                )
             for piece in answer.iter_content(2**16):
                 body += piece
                 if len(body) > MOST_BYTES:
                     raise ImageError(f"{name} is larger than {MOST_BYTES // 10**6} MB")
     except requests.RequestException as error:
-        # What requests says may hold the whole URL; the kind of error is what can be acted on.
+        # The message may hold the whole URL with its credentials, so the kind of error is shown.
         raise ImageError(f"{name} cannot be fetched: {_kind(error)}") from error
-    except (OSError, ValueError) as error:  # a missing CA bundle; a redirection to no URL
+    except (OSError, ValueError) as error:  # a missing CA bundle; a redirection to an invalid URL
         raise ImageError(f"{name} cannot be fetched: {error}") from error
     return bytes(body)
 
 
 def _kind(error: Exception) -> str:
-    """`ConnectionError` as "connection error", and what the system says of it."""
+    """The kind of an error in words, `connection error`, and the system's message."""
     words = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=SSL)", " ", type(error).__name__).lower()
     reason = re.search(r"\[Errno -?\d+\] ([\w ]+)", str(error))
     return f"{words} ({reason[1].lower()})" if reason else words

@@ -1,4 +1,4 @@
-"""From a prompt to its embeddings."""
+"""The embeddings of a prompt."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 if TYPE_CHECKING:
     from diffusers import ConsisIDPipeline
 
-TEXT_TOKENS = 226  # what ConsisIDPipeline fills up or cuts every text to
+TEXT_TOKENS = 226  # ConsisIDPipeline pads or cuts every text to this length
 
 
 class EmbeddedText(NamedTuple):
-    """embeds: T5's, [1, 226, 4096] at full size; lost: the words that 226 tokens did not hold."""
+    """embeds: T5's, [1, 226, 4096] at full size; lost: the text after 226 tokens."""
 
     embeds: torch.Tensor
     lost: str
 
 
 class Text(NamedTuple):
-    """Embeddings of prompt and negative prompt; no negative ones without guidance."""
+    """Embeddings of prompt and negative prompt; the latter is None without guidance."""
 
     prompt_embeds: torch.Tensor
     negative_prompt_embeds: torch.Tensor | None
@@ -28,8 +28,10 @@ class Text(NamedTuple):
 
 @torch.no_grad()
 def embed_text(pipe: ConsisIDPipeline, text: str) -> EmbeddedText:
-    """Embed one text, a prompt or a negative prompt. What is too long for T5 is cut off."""
+    """Embed a prompt or a negative prompt. A text that is too long is cut."""
     tokens = pipe.tokenizer(text).input_ids
-    lost = tokens[TEXT_TOKENS - 1 : -1] if len(tokens) > TEXT_TOKENS else []  # the last one ends it
+    lost = (
+        tokens[TEXT_TOKENS - 1 : -1] if len(tokens) > TEXT_TOKENS else []
+    )  # the last one is the end token
     embeds, _ = pipe.encode_prompt(text, do_classifier_free_guidance=False)
     return EmbeddedText(embeds, pipe.tokenizer.decode(lost) if lost else "")

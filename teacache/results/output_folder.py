@@ -1,4 +1,4 @@
-"""The output folder: made, writable, with room for what a run writes; and the names in it."""
+"""The output folder: its checks before a run, and the names of its files."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from teacache.base.errors import OutputError, reason
 from teacache.base.files import locked, with_ending
 
 LATENTS_ENDING = ".latents.safetensors"
-ENDINGS = (".mp4", ".json", ".md", ".png", LATENTS_ENDING)  # of all that a name may stand for
+ENDINGS = (".mp4", ".json", ".md", ".png", LATENTS_ENDING)  # of all files that a name may have
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make the output folder where there is none, and make sure that it can be written to.
+    """Create the output folder where it is missing.
 
     Raises:
-        OutputError: where it cannot.
+        OutputError: where it cannot be created or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise OutputError(f"--output_path {folder} is a file, not a folder") from None
-    except (OSError, ValueError) as error:  # a ValueError: a name that no folder can have
+    except (OSError, ValueError) as error:  # ValueError: an invalid name
         raise OutputError(f"--output_path {folder} cannot be made: {reason(error)}") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"--output_path {folder} cannot be written to")
 
 
 def check_space(folder: Path, frame_pixels: int, num_frames: int, videos: int) -> None:
-    """Raise OutputError where the folder's disk has no room for what a run writes.
+    """Raise OutputError where the disk has too little free space for a run.
 
-    A tenth of the frames' bytes is more than their mp4 takes; the files around it, latents, record,
-    figure and side-by-side video, take less than another such video.
+    An mp4 takes less than a tenth of its frames' bytes. All other files together (latents, record,
+    figure, side-by-side video) take less than one more video.
 
     Args:
         frame_pixels: width x height of a frame.
@@ -52,14 +52,13 @@ def check_space(folder: Path, frame_pixels: int, num_frames: int, videos: int) -
 
 @contextlib.contextmanager
 def claimed_stem(folder: Path, prefix: str, latents: Path | None = None) -> Iterator[Path]:
-    """Hold `folder/{prefix}_{index:04d}`, without an ending, for as long as the block runs.
+    """Hold a free name, `folder/{prefix}_{index:04d}` without an ending, while the block runs.
 
-    The index is the first that no file has and no other process holds. A process looks for files
-    once it holds a name: whoever held it before has either left its files by then or given it up.
+    The index is the lowest without files and without a process that holds the name. A process
+    looks for files only while it holds the name.
 
     Args:
-        latents: a file that an earlier run has kept; where it lies in the folder, its name is taken
-            before the others.
+        latents: a file of latents of an earlier run. If it is in the folder, its name comes first.
     """
     stems: Iterator[Path] = (folder / f"{prefix}_{index:04d}" for index in itertools.count())
     if latents is not None and latents.parent == folder:

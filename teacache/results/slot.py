@@ -1,7 +1,7 @@
 """One video's place in the output folder: its name, latents, mp4 and record.
 
-Latents are written ahead of decoding, so that they outlive whatever ends the process, a SIGKILL or
-the out-of-memory killer too; they are removed once video and record are there.
+The latents are written before they are decoded, so that no end of the process loses them, not even
+SIGKILL. They are removed when video and record are complete.
 """
 
 from __future__ import annotations
@@ -31,57 +31,55 @@ if TYPE_CHECKING:
 
 
 class Slot:
-    """A name that nobody else has, and what comes to lie under it. Made by `claimed_slot`.
+    """A name of its own in the output folder, and its files. Made by `claimed_slot`.
 
     Args:
         stem: the name, without an ending.
-        mp4, json_file: where video and record are written until they get that name.
-        latents: a file that an earlier run has kept.
+        mp4, json_file: temporary paths of video and record.
+        latents: the file of latents of an earlier run, or None.
 
     Attributes:
         video: the path of the mp4.
-        fate_of_latents: what to say of the latents where there is no video; empty before any.
+        latents_note: where the latents are, for an error message; empty before `keep`.
     """
 
     def __init__(self, stem: Path, mp4: Path, json_file: Path, latents: Path | None):
         self.video = with_ending(stem, ".mp4")
-        self.fate_of_latents = ""
+        self.latents_note = ""
         self._stem, self._mp4, self._json = stem, mp4, json_file
         self._latents = latents
         self._record: Record | None = None
 
     def keep(self, latents: torch.Tensor, record: Record) -> None:
-        """Write the latents where they outlive this process, with the record so far.
+        """Write the latents and the record so far, unless an earlier run has.
 
-        That is in the output folder, or where it is full or gone, in the system's temporary one.
+        They go to the output folder; where that is full or gone, to the system's temporary folder.
         """
-        self.fate_of_latents = "Nothing is kept"
+        self.latents_note = "Nothing is kept"
         if self._latents is None:
             named = {"latents": latents.contiguous().cpu()}
             content = save(named, metadata={"record": json.dumps(record.as_json())})
-            with contextlib.suppress(OSError):
-                self._latents = _written(self._stem, content)
-        if self._latents is None:
-            prefix, _ = self._stem.name.rsplit("_", 1)
-            elsewhere = claimed_stem(Path(tempfile.gettempdir()), prefix)
-            with contextlib.suppress(OSError), elsewhere as stem:
-                self._latents = _written(stem, content)
+            elsewhere = claimed_stem(Path(tempfile.gettempdir()), record.settings.prefix)
+            for place in (contextlib.nullcontext(self._stem), elsewhere):
+                with contextlib.suppress(OSError), place as stem:
+                    with written_whole(stem, LATENTS_ENDING) as (path,):
+                        path.write_bytes(content)
+                    self._latents = with_ending(stem, LATENTS_ENDING)
+                    break
         if self._latents:
-            self.fate_of_latents = (
-                f"The latents are kept in {self._latents}, try again with --resume"
-            )
+            self.latents_note = f"The latents are kept in {self._latents}, try again with --resume"
 
     def write(self, frames: list[Image.Image]) -> None:
-        """Encode the frames, for `finish` to give the video its name."""
+        """Encode the frames into the temporary mp4."""
         write_video(frames, self._mp4)
 
     def finish(self, record: Record) -> None:
-        """Write the record. At the end of the block both files get their names, or neither."""
+        """Write the temporary record. At the end of the block both files get their names."""
         record.write(self._json)
         self._record = record
 
     def remove_latents(self) -> None:
-        """They are a video now, and so are those of the same video that an earlier try has left."""
+        """Remove the latents, and those of earlier runs with the same settings."""
         if self._latents is None or self._record is None:
             return
         self._latents.unlink(missing_ok=True)
@@ -91,14 +89,14 @@ class Slot:
 
 @contextlib.contextmanager
 def claimed_slot(folder: Path, prefix: str, latents: Path | None = None) -> Iterator[Slot]:
-    """Hold a slot for as long as the block runs, which writes its video and record.
+    """Hold a slot while the block runs, which writes video and record: both or neither.
 
-    What ends the block early says where the latents are: what a user can act on, in the one line of
-    an OutputError; anything else, and running out of memory, in a note.
+    An error of the block also says where the latents are: an error that a user can act on becomes
+    an OutputError, in one line; any other, and running out of memory, gets a note.
 
     Args:
         prefix: of the name, `folder/{prefix}_{index:04d}`.
-        latents: a file of the video's latents that an earlier run has kept; its name is taken.
+        latents: a file of latents of an earlier run, whose name the slot takes.
 
     Raises:
         OutputError: where the video or its record cannot be written.
@@ -110,37 +108,28 @@ def claimed_slot(folder: Path, prefix: str, latents: Path | None = None) -> Iter
                 slot = Slot(stem, mp4, json_file, latents)
                 yield slot
         except BaseException as error:
-            fate = slot.fate_of_latents if slot else ""
-            # An interruption stays one, whatever a library has made of it.
-            foreseen = (
-                isinstance(error, (OSError, TeaCacheError)) and not interruption.stop_requested()
-            )
-            if fate and foreseen and not is_out_of_memory(error):
-                message = f"the video cannot be written to {folder}: {reason(error)}. {fate}"
+            note = slot.latents_note if slot else ""
+            # After a signal no error is turned into another.
+            usual = isinstance(error, (OSError, TeaCacheError)) and not is_out_of_memory(error)
+            if note and usual and not interruption.stop_requested():
+                message = f"the video cannot be written to {folder}: {reason(error)}. {note}"
                 raise OutputError(message) from error
-            if fate:
-                error.add_note(fate)
+            if note:
+                error.add_note(note)
             raise
         slot.remove_latents()
 
 
 def find_latents(folder: Path, settings: Settings) -> Iterator[tuple[Path, Record]]:
-    """The files of latents that `Slot.keep` has written of a video, each with the record in it.
+    """The files that `Slot.keep` has written for these settings, each with the record in it.
 
-    Whether they are decoded in tiles makes no difference to them.
+    `vae_tiling` may differ, since latents do not depend on it.
     """
     for where in (folder, Path(tempfile.gettempdir())):
         for path in sorted(where.glob(f"{settings.prefix}_*{LATENTS_ENDING}")):
-            # Of an earlier version, cut short, or removed by another process meanwhile.
+            # Skip files that are damaged, of another version, or removed by another process.
             with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError, ValueError):
                 with safe_open(path, framework="pt") as file:
                     record = Record.from_json(json.loads(file.metadata()["record"]))
-                found = dataclasses.replace(record.settings, vae_tiling=settings.vae_tiling)
-                if found == settings:
+                if settings == dataclasses.replace(record.settings, vae_tiling=settings.vae_tiling):
                     yield path, record
-
-
-def _written(stem: Path, content: bytes) -> Path:
-    with written_whole(stem, LATENTS_ENDING) as (path,):
-        path.write_bytes(content)
-    return with_ending(stem, LATENTS_ENDING)

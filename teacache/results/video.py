@@ -1,4 +1,4 @@
-"""Frames to an mp4 and back."""
+"""Writes and reads mp4 files."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-FPS = 8  # frames a second, those that the model was trained on
-FULL_BYTES = 2**16  # Below this much free space, report a full disk as the cause.
+FPS = 8  # frames a second, as in the training of the model
+FULL_BYTES = 2**16  # with less free space, a full disk is reported as the cause
 
 
 class Video(NamedTuple):
@@ -33,54 +33,48 @@ def write_video(frames: list[Image.Image], path: Path) -> None:
     """Encode frames as H.264 in yuv420p, with the encoder settings of the published sampler.
 
     Raises:
-        OSError: where the file does not hold every frame afterwards, as on a full disk, with the
-            encoder's last line; it may end as if all were well.
+        OSError: where the file lacks frames, for instance on a full disk; with the encoder's last
+            line. The encoder itself may report success.
     """
     from diffusers.utils import export_to_video
 
-    with silent_programs() as last_said:
-        with contextlib.suppress(OSError):  # a pipe to an encoder that has ended: it tells why
-            export_to_video(frames, _unmistakable(path), fps=FPS)
+    with silent_programs() as last_line:
+        with contextlib.suppress(OSError):  # a broken pipe: the encoder's output says more
+            export_to_video(frames, _absolute(path), fps=FPS)
         written = count_frames(path)
         if written != len(frames):
-            # ffmpeg names the part of it that speaks: [out#0/mp4 @ 0x55d0c8a1] ...
-            complaint = (
-                re.sub(r"^(\[[^]]*\] *)+", "", last_said()).rstrip(".") or "it does not say why"
-            )
+            # Without ffmpeg's prefix: [out#0/mp4 @ 0x55d0c8a1] ...
+            cause = re.sub(r"^(\[[^]]*\] *)+", "", last_line()).rstrip(".") or "no message"
             if shutil.disk_usage(path.parent).free < FULL_BYTES:
-                complaint = os.strerror(errno.ENOSPC)  # ffmpeg's last line need not mention it
-            raise OSError(f"the encoder wrote {written} of {len(frames)} frames: {complaint}")
+                cause = os.strerror(errno.ENOSPC)  # ffmpeg's last line may not mention it
+            raise OSError(f"the encoder wrote {written} of {len(frames)} frames: {cause}")
 
 
 def count_frames(path: Path) -> int:
-    """How many frames a video holds; 0 where it cannot be read as one."""
+    """The number of frames of a video; 0 where it cannot be read."""
     from imageio_ffmpeg import count_frames_and_secs
 
     try:
-        return count_frames_and_secs(_unmistakable(path))[0]
+        return count_frames_and_secs(_absolute(path))[0]
     except (OSError, RuntimeError):
         return 0
 
 
-def _unmistakable(path: Path) -> str:
-    """The path in a form that is taken for nothing else.
-
-    Of a relative one ffmpeg takes for a protocol what stands before a colon, as in a time stamp,
-    and imageio for a home directory a folder that is named `~`.
-    """
+def _absolute(path: Path) -> str:
+    # Of a relative path ffmpeg would read `a:b` as a protocol, and imageio `~` as the home folder.
     return str(path.absolute())
 
 
 def check_encoder() -> None:
-    """Raise OutputError where there is no ffmpeg to write a video with."""
+    """Raise OutputError where ffmpeg does not run."""
     import imageio_ffmpeg
 
     try:
         imageio_ffmpeg.get_ffmpeg_version()
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         raise OutputError(
-            "ffmpeg, which imageio-ffmpeg brings, does not run here: install that anew, or set "
-            f"IMAGEIO_FFMPEG_EXE to another ({type(error).__name__})"
+            "ffmpeg does not run here: reinstall imageio-ffmpeg, or set IMAGEIO_FFMPEG_EXE to "
+            f"another ffmpeg ({type(error).__name__})"
         ) from error
 
 
@@ -89,5 +83,5 @@ def read_video(path: Path) -> Video:
     import imageio
     import numpy as np
 
-    with imageio.get_reader(_unmistakable(path), "ffmpeg") as reader:
+    with imageio.get_reader(_absolute(path), "ffmpeg") as reader:
         return Video(np.stack(list(reader.iter_data())), reader.get_meta_data()["fps"])

@@ -27,7 +27,7 @@ def test_small_random_weights(capsys, tmp_path):
     )
     assert code == 0
     assert "weights: random, small" in out
-    assert "computed steps given" in out
+    assert "3, 2 computed with TeaCache" in out
     order = [line.split(": ")[1] for line in err.splitlines() if line.startswith("round")]
     assert order == ["plain pipeline", "TeaCache 0.15"] * 2, "alternating"
 

@@ -34,7 +34,7 @@ def test_a_fit_on_two_videos_then_a_plan_and_a_video_with_it(capsys, tmp_path):
     assert data["source"] == "fitted on tiny at 8 steps"
     assert (data["videos"], data["checkpoint"], data["num_infer_steps"]) == (2, "tiny", STEPS)
     assert data["scheduler"] == "CogVideoXDPMScheduler"
-    assert data["versions"].keys() == {"torch", "diffusers", "transformers"}
+    assert data["versions"].keys() == {"teacache", "torch", "diffusers", "transformers"}
     assert datetime.date.fromisoformat(data["date"])
     assert list(path.parent.iterdir()) == [path]
 

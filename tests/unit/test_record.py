@@ -53,7 +53,7 @@ def test_what_is_no_record_of_ours(tmp_path):
         assert read_record(path) is None
     assert read_record(tmp_path / "none.json") is None
     del whole["device_name"]
-    with pytest.raises(ValueError, match="its record lacks device_name"):
+    with pytest.raises(TypeError, match="device_name"):
         Record.from_json(whole)
 
 
