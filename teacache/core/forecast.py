@@ -6,6 +6,7 @@ and variance s:
 
     x0 = g x + (1 - g alpha) m,    g = alpha s / (alpha^2 s + sigma^2)
 
+So x0 has a part that follows the noise in the present latents, g x, and a part that does not, m.
 Each computed step so gives an m, which changes slowly and steadily from step to step.
 
 1. Forecast: a reused step extrapolates m from the last two computed steps, linearly in the step's
@@ -16,7 +17,7 @@ Each computed step so gives an m, which changes slowly and steadily from step to
    computed step returns the v with which the sampler goes on from there.
 
 The residual, in contrast, holds v nearly still. Where the sampler draws fresh noise at each step,
-v held still takes that noise for picture; x0 takes it for noise. The correction is that of UniPC
+v held still mistakes that noise for picture; x0 does not. The correction is that of UniPC
 (Zhao et al., arXiv:2302.04867), which corrects a sample without evaluating the model again. A
 forecast needs no residual: two latents, no forward, and nothing from other ranks.
 """
@@ -61,7 +62,7 @@ class Settings(NamedTuple):
 
 # Found on the embedded checkpoint and on a denoiser in closed form: teacache/benchmark/README.md.
 WITH_NOISE = Settings(variance=0.1, early_slope=0.5)
-WITHOUT_NOISE = Settings(variance=0.0, early_slope=1.0)
+WITHOUT_NOISE = Settings(variance=0.0, early_slope=1.0)  # g = 0: m is x0 itself
 
 
 def settings_for(scheduler: Scheduler) -> Settings:
@@ -138,8 +139,9 @@ class Forecast:
     def __init__(self, solver: tuple[SolverStep, ...], settings: Settings):
         self._solver, self._settings = solver, settings
         self._means: list[tuple[int, torch.Tensor]] = []  # m at the last two computed steps
-        # By how much the last x0 that the sampler was given is below the one that was meant.
-        self._owed: torch.Tensor | None = None
+        # DPM's next step takes the x0 of this one too. What was added to that x0 for a correction
+        # is to be taken out there: this is its negative.
+        self._from_previous: torch.Tensor | None = None
 
     def reused(self, step: int, sample: torch.Tensor) -> torch.Tensor:
         """v for a step that is not computed."""
@@ -160,15 +162,15 @@ class Forecast:
         mean = (clean - gain * sample) / (1 - gain * at.alpha)
         shift = self._shift(step, mean)
         self._means = [*self._means[-1:], (step, mean)]
-        if shift is None and self._owed is None:
+        if shift is None and self._from_previous is None:
             return v
         return self._v_of(step, sample, clean, shift)
 
     def _shift(self, step: int, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """What interpolated means would have added to the sample and to the previous x0.
 
-        Forecast and interpolation leave the last computed step with different slopes. So both are
-        a number times the slope.
+        From the last computed step on, forecast and interpolation are two straight lines. A line
+        moves the sample, and the previous x0, by its slope times a number, see `_response`.
 
         Args:
             mean: m at this computed step.
@@ -178,15 +180,12 @@ class Forecast:
         last, last_mean = self._means[-1]
         by_new = self._response(last, step, lambda _: 1.0)
         slope = (mean - last_mean) / (step - last)
-        of_sample, of_clean = by_new[0] * slope, by_new[1] * slope
+        sample, clean = by_new[0] * slope, by_new[1] * slope
         forecast = self._slope()
         if forecast is not None:
             by_old = self._response(last, step, self._slope_weight)
-            of_sample, of_clean = (
-                of_sample - by_old[0] * forecast,
-                of_clean - by_old[1] * forecast,
-            )
-        return of_sample, of_clean
+            sample, clean = sample - by_old[0] * forecast, clean - by_old[1] * forecast
+        return sample, clean
 
     def _response(
         self, last: int, step: int, weight: Callable[[int], float]
@@ -218,17 +217,17 @@ class Forecast:
             shift: of the sample, and of the previous x0; see `_shift`.
         """
         at, extra = self._solver[step], None
-        if self._owed is not None:  # the sampler remembers another x0 than was meant
-            extra = self._owed * (at.of_previous / at.of_clean)
+        if self._from_previous is not None:  # the sampler remembers another x0 than was meant
+            extra = self._from_previous * (at.of_previous / at.of_clean)
         if shift is not None:
-            of_sample, of_clean = shift
-            moved = of_sample * (at.of_sample / at.of_clean)
-            moved = moved + of_clean * (at.of_previous / at.of_clean)
+            sample_shift, previous_shift = shift
+            moved = sample_shift * (at.of_sample / at.of_clean)
+            moved = moved + previous_shift * (at.of_previous / at.of_clean)
             extra = moved if extra is None else extra + moved
-            clean = clean + self._gain(step) * of_sample
+            clean = clean + self._gain(step) * sample_shift
         if extra is not None:
             clean = clean + extra
-        self._owed = None if extra is None or not at.of_previous else -extra
+        self._from_previous = None if extra is None or not at.of_previous else -extra
         return (at.alpha * sample - clean) / at.sigma
 
     def _slope(self) -> torch.Tensor | None:
@@ -239,7 +238,8 @@ class Forecast:
         return (later - earlier) / (last - first)
 
     def _slope_weight(self, step: int) -> float:
-        return self._settings.early_slope if step < len(self._solver) // 4 else 1.0
+        early = step < len(self._solver) // 4
+        return self._settings.early_slope if early else 1.0
 
     def _gain(self, step: int) -> float:
         """g of a step."""

@@ -134,7 +134,8 @@ def _forward(
     text_seq_length, p = encoder_hidden_states.shape[1], self.config.patch_size
     video_seq_length = num_frames * (height // p) * (width // p)
 
-    computed, inputs = handle.begin_step(timestep, hidden_states.dtype), hidden_states
+    computed = handle.begin_step(timestep, hidden_states.dtype)
+    inputs = hidden_states  # of all samples; below, hidden_states are this rank's
     if not computed and handle.video.forecast is not None:
         output = handle.reuse_forecast(inputs)
         handle.end_step()
@@ -258,7 +259,7 @@ def add_face(
 
     Args:
         face, video: as for `run_blocks`.
-        scale: ConsisID-preview's is 1, by which to multiply would be to copy.
+        scale: ConsisID-preview's is 1. A multiplication by 1 is skipped: it would copy the tensor.
     """
     added = attend(face, video)
     return video + (added if scale == 1 else scale * added)

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 # How a step that is not computed gets its output: see teacache.core.forward and .forecast.
 REUSES = ("residual", "forecast")
-# Of `spread_steps`. The last ones are computed, since no later step corrects them; a power above 1
-# makes the early ones denser, which decide what the video shows.
+# Of `spread_steps`: the last 3 steps are computed, as no later step corrects them, but at most 3 in
+# 10; a power above 1 makes the early steps denser, which decide what the video shows.
 RETAINED = 3
 DENSITY = 1.2
 
@@ -46,8 +46,9 @@ def threshold_steps(
     accumulated = 0.0
     for step, distance in enumerate(rescaled):
         accumulated += distance or 0.0
-        reuse = distance is not None and accumulated < rel_l1_thresh
-        if not reuse or limits.forbid(step, len(rescaled), computed[-1] if computed else -1):
+        must_compute = distance is None or accumulated >= rel_l1_thresh
+        last_computed = computed[-1] if computed else -1
+        if must_compute or limits.forbid(step, len(rescaled), last_computed):
             computed.append(step)
             accumulated = 0.0
     return tuple(computed)
@@ -56,21 +57,21 @@ def threshold_steps(
 def spread_steps(num_steps: int, count: int, limits: Limits) -> tuple[int, ...]:
     """`count` computed steps: the first, the last ones, and others between, denser at the start.
 
-    Raises:
-        ArgumentError: where the video has not so many steps, or `limits` ask for more.
+    Raises ArgumentError where the video has not so many steps, or `limits` ask for more.
     """
     first = min(limits.retain_first, num_steps)
     last = min(limits.retain_last, num_steps - first)
     if not first + last <= count <= num_steps:
-        possible = f"of {num_steps} steps {first + last} to {num_steps} can be computed"
+        possible = f"a video of {num_steps} steps has {first + last} to {num_steps} computed ones"
         raise ArgumentError(f"computed_steps {count}: {possible}")
-    last = max(last, min(RETAINED, count - first))
+    last = max(last, min(RETAINED, round(0.3 * count), count - first))
     start, inner = first - 1, count - first - last
     end = num_steps - last
     computed = list(range(first))
     for number in range(1, inner + 1):
         place = round(start + (end - start) * (number / (inner + 1)) ** DENSITY)
-        computed.append(max(computed[-1] + 1, min(place, end - 1 - inner + number)))
+        latest = end - 1 - inner + number  # which leaves a step for each number that follows
+        computed.append(max(computed[-1] + 1, min(place, latest)))
     computed += range(end, num_steps)
     most = max((b - a - 1 for a, b in itertools.pairwise(computed)), default=0)
     if limits.max_reuse is not None and most > limits.max_reuse:
