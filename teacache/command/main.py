@@ -13,7 +13,14 @@ from teacache.base.quiet import allow_any_encoding, silence_libraries
 from teacache.command.arguments import parse_arguments
 from teacache.command.order import Order
 from teacache.command.preflight import check_ranks, preflight
-from teacache.parallel.launch import is_one_of_several, launch, rank, run_as_rank, world_size
+from teacache.parallel.launch import (
+    check_variables,
+    is_one_of_several,
+    launch,
+    rank,
+    run_as_rank,
+    world_size,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,6 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     silence_libraries()
     allow_any_encoding()
     if is_one_of_several():
+        if code := interruption.run_command(check_variables):
+            return code
         args.num_gpus = world_size()
     elif args.num_gpus > 1 and not args.plan:
         return interruption.run_command(lambda: check_ranks(Order.of(args))) or launch(

@@ -6,7 +6,8 @@ and variance s:
 
     x0 = g x + (1 - g alpha) m,    g = alpha s / (alpha^2 s + sigma^2)
 
-So each computed step gives a value of m, which changes slowly and smoothly from step to step.
+So x0 has a part that follows the noise in the latents, g x, and a part that does not, m.
+Each computed step gives a value of m, which changes slowly and smoothly from step to step.
 
 1. Forecast: a reused step extrapolates m from the last two computed steps, linearly in the index of
    the step. From m it computes x0 and v for its latents.
@@ -61,7 +62,7 @@ class Settings(NamedTuple):
 
 # Chosen on the embedded checkpoint and on a denoiser in closed form: teacache/benchmark/README.md.
 WITH_NOISE = Settings(variance=0.1, early_slope=0.5)
-WITHOUT_NOISE = Settings(variance=0.0, early_slope=1.0)
+WITHOUT_NOISE = Settings(variance=0.0, early_slope=1.0)  # g = 0: m is x0 itself
 
 
 def settings_for(scheduler: Scheduler) -> Settings:
@@ -138,8 +139,9 @@ class Forecast:
     def __init__(self, solver: tuple[SolverStep, ...], settings: Settings):
         self._solver, self._settings = solver, settings
         self._means: list[tuple[int, torch.Tensor]] = []  # m at the last two computed steps
-        # Intended x0 of the last step minus the x0 that the sampler has stored.
-        self._owed: torch.Tensor | None = None
+        # DPM's next step also uses the x0 of this one. A correction that was added to that x0 is
+        # subtracted there: this is its negative.
+        self._from_previous: torch.Tensor | None = None
 
     def reused(self, step: int, sample: torch.Tensor) -> torch.Tensor:
         """v for a reused step."""
@@ -160,7 +162,7 @@ class Forecast:
         mean = (clean - gain * sample) / (1 - gain * at.alpha)
         shift = self._shift(step, mean)
         self._means = [*self._means[-1:], (step, mean)]
-        if shift is None and self._owed is None:
+        if shift is None and self._from_previous is None:
             return v
         return self._v_of(step, sample, clean, shift)
 
@@ -178,15 +180,12 @@ class Forecast:
         last, last_mean = self._means[-1]
         by_new = self._response(last, step, lambda _: 1.0)
         slope = (mean - last_mean) / (step - last)
-        of_sample, of_clean = by_new[0] * slope, by_new[1] * slope
+        sample, clean = by_new[0] * slope, by_new[1] * slope
         forecast = self._slope()
         if forecast is not None:
             by_old = self._response(last, step, self._slope_weight)
-            of_sample, of_clean = (
-                of_sample - by_old[0] * forecast,
-                of_clean - by_old[1] * forecast,
-            )
-        return of_sample, of_clean
+            sample, clean = sample - by_old[0] * forecast, clean - by_old[1] * forecast
+        return sample, clean
 
     def _response(
         self, last: int, step: int, weight: Callable[[int], float]
@@ -218,17 +217,17 @@ class Forecast:
             shift: of the sample and of the previous x0, see `_shift`.
         """
         at, extra = self._solver[step], None
-        if self._owed is not None:  # the sampler has stored another x0 than intended
-            extra = self._owed * (at.of_previous / at.of_clean)
+        if self._from_previous is not None:  # DPM has stored another x0 than intended
+            extra = self._from_previous * (at.of_previous / at.of_clean)
         if shift is not None:
-            of_sample, of_clean = shift
-            moved = of_sample * (at.of_sample / at.of_clean)
-            moved = moved + of_clean * (at.of_previous / at.of_clean)
+            sample_shift, previous_shift = shift
+            moved = sample_shift * (at.of_sample / at.of_clean)
+            moved = moved + previous_shift * (at.of_previous / at.of_clean)
             extra = moved if extra is None else extra + moved
-            clean = clean + self._gain(step) * of_sample
+            clean = clean + self._gain(step) * sample_shift
         if extra is not None:
             clean = clean + extra
-        self._owed = None if extra is None or not at.of_previous else -extra
+        self._from_previous = None if extra is None or not at.of_previous else -extra
         return (at.alpha * sample - clean) / at.sigma
 
     def _slope(self) -> torch.Tensor | None:
@@ -239,7 +238,8 @@ class Forecast:
         return (later - earlier) / (last - first)
 
     def _slope_weight(self, step: int) -> float:
-        return self._settings.early_slope if step < len(self._solver) // 4 else 1.0
+        early = step < len(self._solver) // 4
+        return self._settings.early_slope if early else 1.0
 
     def _gain(self, step: int) -> float:
         """g at a step."""

@@ -134,7 +134,8 @@ def _forward(
     text_seq_length, p = encoder_hidden_states.shape[1], self.config.patch_size
     video_seq_length = num_frames * (height // p) * (width // p)
 
-    computed, inputs = handle.begin_step(timestep, hidden_states.dtype), hidden_states
+    computed = handle.begin_step(timestep, hidden_states.dtype)
+    inputs = hidden_states  # of all samples; below, hidden_states are this rank's
     if not computed and handle.video.forecast is not None:
         output = handle.reuse_forecast(inputs)
         handle.end_step()

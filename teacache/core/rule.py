@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 # The ways to reuse a step, see teacache.core.forward and .forecast.
 REUSES = ("residual", "forecast")
-# For `spread_steps`: the number of last steps that are computed, since no later step corrects them;
-# and a power above 1, so that more early steps are computed, which determine the content.
+# For `spread_steps`: the number of last steps that are computed, at most 3 of 10, as no later step
+# corrects them; and a power above 1, for more computed steps early, which determine the content.
 RETAINED = 3
 DENSITY = 1.2
 
@@ -46,8 +46,9 @@ def threshold_steps(
     accumulated = 0.0
     for step, distance in enumerate(rescaled):
         accumulated += distance or 0.0
-        reuse = distance is not None and accumulated < rel_l1_thresh
-        if not reuse or limits.forbid(step, len(rescaled), computed[-1] if computed else -1):
+        must_compute = distance is None or accumulated >= rel_l1_thresh
+        last_computed = computed[-1] if computed else -1
+        if must_compute or limits.forbid(step, len(rescaled), last_computed):
             computed.append(step)
             accumulated = 0.0
     return tuple(computed)
@@ -62,15 +63,16 @@ def spread_steps(num_steps: int, count: int, limits: Limits) -> tuple[int, ...]:
     first = min(limits.retain_first, num_steps)
     last = min(limits.retain_last, num_steps - first)
     if not first + last <= count <= num_steps:
-        possible = f"of {num_steps} steps {first + last} to {num_steps} can be computed"
+        possible = f"a video of {num_steps} steps has {first + last} to {num_steps} computed ones"
         raise ArgumentError(f"computed_steps {count}: {possible}")
-    last = max(last, min(RETAINED, count - first))
+    last = max(last, min(RETAINED, round(0.3 * count), count - first))
     start, inner = first - 1, count - first - last
     end = num_steps - last
     computed = list(range(first))
     for number in range(1, inner + 1):
         place = round(start + (end - start) * (number / (inner + 1)) ** DENSITY)
-        computed.append(max(computed[-1] + 1, min(place, end - 1 - inner + number)))
+        latest = end - 1 - inner + number  # which leaves a step for each number that follows
+        computed.append(max(computed[-1] + 1, min(place, latest)))
     computed += range(end, num_steps)
     most = max((b - a - 1 for a, b in itertools.pairwise(computed)), default=0)
     if limits.max_reuse is not None and most > limits.max_reuse:

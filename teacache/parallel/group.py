@@ -12,6 +12,8 @@ import torch.distributed as dist
 
 from teacache.base.errors import ArgumentError, DeviceError
 from teacache.core.ranks import Ranks
+from teacache.parallel.launch import rank, world_size
+from teacache.parallel.meeting import meet
 
 if TYPE_CHECKING:
     from diffusers import ConsisIDTransformer3DModel, ParallelConfig
@@ -31,7 +33,12 @@ def connect(device: torch.device) -> None:
     global _orders
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "cpu:gloo")
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "cpu:gloo",
+        store=meet(),
+        rank=rank(),
+        world_size=world_size(),
+    )
     _orders = dist.new_group(backend="gloo", timeout=TIMEOUT)
     if device.type == "cuda":
         check_own(str(torch.cuda.get_device_properties(device).uuid))

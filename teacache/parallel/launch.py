@@ -15,12 +15,13 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from teacache.base import interruption
-from teacache.base.errors import TeaCacheError
+from teacache.base.errors import ArgumentError, TeaCacheError
 
 # Exit code of a rank that failed only because another rank ended.
 LOST_OTHER_RANKS = 3
 LOST_SECONDS = 3.0  # before such a rank ends, so that the launcher sees the other's end first
 INTERRUPTED = 130
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of torch's launcher
 SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 _launched = False  # whether `launch` has started this process
@@ -34,6 +35,25 @@ def is_one_of_several() -> bool:
 def is_of_another_launcher() -> bool:
     """Whether this process is one of several that `launch` did not start, such as torchrun's."""
     return is_one_of_several() and not _launched
+
+
+def check_variables() -> None:
+    """Raise ArgumentError where the variables of a launcher are incomplete or no numbers."""
+    found = {name: os.environ.get(name, "") for name in VARIABLES}
+    alone = found["WORLD_SIZE"] == "1"
+    wrong = [
+        f"{name} is {value!r}" if value else f"{name} is not set"
+        for name, value in found.items()
+        if not (value if name == "MASTER_ADDR" else value.isdecimal())
+        and not (alone and name.startswith("MASTER"))
+    ]
+    if not wrong and int(found["RANK"]) >= int(found["WORLD_SIZE"]):
+        wrong = [f"RANK is {found['RANK']} and WORLD_SIZE {found['WORLD_SIZE']}"]
+    if wrong:
+        raise ArgumentError(
+            f"RANK and WORLD_SIZE are set, as torchrun sets them, but {', '.join(wrong)}. "
+            "To sample alone, unset RANK"
+        )
 
 
 def world_size() -> int:

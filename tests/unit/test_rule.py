@@ -187,7 +187,7 @@ def test_so_many_steps_are_spread(limits):
                 retained = step < limits.retain_first or step >= steps - limits.retain_last
                 assert step in found or not retained
         for wrong in (least - 1, steps + 1):
-            with pytest.raises(ArgumentError, match=f"{steps} steps {least} to {steps} can be"):
+            with pytest.raises(ArgumentError, match=f"{steps} steps has {least} to {steps} comp"):
                 spread_steps(steps, wrong, limits)
 
 
@@ -195,6 +195,8 @@ def test_spread_steps_are_the_denser_the_earlier():
     found = spread_steps(50, 12, Limits())
     # By hand: round(47 (k / 9)^1.2) of k from 1 to 8, the first step, and the last three.
     assert found == (0, 3, 8, 13, 18, 23, 29, 35, 41, 47, 48, 49)
+    # The same with 48 (k / 6)^1.2 of k from 1 to 5: of 8 only the last two.
+    assert spread_steps(50, 8, Limits()) == (0, 6, 13, 21, 30, 39, 48, 49)
     for count in range(2, 51):
         gaps = np.diff(spread_steps(50, count, Limits()))
         # Rounded places: a gap may be one below an earlier one, and the last three steps are near.
