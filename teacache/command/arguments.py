@@ -73,6 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="teacache_sample_video.py",
         description="Sample an identity-preserving video with ConsisID and TeaCache.",
+        epilog="careful: --computed_steps 16; draft: --computed_steps 8; as published: "
+        "--rel_l1_thresh 0.15",
         allow_abbrev=False,
     )
     add_sampling(parser)

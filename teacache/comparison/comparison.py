@@ -126,7 +126,7 @@ class Comparison:
             write_grid(frames, [tables.label(row) for row in rows], path)
 
         content = {"rows": rows, "videos": [record.as_json() for record in records]}
-        markdown = tables.sweep_markdown(rows, records[0])
+        markdown = tables.sweep_markdown(rows)
         writers: dict[str, Callable[[Path], object]] = {
             ".json": lambda path: write_json(content, path),
             ".md": lambda path: path.write_text(markdown, encoding="utf-8"),

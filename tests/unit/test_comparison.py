@@ -116,7 +116,7 @@ def test_figure_and_markdown_of_one_video_alone(tmp_path):
     # have the colour of the computed steps that all have where all are computed.
     some, full = ((p == (0x1F, 0x5F, 0xA8)).all(-1).sum(1).max() for p in (pixels, every))
     assert some / full == pytest.approx(0.6, abs=0.02)  # whole pixels, and the cells' edges
-    assert "| 2.0 |" in sweep_markdown(rows, record)
+    assert "| 2.0 |" in sweep_markdown(rows)
 
 
 def test_grid_places_every_video_below_its_label(tmp_path):
