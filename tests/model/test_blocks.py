@@ -10,7 +10,6 @@ import torch
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 from diffusers.models.transformers.consisid_transformer_3d import ConsisIDBlock
 
-from teacache.core.forward import apply_teacache
 from teacache.sampling.attention import use_attention
 from teacache.sampling.blocks import LEAN, LeanBlock, use_lean_blocks
 
@@ -29,7 +28,7 @@ def test_a_block_equals_diffusers_bit_for_bit(pipe, dtype):
     assert isinstance(theirs.attn1.processor, CogVideoXAttnProcessor2_0)
     inner, embedding = theirs.norm1.linear.out_features // 6, theirs.norm1.linear.in_features
     head_dim = inner // theirs.attn1.heads
-    for batch, video, text in ((1, 4, 3), (2, 60, 7), (3, 31, 1), (2, 300, 32)):
+    for batch, video, text in ((1, 4, 3), (3, 31, 1), (2, 300, 32)):
         inputs = {
             "hidden_states": torch.randn(batch, video, inner, dtype=dtype),
             "encoder_hidden_states": torch.randn(batch, text, inner, dtype=dtype),
@@ -43,16 +42,6 @@ def test_a_block_equals_diffusers_bit_for_bit(pipe, dtype):
                 found = mine(**inputs, image_rotary_emb=rotary)
             assert all(map(torch.equal, found, expected))
             assert all(torch.equal(inputs[name], before[name]) for name in inputs)
-
-
-@pytest.mark.parametrize(("dtype", "guidance_scale"), zip(DTYPES, (6.0, 1.0), strict=True))
-def test_latents_equal_the_plain_pipelines(make_pipe, sample, dtype, guidance_scale):
-    theirs, ours = make_pipe(dtype), make_pipe(dtype)
-    use_attention(ours.transformer, "native")
-    use_lean_blocks(ours.transformer)
-    with apply_teacache(ours, 0.0):
-        found = sample(ours, steps=2, guidance_scale=guidance_scale)
-    assert torch.equal(found, sample(theirs, steps=2, guidance_scale=guidance_scale))
 
 
 def test_what_it_stands_for_is_as_it_was_written_for(pipe):
