@@ -157,8 +157,7 @@ def test_refusals(make, latents):
         apply_teacache(pipe, reuse="nonsense")
     with pytest.raises(ArgumentError, match="give one"):
         apply_teacache(pipe, computed_steps=5, schedule=[1])
-    plain = latents(pipe)
-    with apply_teacache(pipe, computed_steps=COUNT) as handle:
+    with apply_teacache(pipe, computed_steps=COUNT):
         with pytest.raises(ArgumentError, match="of 4 steps 2 to 4 can be computed"):
             latents(pipe, steps=4)
         pipe.scheduler = type(pipe.scheduler).from_config(
@@ -166,7 +165,3 @@ def test_refusals(make, latents):
         )
         with pytest.raises(ArgumentError, match="found epsilon"):
             latents(pipe)
-        handle.reuse = "residual"
-        latents(pipe)
-    pipe.scheduler = make().scheduler
-    assert torch.equal(latents(pipe), plain)

@@ -16,7 +16,6 @@ from support import CPU, SIZE
 
 from teacache.base.errors import ArgumentError
 from teacache.core.forward import apply_teacache, embed_video
-from teacache.core.rule import Coefficients
 from teacache.embedded.build import TRANSFORMER, smooth_time_embedding
 
 # Reuses steps 1 and 5 of 8, at every size.
@@ -223,32 +222,6 @@ def test_every_video_starts_clean(pipe, sample, identity, fresh, earlier):
     assert handle.schedule == schedule, "known also when TeaCache has gone"
 
 
-def test_another_size_where_the_model_allows_it(pipe, sample):
-    """Without learned positional embeddings width and height are free."""
-    changed = {"width": 80, "height": 144}
-    pipe.transformer = other_transformer(**FREE)
-    expected = sample(pipe, steps=2, **changed)
-    with apply_teacache(pipe, 0.0):
-        sample(pipe, steps=2)
-        assert torch.equal(sample(pipe, steps=2, **changed), expected)
-    with apply_teacache(pipe, THRESHOLD) as handle:
-        reusing = sample(pipe, **changed)
-        assert handle.schedule.reused_steps
-        sample(pipe)
-        assert torch.equal(sample(pipe, **changed), reusing)
-
-
-@pytest.mark.parametrize("steps", [1, 3])
-def test_very_few_steps(pipe, sample, plain, steps):
-    with apply_teacache(pipe, 0.0):
-        assert torch.equal(sample(pipe, steps=steps), plain(steps=steps))
-    # Two or three steps lie far apart, outside the range of the published coefficients.
-    anything = Coefficients((0.0, 0.0, 0.0, 1.0, 0.0), (0.0, 10.0), "p(x) = x")
-    with apply_teacache(pipe, 100.0, coefficients=anything) as handle:
-        sample(pipe, steps=steps)
-    assert handle.schedule.computed_steps == tuple(sorted({0, steps - 1}))
-
-
 def test_lora_scale(pipe, sample):
     """The scale in `attention_kwargs` reaches LoRA layers as in the plain forward."""
     from peft import LoraConfig
@@ -324,21 +297,6 @@ def test_undone_to_the_byte(pipe, sample, plain):
     assert transformer.forward.__func__ is ConsisIDTransformer3DModel.forward
     assert all(torch.equal(weights[n], t) for n, t in transformer.state_dict().items())
     assert torch.equal(sample(pipe, steps=2), plain(steps=2))
-
-
-def test_removed_under_a_later_wrapper(pipe, sample, plain):
-    """What wrapped the forward later keeps calling ours; removed, ours calls the plain one."""
-    from diffusers.hooks import HookRegistry, ModelHook
-
-    handle = apply_teacache(pipe, THRESHOLD)
-    registry = HookRegistry.check_if_exists_or_initialize(pipe.transformer)
-    registry.register_hook(ModelHook(), "later")
-    sample(pipe)
-    assert handle.schedule.reused_steps
-    handle.remove()
-    followed = handle.schedule
-    assert torch.equal(sample(pipe, steps=2), plain(steps=2))
-    assert handle.schedule == followed, "nothing is counted any more"
 
 
 def test_two_pipelines_do_not_meet(make_pipe, sample, fresh):
@@ -435,15 +393,3 @@ def test_refuses_what_it_cannot_patch(pipe):
     pipe.transformer.forward = lambda *args, **kwargs: plain(*args, **kwargs)
     with pytest.raises(ArgumentError, match="first"):
         apply_teacache(pipe)
-
-
-def test_tells_once_of_distances_that_the_coefficients_do_not_cover(pipe, sample, caplog):
-    torch.nn.init.normal_(pipe.transformer.time_embedding.linear_1.weight)
-    with apply_teacache(pipe, 0.2) as handle:
-        sample(pipe)
-        sample(pipe)
-    told = [record for record in caplog.records if record.name == "teacache.core.handle"]
-    assert len(told) == 1
-    assert "do not cover" in told[0].getMessage()
-    assert handle.schedule.computed_steps == tuple(range(STEPS))
-    assert "cover" in handle.schedule.why_nothing_was_reused()

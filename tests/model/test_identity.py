@@ -82,20 +82,11 @@ def test_eva_clip_configuration_is_the_checkpoints_own(tiny, tmp_path):
     assert width() == 1024
 
 
-@pytest.fixture(scope="module")
-def blind(tiny, tmp_path_factory):
-    """The checkpoint with a RetinaFace that is sure of seeing nothing."""
-
-    def sure_of_nothing(weights):
-        say(weights, "ClassHead", [5.0, -5.0] * 2)
-
-    return changed_retinaface(
-        tiny, tmp_path_factory.mktemp("blind") / "checkpoint", sure_of_nothing
-    )
-
-
-def test_no_face(capsys, tmp_path, blind):
+def test_no_face(capsys, tmp_path, tiny):
     """SCRFD knows her, and there is no RetinaFace to align her: before the big weights."""
+    blind = changed_retinaface(
+        tiny, tmp_path / "checkpoint", lambda weights: say(weights, "ClassHead", [5.0, -5.0] * 2)
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # no embeddings of other tests
         code, output, error = main(
@@ -104,13 +95,6 @@ def test_no_face(capsys, tmp_path, blind):
     assert code == 2
     assert error.splitlines()[-1].startswith("error: --image astronaut: no face was found in it")
     assert "loading" not in output
-
-
-def test_few_pixels(blind):
-    models = faces.load_face_models(blind, CPU, torch.float32)
-    for size in ((1, 1), (20, 1), (1, 20), (2000, 101)):
-        with pytest.raises(ImageError, match="no face was found"):
-            find(Image.new("RGB", size), models)
 
 
 def test_several_faces(models, caplog):

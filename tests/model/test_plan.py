@@ -21,9 +21,10 @@ from teacache.inputs.photograph import load_image
 
 @pytest.fixture
 def checkpoint(tiny, tmp_path):
-    """One whose scheduler and weights may be exchanged."""
+    """One whose scheduler may be written over."""
     shutil.copytree(tiny, tmp_path / "c", copy_function=os.link)
-    (tmp_path / "c" / "scheduler" / "scheduler_config.json").unlink()
+    shutil.rmtree(tmp_path / "c" / "scheduler")
+    shutil.copytree(tiny / "scheduler", tmp_path / "c" / "scheduler")
     return tmp_path / "c"
 
 
@@ -102,7 +103,7 @@ def test_a_checkpoint_without_time_embedding(checkpoint):
     weights = checkpoint / "transformer" / "diffusion_pytorch_model.safetensors"
     weights.unlink()
     save_file({"proj_out.weight": torch.zeros(1)}, weights)
-    with pytest.raises(CheckpointError, match=r"lacks time_embedding.linear_1.bias"):
+    with pytest.raises(CheckpointError, match=r"cannot be read: .*linear_1.bias"):
         known_distances(checkpoint, 8)
 
 
@@ -130,19 +131,13 @@ def test_command_prints_a_plan(capsys, tmp_path, tiny):
     assert not (tmp_path / "none").exists(), "a plan leaves nothing behind"
 
 
-@pytest.mark.parametrize("to", ["nobody", "ascii"])
-def test_a_plan_for_whoever_reads_it(tiny, to):
-    """`| head` that has gone, and a terminal without the squares."""
+def test_a_plan_for_a_reader_that_has_gone():
+    """As in `| head`."""
     reading, writing = os.pipe()
-    if to == "nobody":
-        os.close(reading)
-    changed = {"PYTHONIOENCODING": "ascii:strict"} if to == "ascii" else {}
-    done = ended("--ckpts_path", "tiny", "--plan", stdout=writing, env=changed)
+    os.close(reading)
+    done = ended("--ckpts_path", "tiny", "--plan", stdout=writing)
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, "")
-    if to == "ascii":
-        with os.fdopen(reading) as output:
-            assert "??????" in output.read()
 
 
 def test_the_picture_in_the_readme_is_true(tiny):

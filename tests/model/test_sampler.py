@@ -11,7 +11,6 @@ from support import CPU, PROMPT, SIZE
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from teacache.base import device as devices
-from teacache.checkpoint import pipeline
 from teacache.checkpoint.size import VideoSize
 from teacache.core.forward import apply_teacache
 from teacache.embedded.build import TRANSFORMER
@@ -86,21 +85,6 @@ def test_several_videos_from_one_start(pipe, identity, sample):
         found = sampler.denoise(pipe, start, prompt, SMALL, num_infer_steps=steps)
         assert len(found.step_seconds) == steps
         assert torch.equal(found.latents, sample(pipe, steps=steps, seed=7))
-
-
-def test_parts_of_a_pipeline(tiny, pipe):
-    """A pipeline of some models has the same weights in them as one of all."""
-    for parts in (("text_encoder",), ("transformer", "vae")):
-        some = pipeline.load_pipeline(tiny, CPU, torch.float32, parts=parts)
-        for name in pipeline.PARTS:
-            model = getattr(some, name)
-            if name not in parts:
-                assert model is None
-                continue
-            expected = getattr(pipe, name).state_dict()
-            found = model.state_dict()
-            assert found.keys() == expected.keys()
-            assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 class Reads(TorchDispatchMode):

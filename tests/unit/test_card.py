@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from teacache.base import device
 from teacache.benchmark.random_weights import FULL, FULL_VAE
 from teacache.checkpoint.size import VideoSize
 from teacache.command import card
@@ -105,3 +106,12 @@ def test_only_what_helps_is_advised(arguments, stage, flags):
     )
     error = torch.OutOfMemoryError("CUDA out of memory")
     assert out_of_memory(error, stage, settled).endswith(f"Try, in this order: {flags}")
+
+
+def test_memory_that_runs_out_is_known_by_its_error():
+    for error in (
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("CUDA error: out of memory"),
+        OSError(12, "Cannot allocate memory"),
+    ):
+        assert device.is_out_of_memory(error)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -124,25 +123,6 @@ def test_a_killed_process_holds_no_lock(tmp_path):
     with locked(file) as ours:
         assert ours
     assert not list(tmp_path.iterdir())
-
-
-def _count(folder: Path) -> None:
-    for _ in range(50):
-        with locked(folder / ".lock", wait=True):
-            number = int((folder / "count").read_text())
-            (folder / "count").write_text(str(number + 1))
-
-
-def test_of_many_processes_one_holds_a_lock(tmp_path):
-    """Although each removes its file: none is left."""
-    (tmp_path / "count").write_text("0")
-    workers = [multiprocessing.Process(target=_count, args=(tmp_path,)) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert [path.name for path in tmp_path.iterdir()] == ["count"]
-    assert (tmp_path / "count").read_text() == "200"
 
 
 def test_where_there_are_no_locks_nothing_is_held_back(tmp_path, monkeypatch):
