@@ -59,13 +59,11 @@ def test_a_forked_process_begins_as_one_of_its_own(tmp_path):
 
 @pytest.mark.parametrize("program", [("teacache_sample_video.py",), ("-m", "teacache")])
 def test_a_forked_program_ends_as_one_of_its_own(program):
-    refused = ended("--seed", "x", program=program)
-    itself = subprocess.run(
-        [sys.executable, *program, "--seed", "x"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    ends = [(run.returncode, run.stdout, run.stderr) for run in (refused, itself)]
-    assert ends[0] == ends[1]
+    words = (*program, "--seed", "x")
+    itself = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    forked = ended(program=words)
+    for ends in ("returncode", "stdout", "stderr"):
+        assert getattr(forked, ends) == getattr(itself, ends)
     killed = start(program=program)
     killed.kill()
     assert killed.wait(10) == -9

@@ -27,7 +27,6 @@ needs_compiler = pytest.mark.skipif(
     reason="Inductor compiles C++ on a CPU, against Python's headers",
 )
 
-CPU_TIME = torch.profiler.ProfilerActivity.CPU
 # Inductor's kernels sum up in another order than eager ones, in float32, over a few steps.
 ROUNDING = 1e-4
 
@@ -68,7 +67,7 @@ def test_one_compilation_serves_layers_steps_thresholds_and_videos(prepared, sam
     with apply_teacache(pipe, 0.0) as ours, apply_teacache(eager, 0.0) as theirs:
         sample(pipe, steps=2)
         strict_dynamo.error_on_recompile = True
-        for threshold, steps, seed in ((0.0, 4, 42), (0.3, 8, 42), (0.5, 9, 7)):
+        for threshold, steps, seed in ((0.0, 3, 42), (0.5, 9, 7)):
             ours.rel_l1_thresh = theirs.rel_l1_thresh = threshold
             found, expected = (sample(each, steps=steps, seed=seed) for each in (pipe, eager))
             assert (found - expected).abs().max() < ROUNDING * expected.abs().max()
@@ -78,47 +77,14 @@ def test_one_compilation_serves_layers_steps_thresholds_and_videos(prepared, sam
 
 
 @needs_compiler
-def test_the_face_is_added_within_a_region(prepared, sample, strict_dynamo):
-    pipe = prepared()
-    shape = torch.Size([2, 126, pipe.transformer.inner_dim])  # the video tokens
-
-    def additions() -> int:
-        with torch.profiler.profile(activities=[CPU_TIME], record_shapes=True) as seen:
-            sample(pipe, steps=1)
-        names = ("aten::add", "aten::add_")
-        return sum(e.name in names and [*shape] in e.input_shapes for e in seen.events())
-
-    with apply_teacache(pipe):
-        eager = additions()
-        acceleration.compile_transformer(pipe.transformer)
-        sample(pipe, steps=1)
-        assert additions() == 1, "of the last norm, which is not compiled"
-        assert eager > len(pipe.transformer.perceiver_cross_attention)
-
-
-@needs_compiler
-def test_a_second_run_finds_what_the_first_one_compiled(prepared, sample, strict_dynamo):
-    for first in (True, False):
-        torch._dynamo.reset()  # as another process would start
-        counters.clear()
-        pipe = prepared()
-        acceleration.compile_transformer(pipe.transformer)
-        with apply_teacache(pipe):
-            sample(pipe, steps=1)
-        if not first:
-            assert counters["inductor"]["fxgraph_cache_hit"] == 2
-            assert counters["inductor"]["fxgraph_cache_miss"] == 0
-
-
-@needs_compiler
 def test_the_decoder_in_regions(strict_dynamo):
     torch.manual_seed(0)
-    levels = {
-        "block_out_channels": (16, 16),
-        "down_block_types": ("CogVideoXDownBlock3D",) * 2,
-        "up_block_types": ("CogVideoXUpBlock3D",) * 2,
+    level = {
+        "block_out_channels": (16,),
+        "down_block_types": ("CogVideoXDownBlock3D",),
+        "up_block_types": ("CogVideoXUpBlock3D",),
     }
-    vae = AutoencoderKLCogVideoX(**{**VAE, **levels}).eval()
+    vae = AutoencoderKLCogVideoX(**{**VAE, **level}).eval()
     latents = torch.randn(1, 16, 5, 8, 8)
     with torch.no_grad():
         expected = vae.decode(latents).sample
@@ -198,9 +164,8 @@ def test_what_a_machine_lacks_is_said_before_anything_is_loaded(monkeypatch, tmp
 
 @needs_compiler
 def test_a_compiled_run(tmp_path, capsys):
-    arguments = ["--ckpts_path", "tiny", "--num_infer_steps", "3", "--output_path", str(tmp_path)]
-    arguments += ["--num_frames", "5"]
-    assert main([*arguments, "--compile"]) == 0
+    arguments = ["--ckpts_path", "tiny", "--num_infer_steps", "1", "--output_path", str(tmp_path)]
+    assert main([*arguments, "--num_frames", "5", "--compile"]) == 0
     out = capsys.readouterr().out
     assert out.index("loading") < out.index("compiling") < out.index("encoding")
     assert (tmp_path / "42_0.1_0000.mp4").is_file()

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 from safetensors.torch import save
-from support import CPU, main
+from support import CPU
 
 from teacache.inputs import conditioning as module
 from teacache.inputs import identity as faces
@@ -61,52 +61,28 @@ def test_what_is_kept_equals_what_was_computed(tiny, cache, loads):
         assert "rain" in second[1]["rain " * 300].lost
 
 
-def test_only_what_is_missing_is_computed(tiny, cache, loads):
+def test_only_what_is_missing_is_computed(tiny, cache, monkeypatch):
     make(tiny, cache).embed_texts(["one"])
-    loads.clear()
-    embedded = []
-    original = module.embed_text
-    some = make(tiny, cache)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "embed_text", lambda p, t: embedded.append(t) or original(p, t))
-        some.embed_texts(["one", "two"])
+    embedded, embed = [], module.embed_text
+    monkeypatch.setattr(module, "embed_text", lambda p, t: embedded.append(t) or embed(p, t))
+    make(tiny, cache).embed_texts(["one", "two"])
     assert embedded == ["two"]
 
 
-def test_whatever_the_embeddings_depend_on_is_in_their_name(tiny, cache, monkeypatch, tmp_path):
-    image = pictures.load_image("astronaut")
-    face, text = make(tiny, cache).face_key(image), make(tiny, cache).text_key("one")
-    assert make(tiny, cache).text_key("two") != text
-    assert make(tiny, cache).face_key(image.rotate(1)) != face
-    assert make(tiny, cache).face_key(image.resize((512, 511))) != face
-    assert make(tiny, cache, torch.bfloat16).text_key("one") != text
-    assert make(tiny, cache, torch.bfloat16).face_key(image) != face
+def test_whatever_the_embeddings_depend_on_is_in_their_name(tiny, cache, monkeypatch):
+    image, plain, half = pictures.load_image("astronaut"), make(tiny, cache), torch.bfloat16
+    face, text = plain.face_key(image), plain.text_key("one")
+    assert plain.text_key("two") != text
+    assert plain.face_key(image.rotate(1)) != face
+    assert plain.face_key(image.resize((512, 511))) != face
+    assert make(tiny, cache, half).text_key("one") != text
+    assert make(tiny, cache, half).face_key(image) != face
     version = module.installed_version
     monkeypatch.setattr(
         module, "installed_version", lambda p: version(p) + ("+" if p == "torch" else "")
     )
     assert make(tiny, cache).text_key("one") != text
     assert make(tiny, cache).face_key(image) != face
-
-
-def test_a_package_under_another_name_is_no_obstacle():
-    assert module.installed_version("onnxruntime-of-another-kind") == "none"
-    assert module.installed_version("torch") == torch.__version__.split("+")[0]
-
-
-def test_long_texts_are_told_also_when_they_are_kept(capsys, tmp_path):
-    long = "a man walking " * 100
-    for _ in range(2):
-        code, _, error = main(
-            capsys,
-            *("--ckpts_path", "tiny", "--num_infer_steps", 1, "--num_frames", 1),
-            *("--prompt", long, "--negative_prompt", long, "--output_path", tmp_path),
-        )
-        assert code == 0
-        for name in ("prompt", "negative_prompt"):
-            (told,) = [line for line in error.splitlines() if f"--{name} is" in line]
-            assert f"--{name} is longer than 226 tokens: without '" in told
-            assert "walking" in told
 
 
 def test_a_changed_checkpoint_has_another_fingerprint(tmp_path):
@@ -125,13 +101,11 @@ def test_a_changed_checkpoint_has_another_fingerprint(tmp_path):
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda b: b[:-1],
-        lambda b: b[:20],
-        lambda b: b"",
-        lambda b: (2**62).to_bytes(8, "little") + b[8:],
-        lambda b: save({"other": torch.zeros(3)}),
+        lambda content: content[:-1],
+        lambda content: (2**62).to_bytes(8, "little") + content[8:],
+        lambda content: save({"other": torch.zeros(3)}),
     ],
-    ids=["short", "header alone", "nothing", "header too large", "of something else"],
+    ids=["short", "header too large", "of something else"],
 )
 def test_a_damaged_entry_is_made_anew(cache, damage, caplog):
     key, tensors = {"text": "one"}, {"embeds": torch.randn(3, 4)}
@@ -152,12 +126,8 @@ def test_what_has_not_been_read_for_longest_goes_first(tmp_path):
         os.utime(cache.path_of({"n": str(n)}), ns=(n, n))
     assert cache.get({"n": "0"}, ["x"])["x"][0] == 0  # read: now the newest
     cache.put({"n": "3"}, {"x": torch.full((256,), 3.0)})
-    assert [cache.get({"n": str(n)}, ["x"]) is not None for n in range(4)] == [
-        True,
-        False,
-        True,
-        True,
-    ]
+    kept = [cache.get({"n": str(n)}, ["x"]) is not None for n in range(4)]
+    assert kept == [True, False, True, True]
 
 
 def _write_and_read(folder, n):
@@ -172,12 +142,12 @@ def _write_and_read(folder, n):
 
 def test_many_processes_at_once(tmp_path):
     context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=_write_and_read, args=(tmp_path, n)) for n in range(8)]
+    workers = [context.Process(target=_write_and_read, args=(tmp_path, n)) for n in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    assert [worker.exitcode for worker in workers] == [0] * 8
+    assert [worker.exitcode for worker in workers] == [0] * 4
     assert not list(tmp_path.glob(".*"))
 
 

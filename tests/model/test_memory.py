@@ -11,24 +11,22 @@ table below and the README's want to be brought up to date.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import pytest
 import torch
-from diffusers import AutoencoderKLCogVideoX
-from full_size import (
-    FRAMES,
-    HEIGHT,
-    WIDTH,
-    fake_bfloat16,
-    full_transformer,
-    step_inputs,
-    three_steps,
-)
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, ConsisIDTransformer3DModel
 from ledger import GIB, Ledger
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from teacache.benchmark.random_weights import FULL_VAE
+from teacache.benchmark.random_weights import FULL, FULL_VAE
+from teacache.core.forward import apply_teacache
+from teacache.core.rule import schedule
+from teacache.sampling.attention import use_attention
+from teacache.sampling.blocks import use_lean_blocks
 from teacache.sampling.decoder import use_lean_decoder
 
+FRAMES, HEIGHT, WIDTH, TEXT = 13, 60, 90, 226  # latents of 49 frames of 720x480, text tokens
 # GiB beyond the weights: allocated, and held by torch's allocator until then. Weights: transformer
 # 11.9, VAE 0.4. Not computed each time, with diffusers 0.42.1: by diffusers without guidance 1.33
 # and 1.65, in tiles 3.77 and 5.30.
@@ -48,18 +46,48 @@ def peak(ledger: Ledger) -> Peak:
     return ledger.peak / GIB, ledger.reserved / GIB
 
 
+@contextlib.contextmanager
+def fake_bfloat16() -> Iterator[None]:
+    """Let new tensors have no data, and be bfloat16."""
+    default = torch.get_default_dtype()
+    with FakeTensorMode(), torch.no_grad():
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(default)
+
+
 def denoising_peaks(ours: bool, batch: int) -> tuple[Peak, Peak]:
-    """Of a computed step that follows a computed one, and of a reused one."""
-    with fake_bfloat16():
-        transformer = full_transformer(ours)
-        inputs, peaks = step_inputs(batch), []
-        ledger = Ledger(transformer.state_dict().values())
-        plain = contextlib.nullcontext(torch.zeros(4, dtype=torch.int64))
-        with three_steps(transformer) if ours else plain as timesteps, ledger:
-            for t in timesteps[:3]:
-                ledger.begin_stage()
-                transformer(timestep=t.expand(batch), **inputs)
-                peaks.append(peak(ledger))
+    """Of a computed step that follows a computed one, and of a reused one.
+
+    Args:
+        ours: with this package's attention, blocks and TeaCache.
+        batch: 2 with guidance.
+    """
+    scheduler, peaks = CogVideoXDPMScheduler(), []
+    plan = schedule([1.0, 1.0, 1.0, 1.0], None, computed_steps=(0, 1, 3))
+    with fake_bfloat16(), contextlib.ExitStack() as stack:
+        transformer = ConsisIDTransformer3DModel(**FULL).eval()
+        scheduler.timesteps = torch.zeros(4, dtype=torch.int64)
+        if ours:
+            use_attention(transformer, "native")
+            use_lean_blocks(transformer)
+            stack.enter_context(apply_teacache(transformer, schedule=plan, scheduler=scheduler))
+        rotary = (FRAMES * HEIGHT * WIDTH // 4, FULL["attention_head_dim"])
+        inputs = {
+            "hidden_states": torch.empty(batch, FRAMES, 32, HEIGHT, WIDTH),
+            "encoder_hidden_states": torch.empty(batch, TEXT, 4096),
+            "image_rotary_emb": tuple(torch.empty(*rotary, dtype=torch.float32) for _ in range(2)),
+            "id_cond": torch.empty(1, 1280),
+            "id_vit_hidden": [torch.empty(1, 577, 1024) for _ in range(5)],
+            "return_dict": False,
+        }
+        ledger = stack.enter_context(Ledger(transformer.state_dict().values()))
+        for t in scheduler.timesteps[:3]:
+            ledger.begin_stage()
+            transformer(timestep=t.expand(batch), **inputs)
+            peaks.append(peak(ledger))
     return peaks[1], peaks[2]
 
 

@@ -60,43 +60,36 @@ def bytes_sent(halves: int, parts: int, batch: int, layers: int, tokens: int, wi
 
 @pytest.mark.parametrize("case", [case for cases in CASES.values() for case in cases])
 def test_ranks_agree_with_each_other_and_with_one_process(on_ranks, case):
-    halves, _, dtype, guidance_scale, how = case
+    """And what is sent is what the formula says."""
+    halves, parts, dtype, guidance_scale, how = case
     expected, schedules = alone(dtype, guidance_scale, "fp8" if how == "fp8" else "")
+    assert len(schedules) == len(THRESHOLDS) + 1
     assert len(schedules[0]) == STEPS > len(schedules[-2]), "some steps are reused"
     assert len(schedules[-1]) == FORECAST
-    for latents, steps, _ in on_ranks[case]:
+    computed, layers = sum(map(len, schedules)), WIDE["num_layers"]
+    width = WIDE["num_attention_heads"] * WIDE["attention_head_dim"]
+    batch = 2 if guidance_scale > 1 else 1
+    each = bytes_sent(halves, parts, batch, layers, TEXT + VIDEO, width) * dtype.itemsize // 2
+    for latents, steps, exchanged in on_ranks[case]:
         assert steps == schedules
         assert torch.equal(latents, on_ranks[case][0][0])
         if how == "compile":
             # Inductor's kernels sum up in another order than eager ones.
             assert (latents - expected).abs().max() < 1e-4 * expected.abs().max()
-        elif halves == 1:
+            continue
+        if halves == 1:
             assert torch.equal(latents, expected), "tokens that are shared change no bit"
         else:
             # A linear layer of one row rounds otherwise than one of two: the modulations'. After
             # ten steps that is 1.2e-6 of the largest latent; float32 rounds at 6e-8.
             assert (latents - expected).abs().max() < 1e-5 * expected.abs().max()
-
-
-@pytest.mark.parametrize(
-    "case", [case for cases in CASES.values() for case in cases if case[-1] != "compile"]
-)
-def test_what_is_sent_is_what_the_formula_says(on_ranks, case):
-    halves, parts, dtype, guidance_scale, _ = case
-    layers = WIDE["num_layers"]
-    width = WIDE["num_attention_heads"] * WIDE["attention_head_dim"]
-    batch = 2 if guidance_scale > 1 else 1
-    for _, schedules, exchanged in on_ranks[case]:
-        computed = sum(len(steps) for steps in schedules)
         # Query, key, value and output of each layer, and nothing to tell sizes by.
         assert len(exchanged) == (4 * layers * computed if parts > 1 else 0)
-        each = bytes_sent(halves, parts, batch, layers, TEXT + VIDEO, width) * dtype.itemsize // 2
         # A rank keeps one in `parts` of what it exchanges.
         assert sum(exchanged) * (parts - 1) // parts == each * computed
-    assert len(schedules) == len(THRESHOLDS) + 1
 
 
-def test_the_published_size_divides_among_2_4_and_8():
+def test_published_and_embedded_size_divide():
     real = {"heads": 48, "text": 226, "video": 17550}
     shares = ((1, 1), (2, 1), (2, 2), (2, 4))
     assert [divide(n, True, **real) for n in (1, 2, 4, 8)] == [Ranks(*each) for each in shares]
@@ -109,13 +102,10 @@ def test_the_published_size_divides_among_2_4_and_8():
     assert str(divide(2, True, **real)) == "2 GPUs: guidance x2"
     # 17,776 x 3072 numbers of 2 bytes, 4 in each of 42 layers; a half of its half is sent.
     assert bytes_sent(2, 2, 2, 42, 17776, 3072) == pytest.approx(4.59e9, rel=1e-3)
-
-
-def test_the_embedded_checkpoint_divides_where_every_part_has_video_tokens():
     embedded = {"heads": 6, "text": 226, "video": 294}
     assert divide(4, True, **embedded) == Ranks(2, 2)
     with pytest.raises(ArgumentError, match=r"--num_gpus 8: .* use 4$"):
-        divide(8, True, **embedded)
+        divide(8, True, **embedded)  # some part would have no video tokens
 
 
 @pytest.mark.parametrize(("halves", "parts"), [(1, 1), (2, 1), (1, 4), (2, 4)])

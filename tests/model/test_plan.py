@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 from processes import ended
+from safetensors.torch import save_file
 from support import CPU, ROOT, main
 
 from teacache.base.errors import ArgumentError, CheckpointError
@@ -19,7 +18,14 @@ from teacache.core.forward import apply_teacache
 from teacache.core.rule import COGVIDEOX_5B, Limits, schedule
 from teacache.inputs.photograph import load_image
 
-THRESHOLDS = [0.0, 0.03, 0.05, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.3, 0.5, 1.0, 3.0]
+
+@pytest.fixture
+def checkpoint(tiny, tmp_path):
+    """One whose scheduler may be written over."""
+    shutil.copytree(tiny, tmp_path / "c", copy_function=os.link)
+    shutil.rmtree(tmp_path / "c" / "scheduler")
+    shutil.copytree(tiny / "scheduler", tmp_path / "c" / "scheduler")
+    return tmp_path / "c"
 
 
 def known_distances(checkpoint, steps, guidance_scale=6.0, dtype=torch.float32):
@@ -28,77 +34,77 @@ def known_distances(checkpoint, steps, guidance_scale=6.0, dtype=torch.float32):
     return distances.step_distances(checkpoint, scheduler, guidance_scale, CPU, dtype, steps)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scheduler", [CogVideoXDPMScheduler, CogVideoXDDIMScheduler])
-@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
-def test_plan_equals_the_run(tiny, tmp_path, shallow, sample, scheduler, spacing, dtype):
-    """Distances to the bit, and the schedule, for 8 to 100 steps, with guidance and without."""
-    checkpoint = tmp_path / "checkpoint"
-    shutil.copytree(tiny, checkpoint, copy_function=os.link)
+@pytest.mark.parametrize(
+    ("scheduler", "spacing", "dtype"),
+    [
+        (CogVideoXDPMScheduler, "trailing", torch.float32),
+        (CogVideoXDPMScheduler, "linspace", torch.bfloat16),
+        (CogVideoXDDIMScheduler, "trailing", torch.bfloat16),
+        (CogVideoXDDIMScheduler, "leading", torch.float32),
+    ],
+)
+def test_plan_equals_the_run(
+    checkpoint, shallow, sample, published_schedule, scheduler, spacing, dtype
+):
+    """Distances to the bit, and the schedule, for 8 to 100 steps, with guidance and without.
+
+    Where no distance is beyond what the coefficients cover, it is the one of a second computation.
+    """
     pipe = shallow(dtype)
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config, timestep_spacing=spacing)
-    shutil.rmtree(checkpoint / "scheduler")
     pipe.scheduler.save_pretrained(checkpoint / "scheduler")
     # Steps, guidance, and a threshold at which some of them are reused.
-    runs = [(8, 6.0, 0.5), (13, 1.0, 0.3), (50, 6.0, 0.15), (100, 1.0, 0.08)]
-    if spacing != "trailing":
-        runs = runs[:2]
+    runs = [(8, 6.0, 0.5), (50, 6.0, 0.1), (50, 6.0, 0.15), (100, 1.0, 0.08)]
+    counts = set()
     with apply_teacache(pipe) as handle:
-        for steps, guidance_scale, threshold in runs:
+        for steps, guidance_scale, threshold in runs if spacing == "trailing" else runs[:1]:
             known = known_distances(checkpoint, steps, guidance_scale, dtype)
             handle.rel_l1_thresh = threshold
             sample(pipe, steps=steps, num_frames=1, guidance_scale=guidance_scale)
             assert handle.schedule.distances == known
             assert handle.schedule == schedule(known, threshold, COGVIDEOX_5B)
             assert handle.schedule.reused_steps
+            if steps == 50:
+                assert not handle.schedule.extrapolated_steps
+                published = published_schedule(pipe, steps, threshold)
+                assert handle.schedule.computed_steps == tuple(published)
+                counts.add(len(published))
+    assert len(counts) == (2 if spacing == "trailing" else 0), "each threshold has another number"
 
 
-def test_plan_equals_the_run_at_many_thresholds(tiny, shallow, sample):
-    pipe = shallow(torch.float32)
-    known = known_distances(tiny, 20)
-    with apply_teacache(pipe) as handle:
-        for threshold in THRESHOLDS:
-            handle.rel_l1_thresh = threshold
-            sample(pipe, steps=20, num_frames=1)
-            assert handle.schedule == schedule(known, threshold, COGVIDEOX_5B)
-    limits = Limits(retain_first=2, retain_last=3, max_reuse=1)
+def test_limits_of_the_plan_are_those_of_the_run(tiny, shallow, sample):
+    pipe, limits = shallow(), Limits(retain_first=2, retain_last=3, max_reuse=1)
     with apply_teacache(pipe, 0.3, limits=limits) as handle:
         sample(pipe, steps=20, num_frames=1)
+        known = known_distances(tiny, 20)
         assert handle.schedule == schedule(known, 0.3, COGVIDEOX_5B, limits)
 
 
 @pytest.mark.parametrize("kind", [CogVideoXDPMScheduler, CogVideoXDDIMScheduler])
 @pytest.mark.parametrize("name", [None, "dpm", "ddim"])
-def test_the_loaded_scheduler_is_the_checkpoints(tiny, tmp_path, kind, name):
+def test_the_loaded_scheduler_is_the_checkpoints(checkpoint, kind, name):
     """Its class, or the one that is named; its configuration, and so its timesteps."""
-    shutil.copytree(tiny, tmp_path / "c", copy_function=os.link)
-    shutil.rmtree(tmp_path / "c" / "scheduler")
     for spacing in ("trailing", "leading", "linspace"):
         own = kind(timestep_spacing=spacing, steps_offset=1, prediction_type="v_prediction")
-        own.save_pretrained(tmp_path / "c" / "scheduler")
-        loaded = distances.load_scheduler(tmp_path / "c", name)
+        own.save_pretrained(checkpoint / "scheduler")
+        loaded = distances.load_scheduler(checkpoint, name)
         assert type(loaded) is (distances.SCHEDULERS[name] if name else kind)
         expected = type(loaded).from_config(own.config)
-        public = {key for key in expected.config if not key.startswith("_")}
-        assert all(loaded.config[key] == expected.config[key] for key in public)
         assert torch.equal(loaded.alphas_cumprod, expected.alphas_cumprod)
-        for steps in [*range(1, 101), 333, 999, 1000]:
+        for steps in (1, 2, 7, 50, 333, 1000):
             for scheduler in (loaded, expected):
                 scheduler.set_timesteps(steps)
             assert torch.equal(loaded.timesteps, expected.timesteps)
     with pytest.raises(ArgumentError, match="1000 timesteps"):
-        known_distances(tmp_path / "c", 1001)
+        known_distances(checkpoint, 1001)
 
 
-def test_a_checkpoint_without_time_embedding(tiny, tmp_path):
-    from safetensors.torch import save_file
-
-    shutil.copytree(tiny, tmp_path / "c", copy_function=os.link)
-    weights = tmp_path / "c" / "transformer" / "diffusion_pytorch_model.safetensors"
+def test_a_checkpoint_without_time_embedding(checkpoint):
+    weights = checkpoint / "transformer" / "diffusion_pytorch_model.safetensors"
     weights.unlink()
     save_file({"proj_out.weight": torch.zeros(1)}, weights)
-    with pytest.raises(CheckpointError, match=r"lacks time_embedding.linear_1.bias"):
-        known_distances(tmp_path / "c", 8)
+    with pytest.raises(CheckpointError, match=r"cannot be read: .*linear_1.bias"):
+        known_distances(checkpoint, 8)
 
 
 def test_command_prints_a_plan(capsys, tmp_path, tiny):
@@ -125,48 +131,13 @@ def test_command_prints_a_plan(capsys, tmp_path, tiny):
     assert not (tmp_path / "none").exists(), "a plan leaves nothing behind"
 
 
-def test_command_plans_only_what_is_here(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    code, _, error = main(capsys, "--plan")
-    assert code == 2
-    assert "is not here yet" in error
-
-
-@pytest.mark.parametrize("to", ["nobody", "ascii"])
-def test_a_plan_for_whoever_reads_it(tiny, to):
-    """`| head` that has gone, and a terminal without the squares."""
+def test_a_plan_for_a_reader_that_has_gone():
+    """As in `| head`."""
     reading, writing = os.pipe()
-    if to == "nobody":
-        os.close(reading)
-    changed = {"PYTHONIOENCODING": "ascii:strict"} if to == "ascii" else {}
-    done = ended("--ckpts_path", "tiny", "--plan", stdout=writing, env=changed)
+    os.close(reading)
+    done = ended("--ckpts_path", "tiny", "--plan", stdout=writing)
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, "")
-    if to == "ascii":
-        with os.fdopen(reading) as output:
-            assert "??????" in output.read()
-
-
-def test_a_plan_takes_little(tiny):
-    """At most three times the CPU of importing torch."""
-
-    def cpu_seconds(*arguments: str) -> float:
-        before = os.times()
-        command = [sys.executable, *arguments]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        return sum(os.times()[2:4]) - sum(before[2:4])
-
-    plan = cpu_seconds("teacache_sample_video.py", "--ckpts_path", "tiny", "--plan")
-    assert plan < 3 * cpu_seconds("-c", "import torch")
-
-
-def test_command_names_a_missing_scheduler(capsys, tmp_path, tiny):
-    shutil.copytree(tiny, tmp_path / "c", copy_function=os.link)
-    (tmp_path / "c" / "scheduler" / "scheduler_config.json").unlink()
-    code, _, error = main(capsys, "--ckpts_path", tmp_path / "c", "--plan")
-    assert code == 2
-    assert "scheduler_config.json is missing" in error
-    assert error.count("\n") == 1
 
 
 def test_the_picture_in_the_readme_is_true(tiny):

@@ -7,30 +7,24 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from support import CPU, SIZE
+from support import SIZE
 
-from teacache.checkpoint.pipeline import load_pipeline
 from teacache.core.forward import apply_teacache
 from teacache.fit.measure import residual_changes
 from teacache.inputs.text import Text, embed_text
 from teacache.sampling import sampler
 
-STEPS = 8
+STEPS = 6
 
 
-@pytest.fixture(scope="module")
-def material(tiny, identity):
-    """A pipeline, a start and a text."""
-    pipe = load_pipeline(tiny, CPU, torch.float32)
+def test_the_changes_are_those_of_a_second_computation(pipe, identity):
+    """From the block stack's own outputs, caught by hooks in a plain pipeline.
+
+    Of two videos in a row on one handle: each one's latents are the plain pipeline's, bit for bit.
+    """
     texts = [embed_text(pipe, prompt).embeds for prompt in ("a red wall", "")]
-    return pipe, sampler.prepare(pipe, identity, SIZE, seed=7), Text(*texts)
-
-
-@pytest.fixture(scope="module")
-def measured(material):
-    """Two videos in a row on one handle: the changes of each, and its latents."""
-    pipe, start, text = material
-    found = []
+    start, text = sampler.prepare(pipe, identity, SIZE, seed=7), Text(*texts)
+    measured = []
     with apply_teacache(pipe, 0.0):
         for _ in range(2):
             loop, done = sampler.Loop(pipe, start, text, SIZE, STEPS, 6.0), []
@@ -38,40 +32,23 @@ def measured(material):
                 pipe.transformer, loop, STEPS, lambda done=done: done.append(1)
             )
             assert len(done) == STEPS
-            found.append((changes, loop.latents))
-    return found
+            measured.append((changes, loop.latents))
 
-
-def test_every_step_is_computed(material, measured):
-    """The latents are the plain pipeline's, bit for bit."""
-    pipe, start, text = material
-    plain = sampler.denoise(pipe, start, text, SIZE, num_infer_steps=STEPS).latents
-    for _, latents in measured:
-        assert torch.equal(latents, plain)
-
-
-def test_the_changes_are_those_of_a_second_computation(material, measured):
-    """From the block stack's own outputs, caught by hooks in a plain pipeline."""
-    pipe, start, text = material
-    transformer = pipe.transformer
     before, after = [], []
-    hooks = [
-        transformer.embedding_dropout.register_forward_hook(
-            lambda module, args, output: before.append(output[:, 226:])
-        ),
-        transformer.norm_final.register_forward_pre_hook(
-            lambda module, args: after.append(args[0][:, -before[-1].shape[1] :])
-        ),
-    ]
-    sampler.denoise(pipe, start, text, SIZE, num_infer_steps=STEPS)
-    for hook in hooks:
-        hook.remove()
+    pipe.transformer.embedding_dropout.register_forward_hook(
+        lambda module, args, output: before.append(output[:, 226:])
+    )
+    pipe.transformer.norm_final.register_forward_pre_hook(
+        lambda module, args: after.append(args[0][:, -before[-1].shape[1] :])
+    )
+    plain = sampler.denoise(pipe, start, text, SIZE, num_infer_steps=STEPS).latents
     residuals = [b - a for a, b in zip(before, after, strict=True)]
     assert len(residuals) == STEPS
     changed = [
         ((b - a).abs().mean() / a.abs().mean()).item() for a, b in itertools.pairwise(residuals)
     ]
-    for changes, _ in measured:
+    for changes, latents in measured:
+        assert torch.equal(latents, plain)
         # In float32, of differences of numbers that are some ten times as large.
         assert changes[1:] == pytest.approx(changed, rel=1e-4)
         assert np.isnan(changes[0])

@@ -11,7 +11,6 @@ from support import CPU, PROMPT, SIZE
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from teacache.base import device as devices
-from teacache.checkpoint import pipeline
 from teacache.checkpoint.size import VideoSize
 from teacache.core.forward import apply_teacache
 from teacache.embedded.build import TRANSFORMER
@@ -21,6 +20,9 @@ from teacache.sampling.decoder_memory import DecoderMemory, Offloaded
 from teacache.sampling.streaming import stream_blocks
 
 SMALL = SIZE._replace(num_frames=5)
+FREE = dict.fromkeys(
+    ("use_rotary_positional_embeddings", "use_learned_positional_embeddings"), False
+)
 
 
 def embedded(pipe, guidance_scale=6.0, negative=""):
@@ -43,40 +45,30 @@ def by_the_sampler(pipe, identity, size=SMALL, steps=3, seed=42, guidance_scale=
 
 
 @pytest.mark.parametrize(
-    ("ddim", "is_kps", "guidance_scale"),  # every two of them together
-    [(False, False, 6.0), (False, True, 1.0), (True, False, 1.0), (True, True, 6.0)],
+    ("dtype", "ddim", "changed", "size", "guidance_scale"),
+    [
+        (torch.float32, False, {}, SIZE, 6.0),
+        (torch.bfloat16, True, {}, SMALL, 6.0),
+        (torch.float32, True, {"is_kps": True}, SMALL, 1.0),
+        (torch.float32, False, FREE, VideoSize(width=96, height=64, num_frames=9), 6.0),
+    ],
 )
-def test_latents_equal_the_pipelines(pipe, identity, sample, ddim, is_kps, guidance_scale):
-    if is_kps:
+def test_latents_equal_the_pipelines(
+    make_pipe, identity, sample, dtype, ddim, changed, size, guidance_scale
+):
+    pipe = make_pipe(dtype)
+    if changed:
         torch.manual_seed(1)
-        pipe.transformer = ConsisIDTransformer3DModel(**{**TRANSFORMER, "is_kps": True}).eval()
+        pipe.transformer = ConsisIDTransformer3DModel(**{**TRANSFORMER, **changed}).eval()
     if ddim:
         pipe.scheduler = CogVideoXDDIMScheduler.from_config(pipe.scheduler.config)
-    changed = {"num_frames": SIZE.num_frames, "guidance_scale": guidance_scale}
-    expected = sample(pipe, negative_prompt="rain", **changed)
-    found = by_the_sampler(pipe, identity, SIZE, guidance_scale=guidance_scale, negative="rain")
-    assert torch.equal(found, expected)
-
-
-def test_without_rotary_embeddings_at_another_size(pipe, identity, sample):
-    torch.manual_seed(1)
-    changed = {
-        "use_rotary_positional_embeddings": False,
-        "use_learned_positional_embeddings": False,
-    }
-    pipe.transformer = ConsisIDTransformer3DModel(**{**TRANSFORMER, **changed}).eval()
-    size = VideoSize(width=96, height=64, num_frames=9)
-    expected = sample(pipe, **size._asdict())
-    assert torch.equal(by_the_sampler(pipe, identity, size), expected)
-
-
-def test_in_bfloat16(make_pipe, identity, sample):
-    pipe = make_pipe(torch.bfloat16)
+    expected = sample(pipe, negative_prompt="rain", guidance_scale=guidance_scale, **size._asdict())
     identity = identity._replace(
-        id_cond=identity.id_cond.bfloat16(),
-        id_vit_hidden=[hidden.bfloat16() for hidden in identity.id_vit_hidden],
+        id_cond=identity.id_cond.to(dtype),
+        id_vit_hidden=[hidden.to(dtype) for hidden in identity.id_vit_hidden],
     )
-    assert torch.equal(by_the_sampler(pipe, identity), sample(pipe))
+    found = by_the_sampler(pipe, identity, size, guidance_scale=guidance_scale, negative="rain")
+    assert torch.equal(found, expected)
 
 
 def test_frames_equal_the_pipelines(pipe, identity, sample):
@@ -95,28 +87,6 @@ def test_several_videos_from_one_start(pipe, identity, sample):
         assert torch.equal(found.latents, sample(pipe, steps=steps, seed=7))
 
 
-def test_what_is_cut_off_a_long_prompt_is_known(pipe):
-    assert embed_text(pipe, PROMPT).lost == ""
-    lost = embed_text(pipe, "a man walking " * 100 + "in the light").lost
-    assert lost.endswith("walking in the light")
-    assert lost.count("walking") < 100
-
-
-def test_parts_of_a_pipeline(tiny, pipe):
-    """A pipeline of some models has the same weights in them as one of all."""
-    for parts in (("text_encoder",), ("transformer", "vae")):
-        some = pipeline.load_pipeline(tiny, CPU, torch.float32, parts=parts)
-        for name in pipeline.PARTS:
-            model = getattr(some, name)
-            if name not in parts:
-                assert model is None
-                continue
-            expected = getattr(pipe, name).state_dict()
-            found = model.state_dict()
-            assert found.keys() == expected.keys()
-            assert all(torch.equal(found[key], expected[key]) for key in expected)
-
-
 class Reads(TorchDispatchMode):
     """Counts how often a tensor's value is wanted by the host, which a GPU makes it wait for."""
 
@@ -131,7 +101,7 @@ class Reads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("ddim", [False, True])
-def test_no_step_waits_for_the_device(pipe, identity, ddim):
+def test_no_step_waits_for_the_device(pipe, identity, sample, ddim):
     if ddim:
         pipe.scheduler = CogVideoXDDIMScheduler.from_config(pipe.scheduler.config)
     prompt = embedded(pipe)
@@ -145,15 +115,7 @@ def test_no_step_waits_for_the_device(pipe, identity, ddim):
             assert handle.schedule.reused_steps
     assert reads[8] == reads[12] <= 2, "once a video, not once a step"
     with Reads() as mode:
-        pipe(
-            identity.face,
-            PROMPT,
-            num_inference_steps=4,
-            id_cond=identity.id_cond,
-            id_vit_hidden=identity.id_vit_hidden,
-            **SMALL._asdict(),
-            output_type="latent",
-        )
+        sample(pipe, steps=4)
     assert mode.count >= 4, "the pipeline's own loop is one that waits"
 
 
@@ -173,14 +135,12 @@ def test_a_cpu_has_no_room_to_make_but_after_the_last_video(pipe, sample):
         assert places(pipe) == {"meta"}
 
 
-@pytest.mark.parametrize("streamed", [False, True])
-def test_the_transformer_steps_aside_where_both_do_not_fit(pipe, sample, monkeypatch, streamed):
+def test_the_transformer_steps_aside_where_both_do_not_fit(pipe, sample, monkeypatch):
     """As on a GPU with too little memory; here it moves within the host's."""
     pipe.transformer = copy.deepcopy(pipe.transformer)  # at addresses that a CPU sums up alike
-    if streamed:
-        stream_blocks(pipe.transformer, CPU)
+    stream_blocks(pipe.transformer, CPU)
     before = sample(pipe, steps=2)
-    room = DecoderMemory(pipe, SIZE, "blocks" if streamed else "none")
+    room = DecoderMemory(pipe, SIZE, "blocks")
     monkeypatch.setattr(DecoderMemory, "_both_fit", lambda self, device: False)
     moves = []
     for name in ("to_host", "to_device"):
@@ -197,12 +157,11 @@ def test_the_transformer_steps_aside_where_both_do_not_fit(pipe, sample, monkeyp
         assert places(pipe) == {"meta"}
 
 
-@pytest.mark.parametrize(("more", "stays"), [(1, True), (0, False)])
-@pytest.mark.parametrize("tiled", [True, False])
-def test_what_has_to_be_free_for_both(pipe, monkeypatch, more, stays, tiled):
+@pytest.mark.parametrize(("tiled", "needed"), [(True, 4 * 2**30), (False, 34 * 1024 * 720 * 480)])
+def test_what_has_to_be_free_for_both(pipe, monkeypatch, tiled, needed):
     if tiled:
         pipe.vae.enable_tiling()
-    full = VideoSize(720, 480, 49)
-    needed = 4 * 2**30 if tiled else 34 * 1024 * 720 * 480
-    monkeypatch.setattr(devices, "free_memory_bytes", lambda device: needed + more)
-    assert DecoderMemory(pipe, full, "none")._both_fit(torch.device("cuda")) is stays
+    room = DecoderMemory(pipe, VideoSize(720, 480, 49), "none")
+    for more, stays in ((1, True), (0, False)):
+        monkeypatch.setattr(devices, "free_memory_bytes", lambda device, m=more: needed + m)
+        assert room._both_fit(torch.device("cuda")) is stays

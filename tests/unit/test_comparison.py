@@ -12,7 +12,7 @@ from teacache.comparison import quality
 from teacache.comparison.figure import draw_sweep
 from teacache.comparison.side_by_side import write_grid
 from teacache.comparison.tables import sweep_markdown, sweep_rows, terminal_table
-from teacache.results.video import read_video, write_video
+from teacache.results.video import read_video
 
 
 def test_two_faces_under_one_masked_address_are_two_groups():
@@ -34,16 +34,12 @@ def test_two_faces_under_one_masked_address_are_two_groups():
     assert [row["group"] for row in rows] == [0, 1, 1]
     assert [row["speedup"] for row in rows] == [1.0, 1.0, 4.0]
     assert rows[0]["differs_in"] != rows[1]["differs_in"]
-
-
-def test_faces_are_called_by_their_files_where_those_tell_them_apart():
-    rows = sweep_rows(
-        [
-            (name, record_of_a_video(image=f"faces/{name}.jpg", image_sha256=name))
-            for name in ("anna", "ben")
-        ]
-    )
-    assert [row["differs_in"] for row in rows] == ["anna.jpg", "ben.jpg"]
+    # By their files where those tell them apart.
+    named = [
+        (name, record_of_a_video(image=f"faces/{name}.jpg", image_sha256=name))
+        for name in ("anna", "ben")
+    ]
+    assert [row["differs_in"] for row in sweep_rows(named)] == ["anna.jpg", "ben.jpg"]
 
 
 @pytest.fixture
@@ -75,18 +71,14 @@ def test_the_same_video_is_called_identical(noise):
     assert "identical" in terminal_table(sweep_rows([("x", record)]))
 
 
-def test_lpips_where_it_is_missing(monkeypatch, tmp_path, noise):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    found = quality.compare(noise, noise)
-    assert found["lpips"] is None
-    assert quality.LPIPS_BACKBONE in found["lpips_missing"]
-
-
-def test_lpips_where_it_is_there(monkeypatch, tmp_path, noise):
+def test_lpips_where_it_is_missing_and_where_it_is_there(monkeypatch, tmp_path, noise):
     """The real package on a backbone of random weights, in the place where the real one lies."""
     from torchvision.models import alexnet
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    found = quality.compare(noise, noise)
+    assert found["lpips"] is None
+    assert quality.LPIPS_BACKBONE in found["lpips_missing"]
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     torch.manual_seed(0)
     weights = tmp_path / "hub" / "checkpoints" / quality.LPIPS_BACKBONE
@@ -103,19 +95,16 @@ def test_lpips_where_it_is_there(monkeypatch, tmp_path, noise):
 def test_figure_and_markdown_of_one_video_alone(tmp_path):
     """A sweep that was interrupted after its first video, without threshold 0."""
     record = record_of_a_video(rel_l1_thresh=0.15)
-    rows = sweep_rows([("1_0.15_0000", record)])
-    draw_sweep(rows, [record], tmp_path / "figure.png")
-    with Image.open(tmp_path / "figure.png") as figure:
-        assert figure.width == 1200
-        pixels = np.array(figure.convert("RGB"))
-    every_step = record_of_a_video(computed_steps=[0, 1, 2, 3, 4])
-    draw_sweep(rows, [every_step], tmp_path / "all.png")
-    with Image.open(tmp_path / "all.png") as figure:
-        every = np.array(figure.convert("RGB"))
-    # Three of five cells are filled: of the pixels in a row through their middle, three fifths
-    # have the colour of the computed steps that all have where all are computed.
-    some, full = ((p == (0x1F, 0x5F, 0xA8)).all(-1).sum(1).max() for p in (pixels, every))
-    assert some / full == pytest.approx(0.6, abs=0.02)  # whole pixels, and the cells' edges
+    rows, filled = sweep_rows([("1_0.15_0000", record)]), []
+    for each in (record, record_of_a_video(computed_steps=[0, 1, 2, 3, 4])):
+        draw_sweep(rows, [each], tmp_path / "figure.png")
+        with Image.open(tmp_path / "figure.png") as figure:
+            assert figure.width == 1200
+            pixels = np.array(figure.convert("RGB"))
+        filled.append((pixels == (0x1F, 0x5F, 0xA8)).all(-1).sum(1).max())
+    # Of the pixels in a row through the cells' middle, three fifths have the colour of the
+    # computed steps that all have where all five are computed.
+    assert filled[0] / filled[1] == pytest.approx(0.6, abs=0.02)  # whole pixels, the cells' edges
     assert "| 2.0 |" in sweep_markdown(rows)
 
 
@@ -132,5 +121,3 @@ def test_grid_places_every_video_below_its_label(tmp_path):
         assert np.abs(middle - colour).max() < 12, "H.264 and 4:2:0 move flat colours a little"
         assert grid[0, top : top + 48, left : left + 320].max() > 200, "its label is there"
     assert grid[0, 256 + 150, 320 + 160].max() < 12, "the fourth cell is empty"
-    write_video([Image.fromarray(videos[0][0])], tmp_path / "one.mp4")
-    assert len(read_video(tmp_path / "one.mp4").frames) == 1

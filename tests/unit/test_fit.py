@@ -9,18 +9,6 @@ from teacache.base.errors import SamplingError
 from teacache.fit.measure import fit
 
 
-def test_a_polynomial_is_found_again():
-    distances = (None, *np.linspace(0.02, 0.2, 12).tolist())
-    values = (50.0, -20.0, 3.0, 0.5, 0.01)
-    changes = np.append(np.nan, np.polyval(values, np.array(distances[1:])))
-    changes[-1] = np.nan  # of the last step nothing is known
-    coefficients, r2 = fit(distances, [changes.tolist()] * 2, "here")
-    assert coefficients.values == pytest.approx(values, rel=1e-6)
-    assert coefficients.fitted_range == (0.02, distances[-2])
-    assert coefficients.source == "here"
-    assert r2 == pytest.approx(1.0)
-
-
 def test_every_video_counts():
     """Of two videos the polynomial goes through the middle."""
     distances = (None, *np.linspace(0.02, 0.2, 12).tolist())
@@ -29,6 +17,8 @@ def test_every_video_counts():
     coefficients, r2 = fit(distances, changes, "here")
     assert np.polyval(coefficients.values, inner) == pytest.approx(inner)
     assert r2 == pytest.approx(1 - 0.01**2 / (inner.var() + 0.01**2))
+    assert coefficients.fitted_range == pytest.approx((0.02, 0.2))
+    assert coefficients.source == "here"
 
 
 def test_what_does_not_depend_on_the_distance_is_not_explained():

@@ -45,7 +45,7 @@ def products(scheduler):
     return root**2
 
 
-@pytest.mark.parametrize("steps", [50, 30, 7])
+@pytest.mark.parametrize("steps", [50, 7])
 def test_ddim_steps_are_those_of_the_formula(steps):
     scheduler = scheduler_of(CogVideoXDDIMScheduler, steps)
     alphas_squared = products(scheduler)
@@ -59,7 +59,7 @@ def test_ddim_steps_are_those_of_the_formula(steps):
         assert tuple(at) == pytest.approx(expected, abs=2e-4)
 
 
-@pytest.mark.parametrize("steps", [50, 30, 7])
+@pytest.mark.parametrize("steps", [50, 7])
 def test_dpm_steps_are_those_of_the_formula(steps):
     """SDE-DPM-Solver++(2M), of first order in the first step and in one that ends without noise.
 
@@ -131,7 +131,7 @@ class Run:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("variance", [0.0, 0.1, 2.0])
-@pytest.mark.parametrize("computed", [(0, 19), (0, 1, 5, 6, 12, 19), (0, 4, 8, 18, 19)])
+@pytest.mark.parametrize("computed", [(0, 19), (0, 1, 5, 6, 12, 19)])
 def test_exact_for_a_gaussian(kind, variance, computed):
     """A denoiser of that variance and a mean that stays: what is forecast is what it says."""
     mean = torch.tensor([0.3, -1.2, 2.0, 0.0], dtype=torch.float64)
@@ -149,15 +149,14 @@ def test_exact_for_a_gaussian(kind, variance, computed):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("computed", [(0, 1, 5, 6, 12, 19), (0, 4, 8, 18, 19)])
-def test_corrected_to_what_interpolated_means_lead_to(kind, computed):
+def test_corrected_to_what_interpolated_means_lead_to(kind):
     """Between computed steps m moves by a straight line: the correction makes up for all of it.
 
     The slopes differ from line to line, so that every forecast is wrong.
     """
     rates = torch.tensor([0.3, -1.2, 2.0, 0.0], dtype=torch.float64)
-    corners = torch.tensor([0.0, 1.0, 0.2, 3.0, -1.0, 2.0], dtype=torch.float64)[: len(computed)]
-    path = np.interp(range(20), computed, corners)
+    computed = (0, 1, 5, 6, 12, 19)
+    path = np.interp(range(20), computed, (0.0, 1.0, 0.2, 3.0, -1.0, 2.0))
 
     for variance, early_slope in ((0.1, 0.5), (0.0, 1.0)):
         scheduler = scheduler_of(kind, 20)
@@ -205,14 +204,13 @@ def mixture(generator):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("count", [8, 12])
-def test_nearer_than_v_that_is_held(kind, count):
-    """To the run that computes every step, in the median of 64 videos of each of 8 mixtures.
+def test_nearer_than_v_that_is_held(kind):
+    """To the run that computes every step, in the median of 64 videos of each of 4 mixtures.
 
     Not in the mean: where a video ends in the other Gaussian, either way is as far off.
     """
-    computed = spread_steps(50, count, Limits())
-    for seed in range(8):
+    computed = spread_steps(50, 8, Limits())
+    for seed in range(4):
         denoiser = mixture(torch.Generator().manual_seed(seed))
 
         def end(steps, settings=None, seed=seed, denoiser=denoiser):

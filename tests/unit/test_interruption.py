@@ -16,7 +16,7 @@ from teacache.base import interruption
 from teacache.checkpoint import loading
 
 
-def signalled(number: int = signal.SIGINT, seconds: float = 1.0) -> None:
+def signalled(number: int = signal.SIGINT, seconds: float = 0.5) -> None:
     """A signal, as from outside, and time for it to come."""
     os.kill(os.getpid(), number)
     time.sleep(seconds)

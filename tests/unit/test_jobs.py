@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-import time
 
 import pytest
 from records import record_of_a_video
@@ -24,33 +23,22 @@ def jobs(*arguments: object) -> list[Job]:
     return list(Order.of(parse_arguments([*COMMON, *map(str, arguments)])).jobs)
 
 
-def test_one_job_by_default():
-    assert jobs() == [Job("astronaut", "a man", "", 42, 50, 0.1)]
-
-
 def test_every_seed_with_every_threshold():
+    assert jobs() == [Job("astronaut", "a man", "", 42, 50, 0.1)]
     found = jobs("--seed", 1, 2, "--rel_l1_thresh", 0.2, 0)
     assert [(job.seed, job.rel_l1_thresh) for job in found] == [(1, 0.2), (1, 0), (2, 0.2), (2, 0)]
+    assert len(jobs("--seed", 1, 1, "--rel_l1_thresh", 0.1, 0.10)) == 1, "the same is asked once"
 
 
-def test_the_same_video_is_asked_for_once():
-    assert len(jobs("--seed", 1, 1, "--rel_l1_thresh", 0.1, 0.10)) == 1
-
-
-def test_order_of_sampling_puts_threshold_0_first_in_its_group():
+def test_order_of_sampling(tmp_path):
+    """Face and noise together, of each group threshold 0 first."""
     found = in_order(jobs("--seed", 7, 3, "--rel_l1_thresh", 0.2, 0, 0.1), DIGESTS)
     assert [(job.seed, job.rel_l1_thresh) for job in found] == [
         *((7, 0), (7, 0.2), (7, 0.1), (3, 0), (3, 0.2), (3, 0.1))
     ]
-
-
-def test_a_long_list_is_ordered_at_once():
-    """20,000 jobs, well within the 10 s that looking each up in a list takes."""
-    found = jobs("--seed", *range(10_000), "--rel_l1_thresh", 0.2, 0)
-    before = time.process_time()
-    ordered = in_order(found, DIGESTS)
-    assert time.process_time() - before < 5
-    assert [(job.seed, job.rel_l1_thresh) for job in ordered[-2:]] == [(9999, 0), (9999, 0.2)]
+    (tmp_path / "jobs.csv").write_text("prompt,seed\na,1\na,2\nb,1\n")
+    found = in_order(jobs("--jobs", tmp_path / "jobs.csv"), DIGESTS)
+    assert [(job.prompt, job.seed) for job in found] == [("a", 1), ("b", 1), ("a", 2)]
 
 
 def test_json_lines(tmp_path):
@@ -68,9 +56,9 @@ def test_json_lines(tmp_path):
 
 def test_csv(tmp_path):
     file = tmp_path / "jobs.csv"
-    file.write_text('prompt,seed,negative_prompt\n"one, two",7,\nthree,,rain\n')
+    file.write_text('prompt,seed,negative_prompt\n"one,\ntwo",7,\nthree,,rain\n')
     assert jobs("--jobs", file) == [
-        Job("astronaut", "one, two", "", 7, 50, 0.1),
+        Job("astronaut", "one,\ntwo", "", 7, 50, 0.1),
         Job("astronaut", "three", "rain", 42, 50, 0.1),
     ]
 
@@ -156,45 +144,19 @@ def test_a_command_of_one_of_many_videos(tmp_path):
     assert command_of(order.jobs[1], order, tiled, tmp_path) == f"{second} --vae_tiling on"
 
 
-def test_text_comes_through_whole(tmp_path):
-    """Line breaks inside a CSV field, and separators that only look like line breaks in JSON."""
-    (tmp_path / "a.csv").write_text('prompt,seed\n"one\ntwo",7\n')
-    assert jobs("--jobs", tmp_path / "a.csv")[0].prompt == "one\ntwo"
-    (tmp_path / "a.jsonl").write_text('{"prompt": "one\u2028two"}\r\n{"seed": 1}', encoding="utf-8")
-    assert jobs("--jobs", tmp_path / "a.jsonl")[0].prompt == "one\u2028two"
-
-
-def test_order_of_sampling_keeps_face_and_noise_together(tmp_path):
-    lines = [
-        '{"prompt": "a", "seed": 1}',
-        '{"prompt": "a", "seed": 2}',
-        '{"prompt": "b", "seed": 1}',
-    ]
-    (tmp_path / "jobs.jsonl").write_text("\n".join(lines))
-    found = in_order(jobs("--jobs", tmp_path / "jobs.jsonl"), DIGESTS)
-    assert [(job.prompt, job.seed) for job in found] == [("a", 1), ("b", 1), ("a", 2)]
-
-
 @pytest.mark.parametrize(
     ("name", "text", "complaint"),
     [
         ("a.jsonl", '{"seed": 1}\n{"seed": }', "line 2: no JSON"),
         ("a.jsonl", '{"seed": 1}\n\n[1]', "line 3: not an object"),
         ("a.jsonl", '{"seed": -1}', "line 1: seed: '-1' is not a whole number"),
-        ("a.jsonl", '{"seed": true}', "line 1: seed must be text or a number"),
-        ("a.jsonl", '{"seed": 1.5}', "line 1: seed: '1.5'"),
         ("a.jsonl", '{"rel_l1_thresh": NaN}', "line 1: rel_l1_thresh: 'nan'"),
-        ("a.jsonl", '{"num_infer_steps": 0}', "line 1: num_infer_steps"),
-        ("a.jsonl", '{"computed_steps": 0}', "line 1: computed_steps: '0'"),
         ("a.jsonl", '{"image": "nowhere.png"}', "line 1: image: nowhere.png: there is no such"),
         ("a.jsonl", '{"sede": 1}', "line 1: unknown field 'sede'"),
         ("a.jsonl", "", "holds no jobs"),
         ("a.csv", "seed\n1\nx\n", "line 3: seed: 'x'"),
         ("a.csv", "seed\n1,2\n", "line 2: more fields than the header"),
-        ("a.csv", "sede\n1\n", "line 2: unknown field 'sede'"),
-        ("a.csv", 'prompt\n"open\n', "line 2: unexpected end of data"),
         ("a.csv", 'prompt,seed\na,1\n"op"en,2\n', "line 3: ',' expected after"),
-        ("a.csv", "seed\n", "holds no jobs"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, name, text, complaint):
@@ -205,10 +167,9 @@ def test_a_bad_line_is_named(tmp_path, name, text, complaint):
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(ArgumentError, match="cannot be read"):
-        jobs("--jobs", tmp_path / "none.csv")
-    with pytest.raises(ArgumentError, match="cannot be read"):
-        jobs("--jobs", tmp_path)
+    for path in (tmp_path / "none.csv", tmp_path):
+        with pytest.raises(ArgumentError, match="cannot be read"):
+            jobs("--jobs", path)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x01")
     with pytest.raises(ArgumentError, match="not UTF-8"):
         jobs("--jobs", tmp_path / "binary")

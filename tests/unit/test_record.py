@@ -9,7 +9,7 @@ import pytest
 from records import record_of_a_video
 
 from teacache.core.rule import schedule
-from teacache.results.record import Record, finite, median_seconds, read_record
+from teacache.results.record import Record, finite, read_record
 
 
 def test_holds_distances_that_json_does_not(tmp_path):
@@ -28,13 +28,6 @@ def test_holds_distances_that_json_does_not(tmp_path):
     assert data["extrapolated_steps"] == [1, 2]
     assert "quality" not in data
     assert read_record(tmp_path / "record.json") == record
-
-
-def test_medians_of_some_of_the_steps():
-    # of steps 0, 1, 2 and 3: 0.5, 0.4, 0.2, 0.1
-    assert median_seconds([0.5, 0.4, 0.2, 0.1], [0, 1, 2, 3]) == pytest.approx(0.3)
-    assert median_seconds([0.5, 0.4, 0.2, 0.1], [3]) == 0.1
-    assert median_seconds([0.5], []) is None
 
 
 def test_settings_are_equal_where_they_make_the_same_video():

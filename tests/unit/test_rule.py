@@ -45,18 +45,11 @@ def test_relative_l1_rounds_as_the_sampling_dtype_does():
     assert relative_l1(embedding, previous) == 171 / 2048
 
 
-@pytest.mark.parametrize(
-    ("distance", "expected"),
-    [
-        # -1538.80483 x^4 + 843.202495 x^3 - 134.363087 x^2 + 7.97131516 x - 0.0523162339
-        (0.0, -0.0523162339),
-        (0.1, 0.0905064241),
-        (0.05, 0.1061245882875),
-    ],
-)
-def test_published_polynomial_by_hand(distance, expected):
-    # The hand computation is decimal; 1e-15 is a few units in the last place of float64.
-    assert COGVIDEOX_5B.rescale(distance) == pytest.approx(expected, abs=1e-15)
+def test_published_polynomial_by_hand():
+    # -1538.80483 x^4 + 843.202495 x^3 - 134.363087 x^2 + 7.97131516 x - 0.0523162339
+    for distance, by_hand in ((0.0, -0.0523162339), (0.1, 0.0905064241), (0.05, 0.1061245882875)):
+        # The hand computation is decimal; 1e-15 is a few units in the last place of float64.
+        assert COGVIDEOX_5B.rescale(distance) == pytest.approx(by_hand, abs=1e-15)
 
 
 def test_published_polynomial_is_numpys_to_the_bit():
@@ -95,32 +88,33 @@ def test_accumulates_until_the_threshold_and_starts_anew():
         (Limits(), (0, 4, 8, 11)),
         (Limits(retain_first=3), (0, 1, 2, 6, 10, 11)),
         (Limits(retain_last=3), (0, 4, 8, 9, 10, 11)),
-        (Limits(max_reuse=2), (0, 3, 6, 9, 11)),
         (Limits(max_reuse=1, retain_last=2), (0, 2, 4, 6, 8, 10, 11)),
-        (Limits(retain_first=9, retain_last=9), tuple(range(12))),
         (Limits(retain_first=99, retain_last=99), tuple(range(12))),
     ],
 )
 def test_limits_are_computed_whatever_the_threshold(limits, computed):
     distances = [None, *[0.3] * 11]
-    found = schedule(distances, 1.0, IDENTITY, limits)
-    assert found.computed_steps == computed
+    assert schedule(distances, 1.0, IDENTITY, limits).computed_steps == computed
     assert schedule(distances, 0.0, IDENTITY, limits).computed_steps == tuple(range(12))
 
 
-def test_nothing_is_left_between_limits():
+def test_why_nothing_was_reused_and_wrong_limits():
     limits = Limits(retain_first=2, retain_last=3)
-    why = schedule([None, *[0.3] * 4], 1.0, IDENTITY, limits).why_nothing_was_reused()
-    assert why == "the first and the last steps are always computed"
+    for plan, why in (
+        (schedule([None, *[0.3] * 4], 1.0, IDENTITY, limits), "first and the last steps are"),
+        (planned([0.5, 0.6, 0.55, 0.5], 0.1), "0.00746 to 0.32997"),
+        (planned([0.03, 0.04, 0.05, 0.03], 0.05), "0.0874"),
+    ):
+        assert why in plan.why_nothing_was_reused()
     for wrong in ({"retain_first": 0}, {"retain_last": -1}, {"max_reuse": 0}):
         with pytest.raises(ArgumentError, match=f"{min(wrong)} must be 1 or more"):
             Limits(**wrong)
 
 
-@pytest.mark.parametrize("limits", [Limits(), Limits(2, 3), Limits(1, 2, 3), Limits(max_reuse=4)])
+@pytest.mark.parametrize("limits", [Limits(), Limits(1, 2, 3)])
 def test_a_higher_threshold_computes_no_more(limits):
     distances = [None, *np.random.default_rng(0).uniform(0.02, 0.2, 49).tolist()]
-    thresholds = np.linspace(0, 2, 400)
+    thresholds = np.linspace(0, 2, 100)
     plans = [schedule(distances, x, COGVIDEOX_5B, limits) for x in thresholds]
     counts = [len(plan.computed_steps) for plan in plans]
     assert counts == sorted(counts, reverse=True)
@@ -143,19 +137,12 @@ def test_threshold_0_never_reuses(coefficients):
     assert found.why_nothing_was_reused() is None
 
 
-@pytest.mark.parametrize("outside", [0.0, 0.007, 0.34, 5.0, math.inf, math.nan])
+@pytest.mark.parametrize("outside", [0.007, 0.34, math.inf, math.nan])
 def test_outside_the_fitted_range_is_computed_and_starts_anew(outside):
     found = planned([0.03, outside, 0.03, 0.03, 0.03, 0.03], 0.15)
     # p(0.03) is 0.0874: one fits below 0.15, two do not, unless the sum starts anew in between.
     assert found.computed_steps == (0, 2, 4, 6)
     assert found.extrapolated_steps == (2,)
-
-
-def test_says_why_nothing_was_reused():
-    outside = planned([0.5, 0.6, 0.55, 0.5], 0.1).why_nothing_was_reused()
-    assert "0.00746 to 0.32997" in outside
-    assert "0.0874" in planned([0.03, 0.04, 0.05, 0.03], 0.05).why_nothing_was_reused()
-    assert "first and the last" in planned([0.03], 0.1).why_nothing_was_reused()
 
 
 def test_listed_steps_are_computed_with_the_first_and_the_last():
@@ -170,9 +157,7 @@ def test_listed_steps_are_computed_with_the_first_and_the_last():
             schedule(distances, None, computed_steps=[wrong])
 
 
-@pytest.mark.parametrize(
-    "limits", [Limits(), Limits(2, 3), Limits(retain_first=5), Limits(1, 6), Limits(99, 99)]
-)
+@pytest.mark.parametrize("limits", [Limits(), Limits(2, 3), Limits(99, 99)])
 def test_so_many_steps_are_spread(limits):
     """Of every number of steps every count that there can be, and no other."""
     for steps in (1, 2, 3, 7, 50):
@@ -247,8 +232,6 @@ def test_refuses_a_threshold(threshold):
         ("[1, 2, 3, 4, 5]", "object"),
         ('{"values": [1, 2, 3]}', "5 finite numbers"),
         ('{"values": [1, 2, 3, 4, NaN]}', "5 finite numbers"),
-        ('{"values": "12345"}', "5 finite numbers"),
-        ('{"fitted_range": [0, 1]}', "5 finite numbers"),
         ('{"values": [1, 2, 3, 4, 5], "fitted_range": [1, 0]}', "fitted_range"),
         ('{"values": [1, 2, 3, 4, 5], "range": [0, 1]}', "unknown key 'range'"),
     ],
