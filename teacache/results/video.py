@@ -73,8 +73,8 @@ def check_encoder() -> None:
         imageio_ffmpeg.get_ffmpeg_version()
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         raise OutputError(
-            "ffmpeg does not run here: reinstall imageio-ffmpeg, or set IMAGEIO_FFMPEG_EXE to "
-            f"another ffmpeg ({type(error).__name__})"
+            "ffmpeg, which imageio-ffmpeg brings, does not run here: reinstall that package, or "
+            f"set IMAGEIO_FFMPEG_EXE to another ffmpeg ({type(error).__name__})"
         ) from error
 
 
