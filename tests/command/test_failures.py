@@ -8,15 +8,17 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
+import diffusers.utils
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import SAMPLE, start
 from safetensors.torch import load_file, save_file
 from support import CPU, PROMPT, ROOT, SIZE, handlers_given_back, main
 
@@ -26,7 +28,6 @@ from teacache.command import run
 from teacache.command.main import main as command
 from teacache.comparison.comparison import Comparison
 from teacache.inputs import conditioning
-from teacache.inputs import identity as faces
 from teacache.inputs.text import Text, embed_text
 from teacache.results import slot, video
 from teacache.results.output_folder import check_space
@@ -54,10 +55,12 @@ def no_space(*args, **kwargs):
     raise OSError(28, "No space left on device")
 
 
+def raised(error):
+    raise error
+
+
 def no_memory(*args, **kwargs):
-    raise torch.OutOfMemoryError(
-        "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 23.6 GiB"
-    )
+    raise ON_A_GPU
 
 
 def processes_of_session(session: int) -> list[str]:
@@ -71,14 +74,6 @@ def processes_of_session(session: int) -> list[str]:
     return [command for command in found if command]  # one that is about to end has none
 
 
-def start(*arguments: object) -> subprocess.Popen:
-    """The command in a process and a session of its own."""
-    return subprocess.Popen(
-        [sys.executable, "teacache_sample_video.py", *map(str, arguments)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-
-
 def wait_for(process: subprocess.Popen, stage: str) -> None:
     """Until a stage has ended."""
     for line in process.stdout:
@@ -90,21 +85,22 @@ def wait_for(process: subprocess.Popen, stage: str) -> None:
     ("after", "steps", "number"),
     [
         ("checkpoint", 4, signal.SIGINT),
-        ("torch", 4, signal.SIGTERM),
-        ("encoding", 400, signal.SIGINT),
+        ("encoding", 1000, signal.SIGTERM),
         ("denoising", 4, signal.SIGHUP),
     ],
 )
 def test_interrupted(tmp_path, tiny, after, steps, number):
     """The signal comes within the stage that follows `after`."""
-    process = start(*TINY, "--num_infer_steps", steps, "--output_path", tmp_path)
+    cold = {"program": ("-u", *SAMPLE)} if after == "checkpoint" else {}  # then torch is imported
+    asked = (*TINY, "--num_infer_steps", steps, "--output_path", tmp_path)
+    process = start(*asked, start_new_session=True, **cold)
     wait_for(process, after)
     time.sleep(0.2)
     process.send_signal(number)
     sent = time.monotonic()
     _, error = process.communicate(timeout=60)
-    # Two, and one for what else this machine does; alone it takes 0.6 s, nearly all of it Python's.
-    assert time.monotonic() - sent < 3
+    # Alone it takes 0.6 s, nearly all of it Python's; other tests may run beside it.
+    assert time.monotonic() - sent < 10
     assert process.returncode == 130
     made = list(tmp_path.iterdir())
     if after == "denoising":  # which is what has been made
@@ -116,8 +112,6 @@ def test_interrupted(tmp_path, tiny, after, steps, number):
 
 def test_interrupted_while_the_encoder_runs(capsys, tmp_path, monkeypatch):
     """The real encoder on its way, and no part of a file or process left of it."""
-    import imageio_ffmpeg
-
     write_frames, seen = imageio_ffmpeg.write_frames, []
 
     def encoders():
@@ -193,47 +187,29 @@ def test_an_interruption_that_gets_lost_is_found_again(capsys, tmp_path, monkeyp
     assert not denoised
 
 
-@pytest.mark.parametrize(
-    ("where", "stage", "advice"),
-    [
-        ((faces, "load_face_models"), "identity", "No further flag takes less"),
-        ((conditioning, "embed_text"), "text", "--offload sequential"),
-        ((run, "load"), "loading", STREAMED),
-        ((sampler, "prepare"), "encoding", f"--vae_tiling, {STREAMED}"),
-        ((sampler, "denoise"), "denoising", STREAMED),
-    ],
-)
-def test_out_of_memory(capsys, tmp_path, monkeypatch, tiny, where, stage, advice):
-    """As torch says it of a GPU: there is none here, to which the flags would apply."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # no embeddings of other tests
-    monkeypatch.setattr(*where, no_memory)
-    asked = (*TINY, "--ckpts_path", tiny, "--image", "astronaut", "--output_path", tmp_path / "out")
-    code, _, error = main(capsys, *asked)
-    assert code == 2
-    order = "Try, in this order: " if "--" in advice else ""
-    assert error == f"error: out of memory while {stage} (asked for 2.50 GiB). {order}{advice}\n"
-    assert list((tmp_path / "out").iterdir()) == []
+ON_A_GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has")
+ON_THE_HOST = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
 
 @pytest.mark.parametrize(
-    ("error", "function", "stage", "advice"),
+    ("where", "error", "said"),
     [
-        (MemoryError(), "denoise", "denoising", "No further flag takes less"),
         (
-            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
-            *("prepare", "encoding", "Try, in this order: --vae_tiling"),
+            *((conditioning, "embed_text"), ON_A_GPU),
+            "text (asked for 2.50 GiB). Try, in this order: --offload sequential",
         ),
+        ((run, "load"), ON_A_GPU, f"loading (asked for 2.50 GiB). Try, in this order: {STREAMED}"),
+        ((sampler, "prepare"), ON_THE_HOST, "encoding. Try, in this order: --vae_tiling"),
+        ((sampler, "denoise"), MemoryError(), "denoising. No further flag takes less"),
     ],
 )
-def test_out_of_the_hosts_memory(capsys, tmp_path, monkeypatch, error, function, stage, advice):
-    """Where nothing can be offloaded to."""
-
-    def no_host_memory(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr(sampler, function, no_host_memory)
-    code, _, told = main(capsys, *TINY, "--output_path", tmp_path)
-    assert (code, told) == (2, f"error: out of memory while {stage}. {advice}\n")
+def test_out_of_memory(capsys, tmp_path, monkeypatch, where, error, said):
+    """As torch says it of a GPU, to which the flags would apply, and of the host."""
+    prompt = ("--prompt", f"none that is kept from other tests: {where[1]}")
+    monkeypatch.setattr(*where, lambda *args, **kwargs: raised(error))
+    code, _, told = main(capsys, *TINY, *prompt, "--output_path", tmp_path)
+    assert (code, told) == (2, f"error: out of memory while {said}\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture(scope="module")
@@ -273,10 +249,7 @@ def test_out_of_memory_while_decoding_keeps_the_latents(capsys, tmp_path, monkey
     same = ("seed", "rel_l1_thresh", "prompt", "computed_steps", "distances", "image_sha256")
     assert {key: first[key] for key in same} == {key: second[key] for key in same}
     assert second["vae_tiling"] is True
-    # What the first try took is in its seconds.
-    *stages, total = second["seconds"].values()
-    assert second["seconds"].keys() == first["seconds"].keys()
-    assert sum(stages) <= total
+    assert second["seconds"].keys() == first["seconds"].keys(), "with what the first try took"
 
 
 def test_killed_while_decoding(capsys, tmp_path, monkeypatch, whole):
@@ -290,11 +263,9 @@ def test_killed_while_decoding(capsys, tmp_path, monkeypatch, whole):
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert not [path for ending in ("mp4", "json") for path in tmp_path.glob(f"[!.]*.{ending}")]
-    others = [kept.with_name(f"42_0.0_000{n}.latents.safetensors") for n in range(1, 5)]
-    others[0].write_bytes(b"no")
-    others[1].write_bytes(kept.read_bytes()[:1000])
-    for path, record in zip(others[2:], ("[]", "{}"), strict=True):
-        save_file({"latents": torch.zeros(1)}, path, metadata={"record": record})
+    others = [kept.with_name(f"42_0.0_000{n}.latents.safetensors") for n in (1, 2)]
+    others[0].write_bytes(kept.read_bytes()[:1000])
+    save_file({"latents": torch.zeros(1)}, others[1], metadata={"record": "{}"})
     asked = (*TINY, "--output_path", tmp_path, "--resume", "--quiet")
     assert main(capsys, *asked, "--num_frames", 1, "--guidance_scale", 1)[0] == 0
     assert kept.exists(), "of other settings"
@@ -369,17 +340,31 @@ def test_a_disk_that_fills_up(capsys, mounted, tmp_path, monkeypatch, whole):
     assert not kept.exists()
 
 
-def test_an_encoder_that_leaves_half_a_video_is_noticed(tmp_path, monkeypatch):
-    """It ends as if all were well: only the file tells."""
-    import diffusers.utils
+@pytest.fixture
+def frames():
+    numbers = np.random.default_rng(0).integers(0, 256, (5, 48, 64, 3), np.uint8)
+    return [Image.fromarray(frame) for frame in numbers]
 
+
+def test_an_encoder_that_leaves_half_a_video_is_noticed(tmp_path, monkeypatch, frames):
+    """It ends as if all were well: only the file tells."""
     export = diffusers.utils.export_to_video
     monkeypatch.setattr(
         diffusers.utils, "export_to_video", lambda frames, *a, **k: export(frames[:3], *a, **k)
     )
-    frames = [Image.fromarray(np.zeros((96, 144, 3), np.uint8))] * 5
     with pytest.raises(OSError, match="wrote 3 of 5 frames"):
         video.write_video(frames, tmp_path / "video.mp4")
+
+
+@pytest.mark.parametrize("folder", ["2026-11-24T10:33", "~", "-y"])
+def test_folders_that_ffmpeg_or_imageio_could_take_for_something_else(
+    tmp_path, monkeypatch, frames, folder
+):
+    monkeypatch.chdir(tmp_path)
+    Path(folder).mkdir()
+    video.write_video(frames, Path(folder) / "video.mp4")
+    assert video.count_frames(Path(folder) / "video.mp4") == 5
+    assert video.read_video(Path(folder) / "video.mp4").frames.shape == (5, 48, 64, 3)
 
 
 def test_no_room_is_found_before_loading(capsys, tmp_path, monkeypatch):
@@ -393,7 +378,7 @@ def test_no_room_is_found_before_loading(capsys, tmp_path, monkeypatch):
     check_space(tmp_path, SIZE.width * SIZE.height, SIZE.num_frames, videos=100)
 
 
-@pytest.mark.parametrize("step", [0, 2, 3])
+@pytest.mark.parametrize("step", [0, 3])
 def test_latents_that_are_not_finite_end_the_run(pipe, identity, step):
     """By the first step that they are not finite after."""
     forwards = []
@@ -408,14 +393,6 @@ def test_latents_that_are_not_finite_end_the_run(pipe, identity, step):
     prompt = Text(embed_text(pipe, PROMPT).embeds, None)
     with pytest.raises(SamplingError, match=f"infinite numbers after step {step}, counted from 0"):
         sampler.denoise(pipe, start, prompt, SIZE, num_infer_steps=4, guidance_scale=1.0)
-
-
-def test_a_guidance_beyond_all_floats(capsys, tmp_path):
-    code, _, error = main(capsys, *TINY, "--guidance_scale", 3e38, "--output_path", tmp_path)
-    assert code == 2
-    assert "hold NaN or infinite numbers after step" in error
-    assert error.splitlines()[-1].startswith("error: ")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_fault_of_ours_keeps_its_traceback_and_the_latents(tmp_path, capsys, monkeypatch):

@@ -6,8 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import psutil
@@ -154,26 +152,18 @@ def test_a_rank_that_runs_out_of_memory_ends_all(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-ASK = """
-import os, sys
-from teacache.command.main import main
-from teacache.parallel import launch
-launch._end_at_once = sys.exit
-try:
-    main(["--ckpts_path", "tiny", "--device", "cuda:99"])
-finally:
-    print(os.environ["PYTORCH_ALLOC_CONF"])
-"""
-
-
 def test_a_rank_that_torchrun_starts_chooses_the_allocator_too():
-    variables = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
-    variables |= {"RANK": "1", "WORLD_SIZE": "2"}
-    ended = subprocess.run(
-        [sys.executable, "-c", ASK], cwd=ROOT, env=variables, capture_output=True, text=True
+    """Before torch is imported: it ends for want of the GPU that it is asked for."""
+    program = "import atexit, os, runpy, sys; from teacache.parallel import launch\n"
+    program += "launch._end_at_once = sys.exit\n"
+    program += "atexit.register(lambda: print(os.environ['PYTORCH_ALLOC_CONF']))\n"
+    program += "runpy.run_path('teacache_sample_video.py', run_name='__main__')"
+    variables = {"RANK": "1", "WORLD_SIZE": "2", "PYTORCH_ALLOC_CONF": None}
+    run = ended(
+        "--ckpts_path", "tiny", "--device", "cuda:99", program=("-c", program), env=variables
     )
-    assert (ended.returncode, ended.stdout) == (2, "expandable_segments:True\n")
-    assert ended.stderr.startswith("error: --device cuda:99: torch finds ")
+    assert (run.returncode, run.stdout) == (2, "expandable_segments:True\n")
+    assert run.stderr.startswith("error: --device cuda:99: torch finds ")
 
 
 @pytest.mark.parametrize(
