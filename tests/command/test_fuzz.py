@@ -166,8 +166,9 @@ def test_prompts_in_every_script_and_seeds_at_their_limits(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("url", "shown"),
     [
-        ("https://me:sec/r@et@host/a@b.png", "https://***@host/a@b.png"),
-        ("https://me:my sec?ret@host/a.png", "https://***@host/a.png"),
+        ("https://me:my secret@host/a@b.png", "https://***@host/a@b.png"),
+        ("https://me:sec/ret@host/a.png", "https://***@host/a.png"),
+        ("https://me:sec?r@et@host/a.png", "https://***@host/a.png"),
         ("https://host:80/a.png is no image", "https://host:80/a.png is no image"),
         ("photo@home.png?x=secret#1", "photo@home.png?x=secret#1"),  # a file's name
         ("https://host/a.png?raw=true#access=secret", "https://host/a.png?raw=true#***"),

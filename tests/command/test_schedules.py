@@ -43,14 +43,14 @@ def test_a_sweep_of_every_kind(capsys, tmp_path):
     kinds = ("--rel_l1_thresh", 0, 0.2, "--schedule", listed, "--computed_steps", 4)
     _, output, _ = main(capsys, *SMALL, *kinds, "--plan")
     plan = planned(output)
-    assert list(plan) == ["threshold 0", "threshold 0.2", "listed 4", "forecast 4"]
+    assert list(plan) == ["threshold 0", "threshold 0.2", "forecast 4", "listed 4"]
     assert plan["listed 4"] == [0, 3, 5, 7]
     assert len(plan["forecast 4"]) == 4
     code, output, _ = main(capsys, *SMALL, *kinds, "--output_path", out)
     assert code == 0
     for words in ("threshold 0.2  ", "listed 4  ", "schedule  computed"):
         assert words in output
-    names = ["42_0.0_0000", "42_0.2_0000", "42_listed4_0000", "42_forecast4_0000"]
+    names = ["42_0.0_0000", "42_0.2_0000", "42_forecast4_0000", "42_listed4_0000"]
     made = [json.loads((out / f"{name}.json").read_text()) for name in names]
     for record, (kind, steps) in zip(made, plan.items(), strict=True):
         assert record["computed_steps"] == steps
@@ -58,8 +58,7 @@ def test_a_sweep_of_every_kind(capsys, tmp_path):
             assert record["selected_steps"] == steps
             assert (record["schedule"], record["rel_l1_thresh"]) == (kind, None)
     assert [(record["reuse"], record["approximations"]) for record in made[1:]] == [
-        *(("residual", ["reuse residual"]), ("residual", ["reuse residual"])),
-        ("forecast", ["reuse forecast"]),
+        (reuse, [f"reuse {reuse}"]) for reuse in ("residual", "forecast", "residual")
     ]
     rows = json.loads((out / "sweep_42_0000.json").read_text())["rows"]
     assert [row["schedule"] or row["rel_l1_thresh"] for row in rows] == [0, 0.2, *list(plan)[2:]]
