@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
 import skimage.data
 from PIL import Image
@@ -28,7 +29,6 @@ from teacache.results.record import read_record
 from teacache.sampling import sampler
 
 COMMON = ("--ckpts_path", "tiny", "--num_frames", 1)
-MARK = "TEACACHE_TEST_CLUSTER"  # what the environment of a test's processes has in it
 
 
 @pytest.fixture
@@ -38,23 +38,21 @@ def faceless(tmp_path):
     return tmp_path / "coffee.png"
 
 
-def begin(mark: Path, *arguments: object) -> subprocess.Popen:
+def begin(*arguments: object) -> subprocess.Popen:
     return start(
         *arguments,
         program=("-m", "teacache.cluster"),
-        env={MARK: str(mark), "RAY_ADDRESS": "local"},
+        env={"RAY_ADDRESS": "local"},
         start_new_session=True,
     )
 
 
-def marked(mark: Path, name: str) -> list[int]:
-    """The processes that have the mark, and the name in their command line."""
+def workers(process: subprocess.Popen, name: str) -> list[psutil.Process]:
+    """The processes below that one which have the name in their command line."""
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            environment = (folder / "environ").read_bytes().split(b"\0")
-            if f"{MARK}={mark}".encode() in environment:
-                found += [int(folder.name)] * (name in (folder / "cmdline").read_text())
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            found += [child] * (name in " ".join(child.cmdline()))
     return found
 
 
@@ -79,13 +77,13 @@ def test_one_killed_and_a_job_that_fails(capsys, tmp_path, tiny, faceless):
     common = (*COMMON, "--num_infer_steps", 24)
     out, one = tmp_path / "out", tmp_path / "one"
     arguments = (*common, "--jobs", tmp_path / "all", "--workers", 2, "--output_path", out)
-    process = begin(tmp_path, *arguments)
+    process = begin(*arguments)
     for line in process.stdout:
         if "1_0.2_0000.mp4" in line:  # by the worker that has threshold 0 to compare with
             break
-    while not (sampling := marked(tmp_path, ".sample")):
+    while not (sampling := workers(process, ".sample")):
         assert process.poll() is None, "nobody samples"
-    os.kill(sampling[0], signal.SIGKILL)
+    sampling[0].kill()
     output, error = process.communicate(timeout=200)
 
     assert process.returncode == 2, error
@@ -109,8 +107,9 @@ def test_one_killed_and_a_job_that_fails(capsys, tmp_path, tiny, faceless):
 
 def test_ctrl_c_then_the_rest_by_one_process(capsys, tmp_path, tiny):
     arguments = (*COMMON, "--num_infer_steps", 60, "--seed", 1, 2, 3, "--output_path", tmp_path)
-    process = begin(tmp_path, *arguments, "--workers", 1)
+    process = begin(*arguments, "--workers", 1)
     assert process.stdout.readline().startswith("1 of 3  ")
+    (worker,) = workers(process, "Worker")
     os.killpg(process.pid, signal.SIGINT)
     sent = time.monotonic()
     output, error = process.communicate(timeout=100)
@@ -123,7 +122,7 @@ def test_ctrl_c_then_the_rest_by_one_process(capsys, tmp_path, tiny):
     code, output, _ = main(capsys, *arguments, "--resume")
     assert (code, output.count("done before")) == (0, done)
     assert len(list(tmp_path.glob("[0-9]*.mp4"))) == 3
-    assert not marked(tmp_path, "Worker")
+    assert not worker.is_running()
 
 
 def test_a_worker(tmp_path, monkeypatch, tiny, faceless):

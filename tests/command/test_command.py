@@ -209,6 +209,7 @@ def test_wrong_input_gets_one_line_and_2(capsys, tmp_path, tiny):
         (("--output_path", tmp_path / "file"), "is a file"),
         (("--num_frames", 11), "nearest are 9 and 12"),
         (("--width", 160), "112x96 only"),
+        (("--num_infer_steps", 2000), "the scheduler knows 1000 timesteps"),
         (("--device", "cuda:7"), "0 CUDA GPUs"),
         (("--offload", "model"), "this is a CPU"),
         (("--jobs", tmp_path / "jobs.jsonl"), "line 2: no JSON"),

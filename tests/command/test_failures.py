@@ -15,6 +15,7 @@ from pathlib import Path
 import diffusers.utils
 import imageio_ffmpeg
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -29,7 +30,7 @@ from teacache.command.main import main as command
 from teacache.comparison.comparison import Comparison
 from teacache.inputs import conditioning
 from teacache.inputs.text import Text, embed_text
-from teacache.results import slot, video
+from teacache.results import video
 from teacache.results.output_folder import check_space
 from teacache.results.record import Record
 from teacache.sampling import sampler
@@ -45,33 +46,18 @@ def kept_in(path: Path) -> str:
     return f"The latents are kept in {path}, try again with --resume"
 
 
-def signalled(number: int = signal.SIGINT, seconds: float = 1.0) -> None:
-    """A signal, as from outside, and time for it to come."""
-    os.kill(os.getpid(), number)
-    time.sleep(seconds)
+def fails(error: BaseException):
+    """A function that raises one like it, without its notes."""
+
+    def fail(*args, **kwargs):
+        raise type(error)(*error.args)
+
+    return fail
 
 
-def no_space(*args, **kwargs):
-    raise OSError(28, "No space left on device")
-
-
-def raised(error):
-    raise error
-
-
-def no_memory(*args, **kwargs):
-    raise ON_A_GPU
-
-
-def processes_of_session(session: int) -> list[str]:
-    """The command lines of the processes of a session that still run, as Linux lists them."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            state, _, _, its_session, *_ = (folder / "stat").read_text().rpartition(")")[2].split()
-            if int(its_session) == session and state != "Z":
-                found.append((folder / "cmdline").read_bytes().decode())
-    return [command for command in found if command]  # one that is about to end has none
+ON_A_GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has")
+ON_THE_HOST = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+NO_SPACE = OSError(28, "No space left on device")
 
 
 def wait_for(process: subprocess.Popen, stage: str) -> None:
@@ -82,18 +68,12 @@ def wait_for(process: subprocess.Popen, stage: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("after", "steps", "number"),
-    [
-        ("checkpoint", 4, signal.SIGINT),
-        ("encoding", 1000, signal.SIGTERM),
-        ("denoising", 4, signal.SIGHUP),
-    ],
+    ("after", "number"), [("checkpoint", signal.SIGINT), ("encoding", signal.SIGHUP)]
 )
-def test_interrupted(tmp_path, tiny, after, steps, number):
+def test_interrupted(tmp_path, tiny, after, number):
     """The signal comes within the stage that follows `after`."""
     cold = {"program": ("-u", *SAMPLE)} if after == "checkpoint" else {}  # then torch is imported
-    asked = (*TINY, "--num_infer_steps", steps, "--output_path", tmp_path)
-    process = start(*asked, start_new_session=True, **cold)
+    process = start(*TINY, "--num_infer_steps", 1000, "--output_path", tmp_path, **cold)
     wait_for(process, after)
     time.sleep(0.2)
     process.send_signal(number)
@@ -101,59 +81,46 @@ def test_interrupted(tmp_path, tiny, after, steps, number):
     _, error = process.communicate(timeout=60)
     # Alone it takes 0.6 s, nearly all of it Python's; other tests may run beside it.
     assert time.monotonic() - sent < 10
-    assert process.returncode == 130
-    made = list(tmp_path.iterdir())
-    if after == "denoising":  # which is what has been made
-        assert error == f"interrupted. {kept_in(*made)}\n"
-    else:
-        assert (error, made) == ("interrupted\n", [])
-    assert not processes_of_session(process.pid)
+    assert (process.returncode, error, list(tmp_path.iterdir())) == (130, "interrupted\n", [])
 
 
-def test_interrupted_while_the_encoder_runs(capsys, tmp_path, monkeypatch):
-    """The real encoder on its way, and no part of a file or process left of it."""
+@pytest.mark.parametrize("to", ["the process", "the terminal"])
+def test_interrupted_while_the_encoder_runs(capsys, tmp_path, monkeypatch, to):
+    """The real encoder on its way, and no part of a file or process left of it.
+
+    A Ctrl-C of the terminal ends ffmpeg as well: a library sees its broken pipe alone.
+    """
     write_frames, seen = imageio_ffmpeg.write_frames, []
 
     def encoders():
-        commands = processes_of_session(os.getsid(0))
-        return [c for c in commands if "ffmpeg" in c and str(tmp_path) in c]
+        children = psutil.Process().children(recursive=True)
+        return [child for child in children if "ffmpeg" in child.name()]
 
     class Stopping:
         """The encoder's generator; the signal comes with the fifth frame."""
 
         def __init__(self, *args, **kwargs):
             self.encoder, self.sent = write_frames(*args, **kwargs), 0
+            self.close = self.encoder.close
 
         def send(self, frame):
             self.sent += 1
             if self.sent == 5:
                 seen.extend(encoders())
-                signalled(signal.SIGTERM)
+                with contextlib.suppress(KeyboardInterrupt if to == "the terminal" else ()):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    time.sleep(1)
+                for encoder in encoders():
+                    encoder.kill()
+                    encoder.wait()
             return self.encoder.send(frame)
-
-        def close(self):
-            self.encoder.close()
 
     monkeypatch.setattr(imageio_ffmpeg, "write_frames", Stopping)
     code, _, error = main(capsys, *TINY, "--output_path", tmp_path)
     (kept,) = tmp_path.iterdir()
-    assert (code, error) == (130, f"interrupted. {kept_in(kept)}\n")
+    assert (code, error.splitlines()[-1]) == (130, f"interrupted. {kept_in(kept)}")
     assert seen, "it was running"
     assert not encoders()
-
-
-def test_an_interruption_that_the_encoder_hears_too(capsys, tmp_path, monkeypatch):
-    """The terminal's Ctrl-C ends ffmpeg as well, whose broken pipe is then what is seen."""
-
-    def broken_pipe(*args):
-        with contextlib.suppress(KeyboardInterrupt):
-            signalled()
-        raise BrokenPipeError(32, "Broken pipe")
-
-    monkeypatch.setattr(slot, "write_video", broken_pipe)
-    code, _, error = main(capsys, *TINY, "--num_frames", 1, "--output_path", tmp_path)
-    (kept,) = tmp_path.iterdir()
-    assert (code, error.splitlines()[-1]) == (130, f"interrupted. {kept_in(kept)}")
 
 
 def test_a_second_signal_on_the_way_out(tmp_path, tiny):
@@ -172,7 +139,8 @@ def test_an_interruption_that_gets_lost_is_found_again(capsys, tmp_path, monkeyp
 
     class Lossy:
         def __del__(self):
-            signalled(signal.SIGINT, 0.1)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
 
     prepare, denoised = sampler.prepare, []
 
@@ -185,10 +153,6 @@ def test_an_interruption_that_gets_lost_is_found_again(capsys, tmp_path, monkeyp
     code, _, error = main(capsys, *TINY, "--output_path", tmp_path)
     assert (code, error) == (130, "interrupted\n")
     assert not denoised
-
-
-ON_A_GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has")
-ON_THE_HOST = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
 
 @pytest.mark.parametrize(
@@ -206,7 +170,7 @@ ON_THE_HOST = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate m
 def test_out_of_memory(capsys, tmp_path, monkeypatch, where, error, said):
     """As torch says it of a GPU, to which the flags would apply, and of the host."""
     prompt = ("--prompt", f"none that is kept from other tests: {where[1]}")
-    monkeypatch.setattr(*where, lambda *args, **kwargs: raised(error))
+    monkeypatch.setattr(*where, fails(error))
     code, _, told = main(capsys, *TINY, *prompt, "--output_path", tmp_path)
     assert (code, told) == (2, f"error: out of memory while {said}\n")
     assert list(tmp_path.iterdir()) == []
@@ -227,7 +191,7 @@ def test_out_of_memory_while_decoding_keeps_the_latents(capsys, tmp_path, monkey
     asked = (*TINY, "--output_path", out)
     kept = out / f"{NAME}.latents.safetensors"
     with monkeypatch.context() as patch:
-        patch.setattr(sampler, "decode", no_memory)
+        patch.setattr(sampler, "decode", fails(ON_A_GPU))
         for more in ((), ("--resume",)):
             code, output, error = main(capsys, *asked, *more)
             assert code == 2
@@ -239,7 +203,7 @@ def test_out_of_memory_while_decoding_keeps_the_latents(capsys, tmp_path, monkey
             assert (f"latents     {kept}" in output.splitlines()) == bool(more)
     pipe = load_pipeline(tiny, CPU, torch.float32, vae_tiling=True, parts=("vae",))
     video.write_video(sampler.decode(pipe, load_file(kept)["latents"]), tmp_path / "tiled.mp4")
-    monkeypatch.setattr(sampler, "denoise", no_memory)
+    monkeypatch.setattr(sampler, "denoise", fails(ON_A_GPU))
     code, output, error = main(capsys, *asked, "--vae_tiling", "--resume")
     assert (code, error) == (0, "")
     (made,) = out.glob("*.mp4")
@@ -269,7 +233,7 @@ def test_killed_while_decoding(capsys, tmp_path, monkeypatch, whole):
     asked = (*TINY, "--output_path", tmp_path, "--resume", "--quiet")
     assert main(capsys, *asked, "--num_frames", 1, "--guidance_scale", 1)[0] == 0
     assert kept.exists(), "of other settings"
-    monkeypatch.setattr(sampler, "denoise", no_memory)
+    monkeypatch.setattr(sampler, "denoise", fails(ON_A_GPU))
     code, output, _ = main(capsys, *asked)
     assert (code, output) == (0, f"{tmp_path}/{NAME}.mp4\n"), "the name that its latents had"
     assert Path(output.strip()).read_bytes() == whole.read_bytes()
@@ -333,7 +297,7 @@ def test_a_disk_that_fills_up(capsys, mounted, tmp_path, monkeypatch, whole):
     assert error.count("\n") == 1
     assert [path.name for path in disk.iterdir()] == ["filler"]
     (disk / "filler").unlink()
-    monkeypatch.setattr(sampler, "denoise", no_memory)
+    monkeypatch.setattr(sampler, "denoise", fails(ON_A_GPU))
     code, output, _ = main(capsys, *TINY, "--output_path", disk, "--resume", "--quiet")
     assert code == 0
     assert Path(output.strip()).read_bytes() == whole.read_bytes()
@@ -396,10 +360,7 @@ def test_latents_that_are_not_finite_end_the_run(pipe, identity, step):
 
 
 def test_a_fault_of_ours_keeps_its_traceback_and_the_latents(tmp_path, capsys, monkeypatch):
-    def fault(*args):
-        raise ZeroDivisionError("ours")
-
-    monkeypatch.setattr(sampler, "decode", fault)
+    monkeypatch.setattr(sampler, "decode", fails(ZeroDivisionError("ours")))
     with pytest.raises(ZeroDivisionError) as raised:
         main(capsys, *TINY, "--num_frames", 1, "--output_path", tmp_path)
     (kept,) = tmp_path.iterdir()
@@ -419,7 +380,7 @@ def test_a_video_whose_record_cannot_be_written_has_no_name_yet(capsys, tmp_path
     """Its latents stay until there is the video after all."""
     arguments = (*TINY, "--num_frames", 1, "--output_path", tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(Record, "write", no_space)
+        patch.setattr(Record, "write", fails(NO_SPACE))
         code, _, error = main(capsys, *arguments)
         assert code == 2
         assert f"the video cannot be written to {tmp_path}: No space left on device. The" in error
@@ -434,8 +395,8 @@ def test_a_video_whose_record_cannot_be_written_has_no_name_yet(capsys, tmp_path
 
 def test_a_report_that_finds_no_room_hides_nothing(capsys, tmp_path, monkeypatch):
     """Nor do the figures of quality: the record stays as it was."""
-    monkeypatch.setattr(Record, "replace_at", no_space)
-    monkeypatch.setattr(Comparison, "report", no_space)
+    monkeypatch.setattr(Record, "replace_at", fails(NO_SPACE))
+    monkeypatch.setattr(Comparison, "report", fails(NO_SPACE))
     code, _, error = main(capsys, *SWEEP, "--output_path", tmp_path)
     assert code == 0
     assert "42_0.2_0000.mp4: its record stays without the figures of quality: No space" in error

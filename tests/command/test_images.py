@@ -134,25 +134,16 @@ def test_damaged_images_are_read_or_refused(tmp_path, kind, mode, cut, damage):
     assert "\n" not in complaint
 
 
-class Server(http.server.ThreadingHTTPServer):
+class Handler(http.server.BaseHTTPRequestHandler):
     """Answers each path in its own wrong way."""
 
-    daemon_threads = True
-
-    def __init__(self, picture: bytes):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.picture = picture
-        self.url = f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
     def do_GET(self):
-        server = self.server
+        picture = self.server.picture
         if self.path.startswith("/face.png"):
-            self.answer(200, "image/png", server.picture)
+            self.answer(200, "image/png", picture)
         elif self.path == "/page":
             self.answer(200, "text/html; charset=utf-8", b"<html></html>")
         elif self.path == "/large":
@@ -165,7 +156,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif self.path == "/silence":
             time.sleep(5)
         elif self.path == "/half":
-            self.answer(200, "image/png", server.picture, length=len(server.picture) + 100)
+            self.answer(200, "image/png", picture, length=len(picture) + 100)
         else:
             self.answer(404, "text/html", b"no")
 
@@ -178,26 +169,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def server():
-    server = Server(encoded(load_image("astronaut"), "PNG"))
+def url():
+    """Of a server, with a password."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads, server.picture = True, encoded(load_image("astronaut"), "PNG")
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
+    yield f"http://name:s3cr3t@127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
 
 
-def test_from_a_server(server, capsys, tmp_path):
+def test_from_a_server(url, capsys, tmp_path):
     """The picture is the file's, and no record says what lets a reader in."""
-    url = server.url.replace("://", "://name:s3cr3t@") + "/face.png?token=s3cr3t"
     asked = ("--rel_l1_thresh", 0, "--num_infer_steps", 1, "--num_frames", 1)
-    code, output, error = main(
-        capsys, "--ckpts_path", "tiny", "--image", url, *asked, "--output_path", tmp_path
-    )
+    asked += ("--image", f"{url}/face.png?token=s3cr3t", "--output_path", tmp_path)
+    code, output, error = main(capsys, "--ckpts_path", "tiny", *asked)
     assert code == 0
     record = (tmp_path / "42_0.0_0000.json").read_text()
-    assert json.loads(record)["image"] == server.url.replace("://", "://***@") + (
-        "/face.png?token=***"
-    )
+    shown = f"{url.replace('name:s3cr3t', '***')}/face.png?token=***"
+    assert json.loads(record)["image"] == shown
     assert json.loads(record)["image_sha256"] == pixels_sha256(load_image("astronaut"))
     assert "s3cr3t" not in output + error + record
 
@@ -212,10 +202,10 @@ def test_from_a_server(server, capsys, tmp_path):
         ("/half", "cannot be fetched: chunked encoding error"),
     ],
 )
-def test_a_server_that_does_not_give_an_image(server, monkeypatch, path, complaint):
+def test_a_server_that_does_not_give_an_image(url, monkeypatch, path, complaint):
     monkeypatch.setattr(pictures, "READ_SECONDS", 0.7)
     with pytest.raises(ImageError) as raised:
-        load_image(server.url.replace("://", "://name:secret@") + path)
+        load_image(url + path)
     assert str(raised.value).startswith("--image http://***@127.0.0.1")
     assert complaint in str(raised.value)
     assert "\n" not in str(raised.value)

@@ -15,8 +15,8 @@ from teacache.command import run
 from teacache.results.record import read_record
 from teacache.results.video import read_video
 
-SHORT = ("--ckpts_path", "tiny", "--rel_l1_thresh", 0.2, "--num_infer_steps", 6)
-SHORT += ("--num_frames", 1)
+WHOLE = ("--ckpts_path", "tiny", "--rel_l1_thresh", 0.2, "--num_infer_steps", 6)
+SHORT = (*WHOLE, "--num_frames", 1)
 
 
 def test_a_record_names_the_command_that_makes_the_video_again(capsys, tmp_path):
@@ -104,7 +104,7 @@ def test_a_lora_changes_the_video(capsys, weights, tmp_path):
 def test_a_lora_of_something_else_is_refused(capsys, weights, tmp_path, change, told):
     path = tmp_path / "style.safetensors"
     save_file(change(weights), path)
-    code, output, error = main(capsys, *SHORT, "--lora", path, "--output_path", tmp_path / "o")
+    code, output, error = main(capsys, *WHOLE, "--lora", path, "--output_path", tmp_path / "o")
     assert code == 2
     assert error.startswith(f"error: --lora {path}")
     assert told in error
@@ -114,7 +114,7 @@ def test_a_lora_of_something_else_is_refused(capsys, weights, tmp_path, change, 
 
 def test_a_lora_that_is_not_there_is_refused(capsys, tmp_path):
     for source in (tmp_path / "none.safetensors", tmp_path, ROOT / "README.md"):
-        code, _, error = main(capsys, *SHORT, "--lora", source, "--output_path", tmp_path / "o")
+        code, _, error = main(capsys, *WHOLE, "--lora", source, "--output_path", tmp_path / "o")
         assert code == 2
         assert error.startswith(f"error: --lora {source}")
 
