@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -36,6 +37,25 @@ def grace_hopper() -> Path:
     return Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
 
 
+def replace(path: Path, content: bytes) -> None:
+    """Put other content in the place of a file that may be a link."""
+    path.unlink()
+    path.write_bytes(content)
+
+
+def edit(path: Path, **changed: object) -> None:
+    """Change values in a JSON file that may be a link."""
+    replace(path, json.dumps({**json.loads(path.read_text()), **changed}).encode())
+
+
+def untimed_rows(folder: Path) -> list[dict]:
+    """The rows of a folder's one sweep, without what differs from run to run."""
+    (report,) = folder.glob("sweep_*.json")
+    timed = ("latency", "speedup", "video")
+    rows = json.loads(report.read_text())["rows"]
+    return [{key: value for key, value in row.items() if key not in timed} for row in rows]
+
+
 @contextlib.contextmanager
 def handlers_given_back() -> Iterator[dict]:
     """The signals' handlers as before the block: an interrupted command ignores them to its end."""
@@ -66,6 +86,16 @@ def main(capsys, *arguments: object) -> tuple[int, str, str]:
         except SystemExit as end:
             code = end.code
     return code, *capsys.readouterr()
+
+
+def refused(capsys, *arguments: object) -> str:
+    """What the command says, in one line and with code 2, before it loads anything large."""
+    code, output, error = main(capsys, *arguments)
+    lines = [line for line in error.splitlines() if not line.startswith("warning: ")]
+    assert (code, len(lines)) == (2, 1), output + error
+    assert lines[0].startswith("error: ")
+    assert "diffusers" not in output
+    return lines[0]
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 
 import pytest
@@ -115,28 +114,13 @@ def test_the_real_size():
 
 
 def test_each_variant_adds_one_acceleration():
-    found = measure.variants([0.1, 0.2], "_native_cudnn", True, "fp8")
+    found = measure.variants([0.2], "_native_cudnn", True, "fp8")
     assert [(v.threshold, v.attention, v.compile, v.quantize) for v in found] == [
-        (None, "native", False, None),
-        *(
-            (threshold, *accelerated)
-            for threshold in (0.1, 0.2)
-            for accelerated in (
-                ("native", False, None),
-                ("_native_cudnn", False, None),
-                ("_native_cudnn", True, None),
-                ("_native_cudnn", True, "fp8"),
-            )
-        ),
+        *((None, "native", False, None), (0.2, "native", False, None)),
+        *((0.2, "_native_cudnn", False, None), (0.2, "_native_cudnn", True, None)),
+        (0.2, "_native_cudnn", True, "fp8"),
     ]
     assert found[-1].name == "TeaCache 0.2 + cudnn + compile + fp8"
-
-
-def test_computed_steps_are_spread_evenly():
-    steps = random_weights.spread(22, 50)
-    assert len(set(steps)) == 22
-    assert (steps[0], steps[-1]) == (0, 49)
-    assert {b - a for a, b in itertools.pairwise(steps)} == {2, 3}
 
 
 def test_each_variant_has_models_of_its_own():

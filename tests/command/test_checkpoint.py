@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
 from safetensors.torch import load_file, save_file
-from support import CPU, main
+from support import CPU, edit, main, refused, replace
 
 from teacache.base.errors import ArgumentError, CheckpointError
 from teacache.checkpoint.folder import check_checkpoint, local_checkpoint
@@ -27,35 +26,10 @@ INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 
 
-@pytest.fixture
-def light(tiny, tmp_path):
-    """A copy of the checkpoint whose files are links: to be replaced, not written to."""
-    folder = tmp_path / "checkpoint"
-    shutil.copytree(tiny, folder, copy_function=os.link)
-    return folder
-
-
-def replace(path, content):
-    path.unlink()
-    path.write_bytes(content)
-
-
-def edit(path, **changed):
-    replace(path, json.dumps({**json.loads(path.read_text()), **changed}).encode())
-
-
 def command(capsys, folder, *arguments):
-    """The command with a checkpoint that it refuses: what it says."""
-    code, output, error = main(
-        capsys,
-        *("--ckpts_path", folder, "--image", "astronaut", "--num_infer_steps", 2),
-        *("--output_path", folder.parent / "out", *arguments),
-    )
-    assert code == 2, output
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert "denoising" not in output
-    return error
+    """What the command says of a checkpoint that it refuses."""
+    asked = ("--ckpts_path", folder, "--image", "astronaut", "--num_infer_steps", 2)
+    return refused(capsys, *asked, "--output_path", folder.parent / "out", *arguments)
 
 
 def test_tiny_is_built_once_in_the_layout_of_the_real_one(tiny):
@@ -129,7 +103,7 @@ def test_all_that_is_wrong_is_said_at_once(capsys, light):
     assert command(capsys, light) == (
         f"error: {light} is not whole, missing or empty: tokenizer/spiece.model, "
         "face_encoder/parsing_bisenet.pth, transformer/part-2.safetensors; cut short or damaged: "
-        "face_encoder/detection_Resnet50_Final.pth, vae/diffusion_pytorch_model.safetensors\n"
+        "face_encoder/detection_Resnet50_Final.pth, vae/diffusion_pytorch_model.safetensors"
     )
 
 
@@ -211,20 +185,14 @@ def test_weights_that_are_not_whole(light):
             check_checkpoint(light)
 
 
-@pytest.mark.parametrize(
-    ("file", "told"),
-    [
-        ("adapter_config.json", "a LoRA, which goes with a checkpoint"),
-        ("consisid.safetensors", "single files such as consisid.safetensors, where a checkpoint"),
-        ("notes.txt", "nothing of a checkpoint"),
-    ],
-)
-def test_what_is_no_checkpoint_is_named_as_what_it_is(tmp_path, tiny, file, told):
-    (tmp_path / file).write_text("{}")
-    with pytest.raises(CheckpointError, match=f"has no {INDEX}: it holds {told}"):
-        check_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match="one model, ConsisIDTransformer3DModel, where"):
-        check_checkpoint(tiny / "transformer")
+def test_what_is_no_checkpoint_is_named_as_what_it_is(tmp_path, tiny):
+    (tmp_path / "adapter_config.json").touch()
+    for folder, told in (
+        (tmp_path, "a LoRA, which goes with a checkpoint"),
+        (tiny / "transformer", "one model, ConsisIDTransformer3DModel, where"),
+    ):
+        with pytest.raises(CheckpointError, match=f"has no {INDEX}: it holds {told}"):
+            check_checkpoint(folder)
 
 
 def test_a_run_writes_nothing_into_the_checkpoint(capsys, tmp_path, light):

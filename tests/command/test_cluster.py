@@ -17,7 +17,7 @@ import pytest
 import skimage.data
 from PIL import Image
 from processes import start
-from support import ROOT, locked_by_another_process, main
+from support import ROOT, locked_by_another_process, main, untimed_rows
 
 from teacache.base import interruption
 from teacache.base.errors import DeviceError, ImageError, SamplingError
@@ -62,13 +62,6 @@ def records(folder: Path) -> dict[str, tuple]:
     return {r.settings.prefix: (r.settings, r.computed_steps, r.quality) for r in found}
 
 
-def rows(folder: Path) -> list[dict]:
-    (report,) = folder.glob("sweep_*.json")
-    found = json.loads(report.read_text())["rows"]
-    other = ("latency", "speedup", "video")
-    return [{k: v for k, v in row.items() if k not in other} for row in found]
-
-
 def test_one_killed_and_a_job_that_fails(capsys, tmp_path, tiny, faceless):
     """Nothing is lost, nothing doubled; videos, records and report are those of one process."""
     good = [{"seed": 1, "rel_l1_thresh": t} for t in (0.2, 0)] + [{"seed": s} for s in (2, 3, 4)]
@@ -102,7 +95,7 @@ def test_one_killed_and_a_job_that_fails(capsys, tmp_path, tiny, faceless):
         (same,) = out.glob(f"{path.stem.rsplit('_', 1)[0]}_*.mp4")
         assert same.read_bytes() == path.read_bytes()
     assert records(out) == records(one)
-    assert rows(out) == rows(one)
+    assert untimed_rows(out) == untimed_rows(one)
 
 
 def test_ctrl_c_then_the_rest_by_one_process(capsys, tmp_path, tiny):

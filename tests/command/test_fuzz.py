@@ -9,14 +9,13 @@ import json
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support import main
+from support import main, refused
 
 from teacache.base import errors
 from teacache.base.errors import ArgumentError
 from teacache.command import run
 from teacache.command.arguments import build_parser, parse_arguments
 from teacache.command.order import Order
-from teacache.command.readers import coefficients_of
 
 OPTIONS = sorted(
     option
@@ -42,21 +41,16 @@ PLAUSIBLE = {
     "--computed_steps": st.integers(1, 60),
     "--reuse": st.sampled_from(["residual", "forecast"]),
     "--scheduler": st.sampled_from(["dpm", "ddim"]),
-    "--prompt": st.text(min_size=1),
-    "--negative_prompt": st.text(),
     "--seed": st.integers(0, 2**63 - 1),
     "--num_infer_steps": st.integers(1, 1200),
     "--num_frames": st.integers(1, 60) | st.integers(1, 10**12),
     "--width": st.integers(1, 20).map(lambda n: n * 16) | st.just(112),
     "--height": st.integers(1, 20).map(lambda n: n * 16) | st.just(96),
     "--guidance_scale": st.floats(0, 20) | st.floats(0, 1e308),
-    "--device": st.sampled_from(["auto", "cpu", "cuda", "cuda:1"]),
     "--dtype": st.sampled_from(["auto", "bfloat16", "float16", "float32"]),
     "--offload": st.sampled_from(["auto", "none", "blocks", "model", "sequential"]),
     "--attention": st.sampled_from(["native", "cudnn", "flash", "sage", "flex", "xla"]),
-    "--quantize": st.just("fp8"),
     "--output_path": st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=30),
-    "--image": st.just("astronaut"),
 }
 
 
@@ -99,23 +93,9 @@ def test_a_whole_command(capsys, tmp_path, monkeypatch, tiny):
     command()
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=6)
-        | st.dictionaries(st.sampled_from(["values", "fitted_range", "source", "x"]), inner)
-    ),
-    max_leaves=12,
-) | st.fixed_dictionaries({"values": st.lists(st.floats(), max_size=6)})
-
-
-@given(
-    st.binary(max_size=60) | JSON.map(lambda data: json.dumps(data).encode()),
-    st.sampled_from([".json", ".csv", ".jsonl"]),
-)
+@given(st.binary(max_size=60), st.sampled_from([".json", ".csv", ".jsonl"]))
 @example(b"seed\n\x00", ".csv")
 @example(b'{"values": [1e999, 0, 0, 0, 0]}', ".json")
-@example(b'{"values": [1, 2, 3, 4, 5], "fitted_range": [0, 1], "source": "own"}', ".json")
 @example(b"[" * 100_000, ".json")
 @example(b'{"seed": 1' + b"0" * 5000 + b"}", ".jsonl")
 def test_files(tmp_path, content, ending):
@@ -125,11 +105,9 @@ def test_files(tmp_path, content, ending):
         error = io.StringIO()
         with contextlib.suppress(ArgumentError), contextlib.redirect_stderr(error):
             try:
-                found = Order.of(parse_arguments([option, str(path)])).coefficients
+                Order.of(parse_arguments([option, str(path)]))
             except SystemExit as end:
                 assert (end.code, error.getvalue().count("\n")) == (2, 1)  # noqa: PT017
-            else:
-                assert coefficients_of(json.loads(json.dumps(found.as_json()))) == found
 
 
 @pytest.mark.parametrize(
@@ -141,26 +119,12 @@ def test_files(tmp_path, content, ending):
     ],
 )
 def test_prompts_that_are_refused(capsys, tmp_path, prompt, complaint):
-    code, output, error = main(capsys, "--ckpts_path", "tiny", "--prompt", prompt)
-    assert (code, output) == (2, "")
-    assert error == f"error: argument --prompt: {complaint} (see --help)\n"
+    tiny = ("--ckpts_path", "tiny")
+    error = refused(capsys, *tiny, "--prompt", prompt)
+    assert error == f"error: argument --prompt: {complaint} (see --help)"
     (tmp_path / "jobs.jsonl").write_text(json.dumps({"prompt": prompt}))
-    code, _, error = main(capsys, "--ckpts_path", "tiny", "--jobs", tmp_path / "jobs.jsonl")
-    assert code == 2
-    assert error == f"error: --jobs {tmp_path}/jobs.jsonl, line 1: prompt: {complaint}\n"
-
-
-def test_prompts_in_every_script_and_seeds_at_their_limits(capsys, tmp_path):
-    prompt, most = "שלום עולם, امرأة تبتسم 😀👩‍🚀 two\nlines\tand a tab", 2**63 - 1
-    code, *_ = main(
-        *(capsys, "--ckpts_path", "tiny", "--num_infer_steps", 1, "--num_frames", 1),
-        *("--prompt", prompt, "--seed", 0, most, "--output_path", tmp_path),
-    )
-    assert code == 0
-    for seed in (0, most):
-        record = json.loads((tmp_path / f"{seed}_0.1_0000.json").read_text(encoding="utf-8"))
-        assert record["prompt"] == prompt
-        assert (tmp_path / f"{seed}_0.1_0000.mp4").is_file()
+    error = refused(capsys, *tiny, "--jobs", tmp_path / "jobs.jsonl")
+    assert error == f"error: --jobs {tmp_path}/jobs.jsonl, line 1: prompt: {complaint}"
 
 
 @pytest.mark.parametrize(
@@ -219,11 +183,7 @@ OF_FILES = ("--ckpts_path", "--output_path", "--image", "--coefficients", "--job
 )
 def test_what_no_system_takes(capsys, tmp_path, monkeypatch, option, value, complaint):
     monkeypatch.chdir(tmp_path)
-    code, output, error = main(capsys, "--ckpts_path", "tiny", option, value)
-    assert code == 2
-    assert complaint in error
-    assert len([line for line in error.splitlines() if not line.startswith("warning: ")]) == 1
-    assert "diffusers" not in output
+    assert complaint in refused(capsys, "--ckpts_path", "tiny", option, value)
 
 
 def test_coefficients_of_any_size_can_be_planned_with(capsys, tmp_path, tiny):
@@ -249,8 +209,6 @@ def test_coefficients_that_are_refused(capsys, tmp_path, content, told):
     path = tmp_path / "own.json"
     if content is not None:
         path.write_text(content)
-    code, output, error = main(capsys, "--ckpts_path", "tiny", "--coefficients", path)
-    assert (code, output) == (2, "")
+    error = refused(capsys, "--ckpts_path", "tiny", "--coefficients", path)
     assert error.startswith(f"error: argument --coefficients: {path}")
     assert told in error
-    assert error.count("\n") == 1

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 from processes import ended, start
-from support import ROOT, main
+from support import ROOT, refused
 
 from teacache.base.errors import DeviceError
 from teacache.command.machine import check_number
@@ -73,10 +73,8 @@ def test_what_does_not_divide_is_refused_before_any_rank_begins(
     monkeypatch.chdir(ROOT)
     monkeypatch.delattr("torch.distributed.launcher.api.elastic_launch")
     out = tmp_path / "out"
-    assert main(capsys, "--ckpts_path", "tiny", "--num_gpus", num_gpus, "--output_path", out) == (
-        *(2, ""),
-        f"error: --num_gpus {num_gpus}: {expected}\n",
-    )
+    error = refused(capsys, "--ckpts_path", "tiny", "--num_gpus", num_gpus, "--output_path", out)
+    assert error == f"error: --num_gpus {num_gpus}: {expected}"
     assert not out.exists()
 
 

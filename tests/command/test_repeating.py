@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import ROOT, encoded, main
+from support import ROOT, encoded, main, refused
 
 import teacache
 from teacache.command import run
@@ -22,14 +22,15 @@ SHORT = (*WHOLE, "--num_frames", 1)
 def test_a_record_names_the_command_that_makes_the_video_again(capsys, tmp_path):
     """As a shell reads it, whatever is in the prompt."""
     (tmp_path / "own.json").write_text('{"values": [0, 0, 0, 0, 0.05], "source": "own"}')
-    prompt = 'A person; turns = left # and\nsmiles \\ é, isn\'t $HOME "here"?'
-    asked = (*SHORT, "--prompt", prompt, "--max_reuse", 2, "--seed", "random")
+    prompt = 'A person; turns = left # and\nsmiles \\ é, isn\'t $HOME "here"? שלום 👩‍🚀\t.'
+    asked = (*SHORT, "--prompt", prompt, "--max_reuse", 2, "--seed", 2**63 - 1)
     asked += ("--coefficients", tmp_path / "own.json")
     code, output, _ = main(capsys, *asked, "--output_path", tmp_path, "--quiet")
     assert code == 0
     video = Path(output.strip())
     record = read_record(video.with_suffix(".json"))
     assert record.versions["teacache"] == teacache.__version__
+    assert record.settings.prompt == prompt
     shown = ["bash", "-c", f"printf '%s\\0' {record.command}"]
     words = subprocess.check_output(shown, text=True).removesuffix("\0").split("\0")
     assert words[:2] == ["python3", "teacache_sample_video.py"]
@@ -51,8 +52,7 @@ def test_a_random_seed_is_said_and_recorded(capsys, tmp_path):
     assert seeds[1] == "5"
     record = read_record(tmp_path / f"{seeds[0]}_0.2_0000.json")
     assert record.settings.seed == int(seeds[0]) < 2**32
-    code, _, error = main(capsys, *SHORT, "--seed", "random", "--shard", "0/2")
-    assert code == 2
+    error = refused(capsys, *SHORT, "--seed", "random", "--shard", "0/2")
     assert "--seed: random would be another seed in each --shard" in error
 
 
@@ -104,18 +104,14 @@ def test_a_lora_changes_the_video(capsys, weights, tmp_path):
 def test_a_lora_of_something_else_is_refused(capsys, weights, tmp_path, change, told):
     path = tmp_path / "style.safetensors"
     save_file(change(weights), path)
-    code, output, error = main(capsys, *WHOLE, "--lora", path, "--output_path", tmp_path / "o")
-    assert code == 2
+    error = refused(capsys, *WHOLE, "--lora", path, "--output_path", tmp_path / "o")
     assert error.startswith(f"error: --lora {path}")
     assert told in error
-    assert error.count("\n") == 1
-    assert "loading" not in output
 
 
 def test_a_lora_that_is_not_there_is_refused(capsys, tmp_path):
     for source in (tmp_path / "none.safetensors", tmp_path, ROOT / "README.md"):
-        code, _, error = main(capsys, *WHOLE, "--lora", source, "--output_path", tmp_path / "o")
-        assert code == 2
+        error = refused(capsys, *WHOLE, "--lora", source, "--output_path", tmp_path / "o")
         assert error.startswith(f"error: --lora {source}")
 
 
