@@ -14,6 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import psutil
 import torch
 
 from teacache.checkpoint.size import VideoSize
@@ -86,6 +87,23 @@ def main(capsys, *arguments: object) -> tuple[int, str, str]:
         except SystemExit as end:
             code = end.code
     return code, *capsys.readouterr()
+
+
+def below(parent: int, words: str) -> list[int]:
+    """The processes that one has started, or they in turn, with these words in their command."""
+    found = []
+    for child in psutil.Process(parent).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            found += [child.pid] * (words in " ".join(child.cmdline()))
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs: one that has ended and that init has not asked about does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def refused(capsys, *arguments: object) -> str:

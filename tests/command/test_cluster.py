@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import os
@@ -12,12 +11,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import psutil
 import pytest
 import skimage.data
 from PIL import Image
 from processes import start
-from support import ROOT, locked_by_another_process, main, untimed_rows
+from support import ROOT, below, is_alive, locked_by_another_process, main, untimed_rows
 
 from teacache.base import interruption
 from teacache.base.errors import DeviceError, ImageError, SamplingError
@@ -47,15 +45,6 @@ def begin(*arguments: object) -> subprocess.Popen:
     )
 
 
-def workers(process: subprocess.Popen, name: str) -> list[psutil.Process]:
-    """The processes below that one which have the name in their command line."""
-    found = []
-    for child in psutil.Process(process.pid).children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
-            found += [child] * (name in " ".join(child.cmdline()))
-    return found
-
-
 def records(folder: Path) -> dict[str, tuple]:
     """What does not depend on time, of each record, by seed and threshold."""
     found = [read_record(path) for path in folder.glob("[0-9]*.json")]
@@ -74,9 +63,9 @@ def test_one_killed_and_a_job_that_fails(capsys, tmp_path, tiny, faceless):
     for line in process.stdout:
         if "1_0.2_0000.mp4" in line:  # by the worker that has threshold 0 to compare with
             break
-    while not (sampling := workers(process, ".sample")):
+    while not (sampling := below(process.pid, ".sample")):
         assert process.poll() is None, "nobody samples"
-    sampling[0].kill()
+    os.kill(sampling[0], signal.SIGKILL)
     output, error = process.communicate(timeout=200)
 
     assert process.returncode == 2, error
@@ -102,7 +91,7 @@ def test_ctrl_c_then_the_rest_by_one_process(capsys, tmp_path, tiny):
     arguments = (*COMMON, "--num_infer_steps", 60, "--seed", 1, 2, 3, "--output_path", tmp_path)
     process = begin(*arguments, "--workers", 1)
     assert process.stdout.readline().startswith("1 of 3  ")
-    (worker,) = workers(process, "Worker")
+    (worker,) = below(process.pid, "::Worker")
     os.killpg(process.pid, signal.SIGINT)
     sent = time.monotonic()
     output, error = process.communicate(timeout=100)
@@ -115,7 +104,7 @@ def test_ctrl_c_then_the_rest_by_one_process(capsys, tmp_path, tiny):
     code, output, _ = main(capsys, *arguments, "--resume")
     assert (code, output.count("done before")) == (0, done)
     assert len(list(tmp_path.glob("[0-9]*.mp4"))) == 3
-    assert not worker.is_running()
+    assert not is_alive(worker)
 
 
 def test_a_worker(tmp_path, monkeypatch, tiny, faceless):

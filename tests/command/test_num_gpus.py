@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 from processes import ended, start
-from support import ROOT, refused
+from support import below, is_alive, refused
 
 from teacache.base.errors import DeviceError
 from teacache.command.machine import check_number
@@ -70,7 +70,6 @@ def test_torchrun_gives_the_same_bytes(tmp_path, alone):
 def test_what_does_not_divide_is_refused_before_any_rank_begins(
     capsys, tmp_path, monkeypatch, num_gpus, expected
 ):
-    monkeypatch.chdir(ROOT)
     monkeypatch.delattr("torch.distributed.launcher.api.elastic_launch")
     out = tmp_path / "out"
     error = refused(capsys, "--ckpts_path", "tiny", "--num_gpus", num_gpus, "--output_path", out)
@@ -86,51 +85,33 @@ def test_bad_input_that_the_first_rank_finds_ends_all(tmp_path):
     assert "identity" not in run.stdout
 
 
-@pytest.mark.parametrize("how", ["killed helper", "killed launcher", "SIGTERM", "Ctrl-C"])
-def test_endings(tmp_path, how):
+@pytest.mark.parametrize(
+    ("to", "number", "code", "said"),
+    [
+        ("a rank", signal.SIGKILL, 2, "error: rank 1 of 2 was ended by SIGKILL\n"),
+        ("the launcher", signal.SIGKILL, -signal.SIGKILL, ""),
+        ("the launcher", signal.SIGTERM, 130, "interrupted\n"),
+        ("all", signal.SIGINT, 130, "interrupted\n"),  # a terminal's Ctrl-C
+    ],
+)
+def test_endings(tmp_path, to, number, code, said):
     asked = (*SAMPLE, "--num_gpus", 2, "--num_infer_steps", 500, "--rel_l1_thresh", 0)
     run = start(*asked, "--output_path", tmp_path, start_new_session=True)
     while "encoding" not in (line := run.stdout.readline()):  # then it denoises, for half a minute
         assert line, run.stderr.read()
     time.sleep(1)
-    ranks = _ranks(run.pid)
+    ranks = below(run.pid, "spawn_main")
     assert len(ranks) == 2
     chosen = {psutil.Process(pid).environ().get("PYTORCH_ALLOC_CONF") for pid in ranks}
     assert chosen == {"expandable_segments:True"}, "before torch is imported"
-    if how == "killed helper":
-        os.kill(max(ranks), signal.SIGKILL)
-    elif how == "killed launcher":
-        run.kill()
-    elif how == "SIGTERM":
-        run.terminate()
-    else:
-        os.killpg(run.pid, signal.SIGINT)
+    send = os.killpg if to == "all" else os.kill
+    send(max(ranks) if to == "a rank" else run.pid, number)
     asked_at = time.monotonic()
-    _, said = run.communicate(timeout=60)
+    _, error = run.communicate(timeout=60)
     assert time.monotonic() - asked_at < 25, "torch kills after 30"
-    expected = {
-        "killed helper": (2, "error: rank 1 of 2 was ended by SIGKILL\n"),
-        "killed launcher": (-signal.SIGKILL, ""),
-        "SIGTERM": (130, "interrupted\n"),
-        "Ctrl-C": (130, "interrupted\n"),
-    }
-    assert (run.returncode, said) == expected[how]
-    assert not [pid for pid in ranks if _is_alive(pid)], "no orphan"
+    assert (run.returncode, error) == (code, said)
+    assert not [pid for pid in ranks if is_alive(pid)], "no orphan"
     assert list(tmp_path.iterdir()) == []
-
-
-def _is_alive(pid: int) -> bool:
-    """Whether a process runs: one that has ended and that init has not asked about does not."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _ranks(parent: int) -> list[int]:
-    """The processes that the launcher has started, without the one that tracks resources."""
-    children = psutil.Process(parent).children()
-    return [child.pid for child in children if "spawn_main" in " ".join(child.cmdline())]
 
 
 def test_a_rank_that_runs_out_of_memory_ends_all(tmp_path):
@@ -165,7 +146,7 @@ def test_a_rank_that_torchrun_starts_chooses_the_allocator_too():
 
 
 @pytest.mark.parametrize(
-    ("variables", "count", "refused"),
+    ("variables", "count", "too_few"),
     [
         ({}, 1, True),
         ({"RANK": "0", "WORLD_SIZE": "4"}, 1, False),  # of which each sees its own
@@ -173,10 +154,10 @@ def test_a_rank_that_torchrun_starts_chooses_the_allocator_too():
         ({}, 4, False),
     ],
 )
-def test_more_gpus_than_there_are(monkeypatch, variables, count, refused):
+def test_more_gpus_than_there_are(monkeypatch, variables, count, too_few):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     expected = f"^--num_gpus 4: torch finds {count} CUDA GPUs here$"
-    with pytest.raises(DeviceError, match=expected) if refused else contextlib.nullcontext():
+    with pytest.raises(DeviceError, match=expected) if too_few else contextlib.nullcontext():
         check_number(4, torch.device("cuda"))
