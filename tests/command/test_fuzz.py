@@ -130,7 +130,8 @@ def test_prompts_that_are_refused(capsys, tmp_path, prompt, complaint):
 @pytest.mark.parametrize(
     ("url", "shown"),
     [
-        ("https://me:my secret@host/a@b.png", "https://***@host/a@b.png"),
+        ("https://me:secret@host/a@b.png", "https://***@host/a@b.png"),
+        ("https://me:my secret@host/a.png", "https://***@host/a.png"),
         ("https://me:sec/ret@host/a.png", "https://***@host/a.png"),
         ("https://me:sec?r@et@host/a.png", "https://***@host/a.png"),
         ("https://host:80/a.png is no image", "https://host:80/a.png is no image"),

@@ -116,7 +116,6 @@ def test_endings(tmp_path, to, number, code, said):
 
 def test_a_rank_that_runs_out_of_memory_ends_all(tmp_path):
     """In the middle of a step, in which the other rank waits for it."""
-    begun = time.monotonic()
     run = ended(
         *(*SAMPLE, "--num_gpus", 2, "--output_path", tmp_path),
         program=("tests/failing_rank.py",),
@@ -127,7 +126,6 @@ def test_a_rank_that_runs_out_of_memory_ends_all(tmp_path):
         "error: rank 1 of 2: out of memory while denoising (asked for 2.50 GiB). Try, in "
         "this order: --num_gpus 1 --offload blocks, --num_gpus 1 --offload sequential\n"
     )
-    assert time.monotonic() - begun < 60, "of which beginning takes most"
     assert list(tmp_path.iterdir()) == []
 
 
