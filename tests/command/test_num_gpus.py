@@ -11,15 +11,16 @@ import time
 import psutil
 import pytest
 import torch
-from processes import ended, start
+from processes import SAMPLE, ended, start
 from support import below, is_alive, refused
 
 from teacache.base.errors import DeviceError
 from teacache.command.machine import check_number
 
-SAMPLE = ("--ckpts_path", "tiny", "--device", "cpu", "--num_infer_steps", 10)
-SAMPLE += ("--rel_l1_thresh", 0.2)
-TOKENS = (*SAMPLE, "--guidance_scale", 1)  # which is all there is to share without guidance
+SMALL = ("--ckpts_path", "tiny", "--device", "cpu", "--num_infer_steps", 10)
+SMALL += ("--rel_l1_thresh", 0.2)
+FORKED = ("tests/forked_ranks.py",)  # three quarters of a rank's CPU time are its imports
+TOKENS = (*SMALL, "--guidance_scale", 1)  # which is all there is to share without guidance
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_shared_tokens_give_the_same_bytes(tmp_path, alone):
     assert run.returncode == 0, run.stderr
     for name in ("1_0.2_0000", "2_0.2_0000"):
         check_equal(tmp_path, alone, name)
-    again = ended(*asked, "--resume")
+    again = ended(*asked, "--resume", program=FORKED)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("done before") == 2
 
@@ -78,7 +79,8 @@ def test_what_does_not_divide_is_refused_before_any_rank_begins(
 
 
 def test_bad_input_that_the_first_rank_finds_ends_all(tmp_path):
-    run = ended(*SAMPLE, "--num_gpus", 2, "--image", "README.md", "--output_path", tmp_path)
+    asked = (*SMALL, "--num_gpus", 2, "--image", "README.md", "--output_path", tmp_path)
+    run = ended(*asked, program=FORKED)
     assert run.returncode == 2
     assert run.stderr.startswith("error: --image README.md is no image")
     assert run.stderr.count("\n") == 1
@@ -95,15 +97,18 @@ def test_bad_input_that_the_first_rank_finds_ends_all(tmp_path):
     ],
 )
 def test_endings(tmp_path, to, number, code, said):
-    asked = (*SAMPLE, "--num_gpus", 2, "--num_infer_steps", 500, "--rel_l1_thresh", 0)
-    run = start(*asked, "--output_path", tmp_path, start_new_session=True)
+    asked = (*SMALL, "--num_gpus", 2, "--num_infer_steps", 500, "--rel_l1_thresh", 0)
+    begun_anew = to == "all" or (to, number) == ("the launcher", signal.SIGKILL)
+    program = SAMPLE if begun_anew else FORKED
+    run = start(*asked, "--output_path", tmp_path, program=program, start_new_session=True)
     while "encoding" not in (line := run.stdout.readline()):  # then it denoises, for half a minute
         assert line, run.stderr.read()
     time.sleep(1)
-    ranks = below(run.pid, "spawn_main")
+    ranks = below(run.pid, "spawn_main" if begun_anew else "forkserver")
     assert len(ranks) == 2
-    chosen = {psutil.Process(pid).environ().get("PYTORCH_ALLOC_CONF") for pid in ranks}
-    assert chosen == {"expandable_segments:True"}, "before torch is imported"
+    if begun_anew:
+        chosen = {psutil.Process(pid).environ().get("PYTORCH_ALLOC_CONF") for pid in ranks}
+        assert chosen == {"expandable_segments:True"}, "before torch is imported"
     send = os.killpg if to == "all" else os.kill
     send(max(ranks) if to == "a rank" else run.pid, number)
     asked_at = time.monotonic()
@@ -117,8 +122,8 @@ def test_endings(tmp_path, to, number, code, said):
 def test_a_rank_that_runs_out_of_memory_ends_all(tmp_path):
     """In the middle of a step, in which the other rank waits for it."""
     run = ended(
-        *(*SAMPLE, "--num_gpus", 2, "--output_path", tmp_path),
-        program=("tests/failing_rank.py",),
+        *(*SMALL, "--num_gpus", 2, "--output_path", tmp_path),
+        program=FORKED,
         env={"SHORT_OF_MEMORY": "1"},
     )
     assert run.returncode == 2
