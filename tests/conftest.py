@@ -54,6 +54,13 @@ def tiny(tmp_path_factory, worker_id) -> Iterator[Path]:
         yield own
 
 
+@pytest.fixture
+def light(tiny, tmp_path) -> Path:
+    """A copy of the checkpoint whose files are links: to be replaced, not written to."""
+    shutil.copytree(tiny, tmp_path / "checkpoint", copy_function=os.link)
+    return tmp_path / "checkpoint"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark rule, forecast, forward and units as fast, but for the videos of 50 steps."""
     for item in items:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import psutil
 import torch
 
 from teacache.checkpoint.size import VideoSize
@@ -34,6 +36,25 @@ def grace_hopper() -> Path:
     import matplotlib
 
     return Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Put other content in the place of a file that may be a link."""
+    path.unlink()
+    path.write_bytes(content)
+
+
+def edit(path: Path, **changed: object) -> None:
+    """Change values in a JSON file that may be a link."""
+    replace(path, json.dumps({**json.loads(path.read_text()), **changed}).encode())
+
+
+def untimed_rows(folder: Path) -> list[dict]:
+    """The rows of a folder's one sweep, without what differs from run to run."""
+    (report,) = folder.glob("sweep_*.json")
+    timed = ("latency", "speedup", "video")
+    rows = json.loads(report.read_text())["rows"]
+    return [{key: value for key, value in row.items() if key not in timed} for row in rows]
 
 
 @contextlib.contextmanager
@@ -66,6 +87,33 @@ def main(capsys, *arguments: object) -> tuple[int, str, str]:
         except SystemExit as end:
             code = end.code
     return code, *capsys.readouterr()
+
+
+def below(parent: int, words: str) -> list[int]:
+    """The processes that one has started, or they in turn, with these words in their command."""
+    found = []
+    for child in psutil.Process(parent).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            found += [child.pid] * (words in " ".join(child.cmdline()))
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs: one that has ended and that init has not asked about does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def refused(capsys, *arguments: object) -> str:
+    """What the command says, in one line and with code 2, before it loads anything large."""
+    code, output, error = main(capsys, *arguments)
+    lines = [line for line in error.splitlines() if not line.startswith("warning: ")]
+    assert (code, len(lines)) == (2, 1), output + error
+    assert lines[0].startswith("error: ")
+    assert "diffusers" not in output
+    return lines[0]
 
 
 @contextlib.contextmanager

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
 from safetensors.torch import load_file, save_file
-from support import CPU, main
+from support import CPU, edit, main, refused, replace
 
 from teacache.base.errors import ArgumentError, CheckpointError
-from teacache.checkpoint.folder import check_checkpoint, is_full_size, local_checkpoint
+from teacache.checkpoint.folder import check_checkpoint, local_checkpoint
 from teacache.checkpoint.pipeline import load_pipeline
 from teacache.checkpoint.size import check_num_frames, video_size
 from teacache.embedded import build, cached
@@ -24,39 +23,13 @@ from teacache.inputs.identity import load_face_models
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 INDEX = "model_index.json"
-QUANTIZED = {"quant_method": "gptq", "bits": 4}
 SCHEDULER = "scheduler/scheduler_config.json"
 
 
-@pytest.fixture
-def light(tiny, tmp_path):
-    """A copy of the checkpoint whose files are links: to be replaced, not written to."""
-    folder = tmp_path / "checkpoint"
-    shutil.copytree(tiny, folder, copy_function=os.link)
-    return folder
-
-
-def replace(path, content):
-    path.unlink()
-    path.write_bytes(content)
-
-
-def edit(path, **changed):
-    replace(path, json.dumps({**json.loads(path.read_text()), **changed}).encode())
-
-
 def command(capsys, folder, *arguments):
-    """The command with a checkpoint that it refuses: what it says."""
-    code, output, error = main(
-        capsys,
-        *("--ckpts_path", folder, "--image", "astronaut", "--num_infer_steps", 2),
-        *("--output_path", folder.parent / "out", *arguments),
-    )
-    assert code == 2, output
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert "denoising" not in output
-    return error
+    """What the command says of a checkpoint that it refuses."""
+    asked = ("--ckpts_path", folder, "--image", "astronaut", "--num_infer_steps", 2)
+    return refused(capsys, *asked, "--output_path", folder.parent / "out", *arguments)
 
 
 def test_tiny_is_built_once_in_the_layout_of_the_real_one(tiny):
@@ -64,7 +37,6 @@ def test_tiny_is_built_once_in_the_layout_of_the_real_one(tiny):
     assert cached.cached_tiny_checkpoint() == tiny
     assert (tiny / INDEX).stat().st_mtime_ns == made
     check_checkpoint(tiny)
-    assert not is_full_size(tiny)
     folders = {"scheduler", "text_encoder", "tokenizer", "transformer", "vae", "face_encoder"}
     assert {p.name for p in tiny.iterdir()} == {INDEX, *folders}
     assert [p.name for p in (tiny / "tokenizer").iterdir()] == ["spiece.model"]
@@ -84,10 +56,6 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
         cached.build_tiny_checkpoint(Path("/proc/nowhere/tiny"))
 
 
-def _build(folder):
-    cached.build_tiny_checkpoint(folder)
-
-
 def test_of_two_builds_at_once_one_is_made(tmp_path, monkeypatch):
     """The other process waits for it; what a killed build has left is removed."""
 
@@ -98,7 +66,10 @@ def test_of_two_builds_at_once_one_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "write_checkpoint", write)
     (tmp_path / ".tiny.part" / "half").mkdir(parents=True)
     context = multiprocessing.get_context("fork")
-    builders = [context.Process(target=_build, args=(tmp_path / "tiny",)) for _ in range(4)]
+    builders = [
+        context.Process(target=cached.build_tiny_checkpoint, args=(tmp_path / "tiny",))
+        for _ in range(4)
+    ]
     for builder in builders:
         builder.start()
     for builder in builders:
@@ -132,7 +103,7 @@ def test_all_that_is_wrong_is_said_at_once(capsys, light):
     assert command(capsys, light) == (
         f"error: {light} is not whole, missing or empty: tokenizer/spiece.model, "
         "face_encoder/parsing_bisenet.pth, transformer/part-2.safetensors; cut short or damaged: "
-        "face_encoder/detection_Resnet50_Final.pth, vae/diffusion_pytorch_model.safetensors\n"
+        "face_encoder/detection_Resnet50_Final.pth, vae/diffusion_pytorch_model.safetensors"
     )
 
 
@@ -141,23 +112,21 @@ def test_all_that_is_wrong_is_said_at_once(capsys, light):
     [
         (INDEX, {"_class_name": "CogVideoXPipeline"}, "holds a CogVideoXPipeline, not a ConsisID"),
         (INDEX, {"transformer": ["diffusers", "CogVideoX"]}, "CogVideoX as transformer, not Co"),
-        (INDEX, {"vae": ["diffusers", "AutoencoderKL"]}, "names AutoencoderKL as vae, not Auto"),
         (INDEX, {"scheduler": ["diffusers", "DDIM"]}, "DDIM as scheduler, not CogVideoXDPMSch"),
-        (INDEX, {"scheduler": None}, "names None as scheduler"),
         ("transformer/config.json", {"patch_size_t": 2}, "as of a model on CogVideoX1.5, and"),
         ("transformer/config.json", {"is_train_face": False}, "such a model takes no face"),
         (
-            "text_encoder/config.json",
-            {"quantization_config": QUANTIZED},
+            *("text_encoder/config.json", {"quantization_config": {"quant_method": "gptq"}}),
             "quantized with gptq, and the package optimum is not installed",
         ),
     ],
 )
-def test_models_of_another_kind_are_refused_before_anything_is_imported(
-    capsys, light, name, changed, told
-):
+def test_models_of_another_kind_are_refused(light, name, changed, told):
     edit(light / name, **changed)
-    assert told in command(capsys, light)
+    with pytest.raises(CheckpointError) as raised:
+        check_checkpoint(light)
+    assert told in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_models_that_are_as_good(light):
@@ -165,18 +134,6 @@ def test_models_that_are_as_good(light):
     edit(light / "transformer" / "config.json", quantization_config=None)
     (light / "face_encoder" / "EVA02-CLIP-L-14-336.json").unlink()
     check_checkpoint(light)
-
-
-def test_quantized_weights_whose_package_does_not_work_are_named_when_they_are_loaded(light):
-    edit(light / "text_encoder" / "config.json", quantization_config=QUANTIZED)
-    with pytest.raises(CheckpointError, match=r"text_encoder is quantized, and cannot be read: "):
-        load_pipeline(light, CPU, torch.float32, parts=("text_encoder",))
-
-
-def test_full_size_is_told_by_the_weights(light):
-    with (light / "transformer" / "more.safetensors").open("wb") as file:
-        file.truncate(5 * 2**30)  # sparse: takes no room
-    assert is_full_size(light)
 
 
 def test_size_is_the_transformers_own(tiny, caplog):
@@ -205,7 +162,7 @@ def test_frames_that_the_vae_makes_are_those_that_it_is_asked_for():
     """The rule for --num_frames, against what the VAE decodes, at the real compression of 4."""
     torch.manual_seed(0)
     vae = AutoencoderKLCogVideoX(**{**VAE, "temporal_compression_ratio": 4}).eval()
-    for num_frames in range(1, 18):
+    for num_frames in range(1, 12):
         latent_frames = (num_frames - 1) // 4 + 1
         with torch.no_grad():
             made = vae.decode(torch.zeros(1, 16, latent_frames, 2, 2)).sample.shape[2]
@@ -228,23 +185,14 @@ def test_weights_that_are_not_whole(light):
             check_checkpoint(light)
 
 
-@pytest.mark.parametrize(
-    ("file", "told"),
-    [
-        ("pytorch_lora_weights.safetensors", "a LoRA, which goes with a checkpoint"),
-        ("adapter_config.json", "a LoRA, which goes with a checkpoint"),
-        ("consisid.safetensors", "single files such as consisid.safetensors, where a checkpoint"),
-        ("notes.txt", "nothing of a checkpoint"),
-    ],
-)
-def test_what_is_no_checkpoint_is_named_as_what_it_is(tmp_path, tiny, file, told):
-    (tmp_path / file).write_text("{}")
-    with pytest.raises(CheckpointError, match=f"has no {INDEX}: it holds {told}"):
-        check_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match="one model, ConsisIDTransformer3DModel, where"):
-        check_checkpoint(tiny / "transformer")
-    with pytest.raises(CheckpointError, match="it holds one model, of transformers, where"):
-        check_checkpoint(tiny / "text_encoder")
+def test_what_is_no_checkpoint_is_named_as_what_it_is(tmp_path, tiny):
+    (tmp_path / "adapter_config.json").touch()
+    for folder, told in (
+        (tmp_path, "a LoRA, which goes with a checkpoint"),
+        (tiny / "transformer", "one model, ConsisIDTransformer3DModel, where"),
+    ):
+        with pytest.raises(CheckpointError, match=f"has no {INDEX}: it holds {told}"):
+            check_checkpoint(folder)
 
 
 def test_a_run_writes_nothing_into_the_checkpoint(capsys, tmp_path, light):
@@ -315,16 +263,11 @@ def configured(**changed):
     ("name", "damage", "told"),
     [
         ("face_encoder/models/antelopev2/glintr100.onnx", half, "face_encoder cannot be read"),
-        ("face_encoder/models/antelopev2/scrfd_10g_bnkps.onnx", noise, "face_encoder cannot be"),
-        ("face_encoder/parsing_bisenet.pth", noise, "face_encoder cannot be read"),
         ("face_encoder/EVA02_CLIP_L_336_psz14_s6B.pt", noise, "face_encoder cannot be read"),
         ("text_encoder/model.safetensors", without_a_tensor, "text_encoder lacks 1 of the"),
-        ("text_encoder/model.safetensors", with_a_larger_tensor, "text_encoder cannot be read"),
         ("tokenizer/spiece.model", noise, "cannot be read: "),
         (TRANSFORMER, without_a_tensor, "transformer lacks some of the model's weights"),
         (TRANSFORMER, with_a_larger_tensor, "expected shape"),
-        ("transformer/config.json", configured(num_layers=6), "transformer lacks some of the"),
-        ("vae/diffusion_pytorch_model.safetensors", without_a_tensor, "vae lacks some of the"),
         ("vae/config.json", configured(block_out_channels=3), "vae cannot be read: "),
     ],
 )
@@ -342,13 +285,13 @@ def test_files_that_are_there_and_wrong_are_one_line(light, name, damage, told):
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("arguments", [(), ("--plan",)])
 @pytest.mark.parametrize(
-    ("name", "damage", "told"),
+    ("arguments", "name", "damage", "told"),
     [
-        ("transformer/config.json", configured(num_attention_heads=1), "transformer cannot be re"),
-        (SCHEDULER, configured(timestep_spacing="foo"), "_config.json cannot be read: ValueError"),
-        (SCHEDULER, half, "scheduler_config.json cannot be read"),
+        ((), SCHEDULER, half, "scheduler_config.json cannot be read"),
+        (("--plan",), SCHEDULER, configured(timestep_spacing="foo"), "cannot be read: ValueError"),
+        (("--plan",), "transformer/config.json", half, "transformer/config.json cannot be read"),
+        (("--plan",), TRANSFORMER, half, "transformer cannot be read: SafetensorError"),
     ],
 )
 def test_what_a_schedule_cannot_be_made_of(capsys, light, arguments, name, damage, told):
@@ -356,15 +299,7 @@ def test_what_a_schedule_cannot_be_made_of(capsys, light, arguments, name, damag
     assert told in command(capsys, light, *arguments)
 
 
-@pytest.mark.parametrize("arguments", [(), ("--plan",)])
-def test_a_folder_in_a_files_place(capsys, light, arguments):
-    """As any other that the system does not let be read."""
-    (light / "transformer" / "config.json").unlink()
-    (light / "transformer" / "config.json").mkdir()
-    assert "transformer/config.json" in command(capsys, light, *arguments)
-
-
-def test_a_file_that_may_not_be_read(capsys, light, monkeypatch):
+def test_a_file_that_may_not_be_read(light, monkeypatch):
     opens = Path.open
 
     def refuses(path, *args, **kwargs):
@@ -373,9 +308,5 @@ def test_a_file_that_may_not_be_read(capsys, light, monkeypatch):
         return opens(path, *args, **kwargs)
 
     monkeypatch.setattr(Path, "open", refuses)  # root may read every file
-    assert command(capsys, light) == f"error: {light} cannot be read: Permission denied\n"
-
-
-def test_a_plan_of_weights_that_are_cut_short(capsys, light):
-    half(light / TRANSFORMER)
-    assert "transformer cannot be read: SafetensorError" in command(capsys, light, "--plan")
+    with pytest.raises(CheckpointError, match=r"cannot be read: Permission denied$"):
+        check_checkpoint(light)

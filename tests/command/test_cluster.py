@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -16,7 +14,8 @@ from pathlib import Path
 import pytest
 import skimage.data
 from PIL import Image
-from support import ROOT, locked_by_another_process, main
+from processes import start
+from support import ROOT, below, is_alive, locked_by_another_process, main, untimed_rows
 
 from teacache.base import interruption
 from teacache.base.errors import DeviceError, ImageError, SamplingError
@@ -28,7 +27,6 @@ from teacache.results.record import read_record
 from teacache.sampling import sampler
 
 COMMON = ("--ckpts_path", "tiny", "--num_frames", 1)
-MARK = "TEACACHE_TEST_CLUSTER"  # what the environment of a test's processes has in it
 
 
 @pytest.fixture
@@ -38,40 +36,19 @@ def faceless(tmp_path):
     return tmp_path / "coffee.png"
 
 
-def start(mark: Path, *arguments: object) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "teacache.cluster", *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, MARK: str(mark), "RAY_ADDRESS": "local"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+def begin(*arguments: object) -> subprocess.Popen:
+    return start(
+        *arguments,
+        program=("-m", "teacache.cluster"),
+        env={"RAY_ADDRESS": "local"},
         start_new_session=True,
-        text=True,
     )
-
-
-def processes(mark: Path, name: str) -> list[int]:
-    """The processes that have the mark, and the name in their command line."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            environment = (folder / "environ").read_bytes().split(b"\0")
-            if f"{MARK}={mark}".encode() in environment:
-                found += [int(folder.name)] * (name in (folder / "cmdline").read_text())
-    return found
 
 
 def records(folder: Path) -> dict[str, tuple]:
     """What does not depend on time, of each record, by seed and threshold."""
     found = [read_record(path) for path in folder.glob("[0-9]*.json")]
     return {r.settings.prefix: (r.settings, r.computed_steps, r.quality) for r in found}
-
-
-def rows(folder: Path) -> list[dict]:
-    (report,) = folder.glob("sweep_*.json")
-    found = json.loads(report.read_text())["rows"]
-    other = ("latency", "speedup", "video")
-    return [{k: v for k, v in row.items() if k not in other} for row in found]
 
 
 def test_one_killed_and_a_job_that_fails(capsys, tmp_path, tiny, faceless):
@@ -82,11 +59,11 @@ def test_one_killed_and_a_job_that_fails(capsys, tmp_path, tiny, faceless):
     common = (*COMMON, "--num_infer_steps", 24)
     out, one = tmp_path / "out", tmp_path / "one"
     arguments = (*common, "--jobs", tmp_path / "all", "--workers", 2, "--output_path", out)
-    process = start(tmp_path, *arguments)
+    process = begin(*arguments)
     for line in process.stdout:
         if "1_0.2_0000.mp4" in line:  # by the worker that has threshold 0 to compare with
             break
-    while not (sampling := processes(tmp_path, ".sample")):
+    while not (sampling := below(process.pid, ".sample")):
         assert process.poll() is None, "nobody samples"
     os.kill(sampling[0], signal.SIGKILL)
     output, error = process.communicate(timeout=200)
@@ -107,13 +84,14 @@ def test_one_killed_and_a_job_that_fails(capsys, tmp_path, tiny, faceless):
         (same,) = out.glob(f"{path.stem.rsplit('_', 1)[0]}_*.mp4")
         assert same.read_bytes() == path.read_bytes()
     assert records(out) == records(one)
-    assert rows(out) == rows(one)
+    assert untimed_rows(out) == untimed_rows(one)
 
 
 def test_ctrl_c_then_the_rest_by_one_process(capsys, tmp_path, tiny):
     arguments = (*COMMON, "--num_infer_steps", 60, "--seed", 1, 2, 3, "--output_path", tmp_path)
-    process = start(tmp_path, *arguments, "--workers", 1)
+    process = begin(*arguments, "--workers", 1)
     assert process.stdout.readline().startswith("1 of 3  ")
+    (worker,) = below(process.pid, "::Worker")
     os.killpg(process.pid, signal.SIGINT)
     sent = time.monotonic()
     output, error = process.communicate(timeout=100)
@@ -126,7 +104,7 @@ def test_ctrl_c_then_the_rest_by_one_process(capsys, tmp_path, tiny):
     code, output, _ = main(capsys, *arguments, "--resume")
     assert (code, output.count("done before")) == (0, done)
     assert len(list(tmp_path.glob("[0-9]*.mp4"))) == 3
-    assert not processes(tmp_path, "Worker")
+    assert not is_alive(worker)
 
 
 def test_a_worker(tmp_path, monkeypatch, tiny, faceless):
@@ -166,7 +144,6 @@ def test_a_worker(tmp_path, monkeypatch, tiny, faceless):
     ("arguments", "message"),
     [
         (("--shard", "0/2"), "unrecognized arguments: --shard 0/2"),
-        (("--jobs", "nowhere.csv"), "--jobs nowhere.csv cannot be read"),
         # Ray itself would go on trying for many minutes.
         ((), "error: no Ray cluster at RAY_ADDRESS=127.0.0.1:9: Connection refused"),
     ],

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import pty
-import shutil
+import re
 import struct
 import subprocess
 import sys
@@ -17,20 +17,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support import PROMPT, ROOT, encoded, main
+from processes import start
+from support import PROMPT, ROOT, encoded, main, refused
 
 from teacache.command.arguments import parse_arguments
 from teacache.inputs import photograph as pictures
 from teacache.results.video import read_video, write_video
 
 QUICK = ("--ckpts_path", "tiny", "--num_frames", 1)
-COMMAND = [sys.executable, "teacache_sample_video.py"]
-
-
-def start(*arguments: object, **options) -> subprocess.Popen:
-    return subprocess.Popen(
-        [*COMMAND, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, text=True, **options
-    )
+SCRIPT = ROOT / "teacache_sample_video.py"
 
 
 def read_all(descriptor: int, into: list[bytes]) -> None:
@@ -54,16 +49,16 @@ def photograph(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tiny, photograph):
-    """One whole run, standard error on a terminal: (folder, standard output, what it showed)."""
+    """One run from a cold start, standard error on a terminal: (folder, output, what it showed)."""
     folder = tmp_path_factory.mktemp("out")
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
     shown: list[bytes] = []
-    process = start(
-        *("--ckpts_path", tiny, "--rel_l1_thresh", 0.15, "--image", photograph),
-        *("--prompt", PROMPT, "--output_path", folder),
-        stderr=theirs,
-    )
+    asked = ("--ckpts_path", tiny, "--rel_l1_thresh", "0.15", "--image", photograph)
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, *asked, "--prompt", PROMPT, "--output_path", folder],
+        stdout=subprocess.PIPE, stderr=theirs, text=True,
+    )  # fmt: skip
     os.close(theirs)
     reader = threading.Thread(target=read_all, args=(ours, shown))
     reader.start()
@@ -136,7 +131,7 @@ def test_bar_counts_computed_and_reused_steps_and_nothing_else_is_shown(run):
 def test_two_runs_at_once_in_one_folder(tmp_path, tiny):
     """Same seed and threshold: two names, two whole videos, the same frames."""
     arguments = ("--ckpts_path", "tiny", "--num_infer_steps", 8, "--output_path", tmp_path)
-    processes = [start(*arguments, stderr=subprocess.PIPE) for _ in range(2)]
+    processes = [start(*arguments) for _ in range(2)]
     for process in processes:
         _, error = process.communicate(timeout=300)
         assert process.returncode == 0, error
@@ -148,105 +143,82 @@ def test_two_runs_at_once_in_one_folder(tmp_path, tiny):
     assert np.array_equal(first, second)
 
 
-def test_what_is_said_at_once_imports_nothing_heavy(tmp_path):
-    (tmp_path / "file").touch()
-    check = (
-        "import sys, runpy\n"
-        "sys.argv = ['teacache_sample_video.py', *sys.argv[1:]]\n"
-        "try: runpy.run_path('teacache_sample_video.py', run_name='__main__')\n"
-        "except SystemExit as end: code = end.code\n"
-        "heavy = {'torch', 'numpy', 'diffusers', 'transformers', 'PIL', 'skimage'}\n"
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
-        "print(code)"
-    )
-    for arguments, code in (
-        (["--help"], "0"),
-        (["--rel_l1_thresh=-1"], "2"),
-        (["--ckpts_path", "tiny", "--output_path", tmp_path / "file"], "2"),
-    ):
-        command = [sys.executable, "-c", check, *arguments]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        assert done.stdout.splitlines()[-1] == code
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        ((SCRIPT,), ("--rel_l1_thresh=-1",)),
+        ((SCRIPT,), ("--output_path", SCRIPT)),
+        (("-I", SCRIPT), ("--help",)),  # which leaves the script's folder out of the path
+        *(
+            (("-m", f"teacache{room}"), ("--help",))
+            for room in ("", ".benchmark", ".fit", ".cluster")
+        ),
+    ],
+)
+def test_what_is_said_at_once_imports_nothing_heavy(tmp_path, program, arguments):
+    """From a cold start, of each program."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *program, *arguments],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    lines = done.stderr.splitlines()
+    said = [line for line in lines if not line.startswith("import time:")]
+    assert (done.returncode, len(said)) == ((0, 0) if "--help" in arguments else (2, 1))
+    assert done.stdout.startswith("usage: ") == ("--help" in arguments)
+    imported = {line.rpartition("|")[2].strip() for line in lines}
+    assert "argparse" in imported
+    assert not imported & {"torch", "numpy", "diffusers", "transformers", "PIL", "skimage", "ray"}
 
 
 def test_published_arguments_keep_names_and_defaults():
     defaults = vars(parse_arguments([]))
-    assert defaults["rel_l1_thresh"] == [0.1]
-    assert defaults["ckpts_path"] == "BestWishYsh/ConsisID-preview"
-    assert defaults["seed"] == [42]
-    assert defaults["num_infer_steps"] == 50
-    assert defaults["output_path"] == Path("./teacache_results")
-    image = parse_arguments([]).image
-    assert image.startswith("https://github.com/PKU-YuanGroup/ConsisID/")
-    assert image.endswith("2.png?raw=true")
+    published = {"rel_l1_thresh": [0.1], "seed": [42], "num_infer_steps": 50}
+    published |= {"ckpts_path": "BestWishYsh/ConsisID-preview"}
+    published |= {"output_path": Path("./teacache_results")}
+    assert {name: defaults[name] for name in published} == published
+    assert defaults["image"].startswith("https://github.com/PKU-YuanGroup/ConsisID/")
+    assert defaults["image"].endswith("2.png?raw=true")
     assert defaults["prompt"].startswith("The video captures a boy walking along a city street")
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("--rel_l1_thresh", "-0.1"),
-        ("--rel_l1_thresh", "nan"),
-        ("--rel_l1_thresh", "inf"),
-        ("--rel_l1_thresh", "much"),
-        ("--num_infer_steps", "0"),
-        ("--num_infer_steps", "2.5"),
-        ("--seed", "-1"),
-        ("--vae_tiling", "maybe"),
-        ("--height", "0"),
-        ("--guidance_scale", "nan"),
-        ("--device", "gpu"),
-        ("--dtype", "int8"),
-        ("--offload", "disk"),
-        ("--coefficients", "/nowhere.json"),
-        ("--rel_l1", "0.1"),
+        *(("--rel_l1_thresh", wrong) for wrong in ("-0.1", "nan", "inf", "much")),
+        *(("--num_infer_steps", "2.5"), ("--seed", "-1"), ("--height", "0"), ("--device", "gpu")),
+        *(("--vae_tiling", "maybe"), ("--guidance_scale", "nan"), ("--dtype", "int8")),
+        *(("--offload", "disk"), ("--coefficients", "/nowhere.json"), ("--rel_l1", "0.1")),
     ],
 )
 def test_wrong_arguments_get_one_line_and_2(capsys, arguments):
-    code, output, error = main(capsys, *arguments)
-    assert (code, output, error.count("\n")) == (2, "", 1)
-    assert error.startswith("error: ")
-    assert arguments[0] in error
+    assert arguments[0] in refused(capsys, *arguments)
 
 
 def test_wrong_input_gets_one_line_and_2(capsys, tmp_path, tiny):
     (tmp_path / "file").touch()
     (tmp_path / "jobs.jsonl").write_text('{"seed": 1}\n{"seed"}\n')
+    defaults = ("--ckpts_path", "tiny", "--output_path", tmp_path / "out")
     for arguments, complaint in (
         (("--image", tmp_path / "none.png"), "no such file"),
         (("--ckpts_path", tmp_path / "none"), "no such folder"),
         (("--output_path", tmp_path / "file"), "is a file"),
         (("--num_frames", 11), "nearest are 9 and 12"),
         (("--width", 160), "112x96 only"),
+        (("--num_infer_steps", 2000), "the scheduler knows 1000 timesteps"),
         (("--device", "cuda:7"), "0 CUDA GPUs"),
         (("--offload", "model"), "this is a CPU"),
         (("--jobs", tmp_path / "jobs.jsonl"), "line 2: no JSON"),
     ):
-        defaults = ("--ckpts_path", "tiny", "--output_path", tmp_path / "out")
-        code, _, error = main(capsys, *defaults, *arguments)
-        assert (code, error.count("\n")) == (2, 1), arguments
-        assert error.startswith("error: "), arguments
-        assert complaint in error, arguments
+        assert complaint in refused(capsys, *defaults, *arguments), arguments
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_full_size_without_a_gpu_says_what_there_is_instead(capsys, tmp_path, monkeypatch, tiny):
+def test_full_size_without_a_gpu_says_what_there_is_instead(capsys, tmp_path, monkeypatch, light):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny, tmp_path / "checkpoint", copy_function=os.link)
-    # A whole file of 11 GB, as far as its header tells, which takes no room on the disk.
-    weights = tmp_path / "checkpoint" / "transformer" / "diffusion_pytorch_model.safetensors"
-    content, size = weights.read_bytes(), 11 * 2**30
-    length = int.from_bytes(content[:8], "little")
-    entries = json.loads(content[8 : 8 + length])
-    start = len(content) - 8 - length
-    entries["more"] = {"dtype": "U8", "shape": [size], "data_offsets": [start, start + size]}
-    header = json.dumps(entries).encode()
-    weights.unlink()
-    weights.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
-    os.truncate(weights, 8 + len(header) + start + size)
+    with (light / "transformer" / "more.safetensors").open("wb") as file:
+        file.truncate(5 * 2**30)  # sparse: takes no room
     for checkpoint in ("checkpoint", "BestWishYsh/ConsisID-preview"):
-        code, _, error = main(capsys, "--ckpts_path", checkpoint)
-        assert code == 2
+        error = refused(capsys, "--ckpts_path", checkpoint)
         for words in ("CUDA GPU", "--ckpts_path tiny", "--device cpu"):
             assert words in error
     assert not (tmp_path / "BestWishYsh").exists(), "nothing is downloaded first"
@@ -284,36 +256,25 @@ def test_every_other_argument_has_its_effect(capsys, tmp_path, photograph):
         assert not np.array_equal(frames(*arguments), plain), arguments
 
 
-def test_coefficients_and_record(capsys, tmp_path):
+def test_coefficients_limits_and_record(capsys, tmp_path, monkeypatch):
+    """In plan, run and record, and with the home directory for a `~` that bash leaves."""
+    monkeypatch.setenv("HOME", str(tmp_path))
     # p(x) = 0.01 whatever x is: a threshold of 0.035 reuses three steps for each computed one.
     (tmp_path / "flat.json").write_text('{"values": [0, 0, 0, 0, 0.01], "source": "flat"}')
-    asked = (*QUICK, "--rel_l1_thresh", 0.035, "--num_infer_steps", 10, "--seed", 7)
-    asked += ("--coefficients", tmp_path / "flat.json", "--width", 112, "--height", 96)
-    code, output, _ = main(capsys, *asked, "--device", "cpu", "--output_path", tmp_path)
-    assert code == 0
-    assert "4 computed, 6 reused" in output
-    record = json.loads((tmp_path / "7_0.035_0000.json").read_text())
-    assert record["computed_steps"] == [0, 4, 8, 9]
+    asked = (*QUICK, "--rel_l1_thresh", 0.035, "--num_infer_steps", 10, "--width", 112)
+    asked += ("--coefficients=~/flat.json", "--output_path=~/videos", "--height", 96)
+    limits = ("--retain_first", 2, "--retain_last", 3, "--max_reuse", 2)
+    assert "■■□□■□□■■■" in main(capsys, *asked, *limits, "--plan")[1]
+    for more, expected in (((), [0, 4, 8, 9]), (limits, [0, 1, 4, 7, 8, 9])):
+        code, output, _ = main(capsys, *asked, *more, "--resume")
+        assert code == 0
+        assert f"{len(expected)} computed, {10 - len(expected)} reused" in output
+        (name,) = re.findall(rf"{tmp_path}/videos/42_0.035_000\d", output)
+        record = json.loads(Path(f"{name}.json").read_text())
+        assert record["computed_steps"] == expected
     assert 0 < record["reused_step_seconds"] < record["computed_step_seconds"]
     values = {"values": [0, 0, 0, 0, 0.01], "fitted_range": None, "source": "flat"}
     assert record["coefficients"] == values
-    # The record can be given to a run again.
-    again = parse_arguments(["--coefficients", str(tmp_path / "7_0.035_0000.json")])
-    assert again.coefficients.as_json() == record["coefficients"]
-
-
-def test_limits_hold_in_plan_run_and_record(capsys, tmp_path):
-    # A threshold that reuses every inner step: what is computed, the limits alone have.
-    common = (*QUICK, "--rel_l1_thresh", 99, "--num_infer_steps", 12, "--output_path", tmp_path)
-    limits = ("--retain_first", 2, "--retain_last", 3, "--max_reuse", 2)
-    code, output, _ = main(capsys, *common, *limits, "--plan")
-    assert code == 0
-    assert "■■□□■□□■□■■■" in output
-    for arguments, expected in (((), [0, 11]), (limits, [0, 1, 4, 7, 9, 10, 11])):
-        code, output, _ = main(capsys, *common, *arguments, "--resume", "--quiet")
-        assert code == 0
-        record = json.loads(Path(output.strip()).with_suffix(".json").read_text())
-        assert record["computed_steps"] == expected
     assert (record["retain_first"], record["retain_last"], record["max_reuse"]) == (2, 3, 2)
 
 
@@ -322,29 +283,3 @@ def test_says_why_nothing_was_reused(capsys, tmp_path):
     assert code == 0
     assert "nothing was reused: the coefficients cover" in output
     assert error.count("do not cover") == 1
-
-
-def test_the_package_is_the_same_command(tmp_path, tiny):
-    command = [sys.executable, "-m", "teacache", "--ckpts_path", "tiny", "--plan"]
-    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
-    output = subprocess.check_output(command, cwd=tmp_path, env=variables, text=True)
-    assert output.count("■") > 50
-
-
-def test_isolated_python_finds_the_package_beside_the_script(tmp_path):
-    """`python -I` leaves the script's folder out of the path."""
-    command = [sys.executable, "-I", ROOT / "teacache_sample_video.py", "--help"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_what_is_refused_first_does_not_depend_on_a_hash(capsys, tmp_path, tiny):
-    """Of twenty wrong images the first that was named: a set would have another first."""
-    for n in range(20):
-        (tmp_path / f"{n}.png").write_text("no image")
-    lines = [json.dumps({"image": str(tmp_path / f"{n}.png")}) for n in range(20)]
-    (tmp_path / "jobs.jsonl").write_text("\n".join(lines))
-    asked = ("--jobs", tmp_path / "jobs.jsonl", "--output_path", tmp_path / "out")
-    code, _, error = main(capsys, "--ckpts_path", tiny, *asked)
-    assert code == 2
-    assert error.startswith(f"error: --image {tmp_path}/0.png is no image")

@@ -6,22 +6,21 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import psutil
 import pytest
 import torch
-from processes import ended, start
-from support import ROOT, main
+from processes import SAMPLE, ended, start
+from support import below, is_alive, refused
 
 from teacache.base.errors import DeviceError
 from teacache.command.machine import check_number
 
-SAMPLE = ("--ckpts_path", "tiny", "--device", "cpu", "--num_infer_steps", 10)
-SAMPLE += ("--rel_l1_thresh", 0.2)
-TOKENS = (*SAMPLE, "--guidance_scale", 1)  # which is all there is to share without guidance
+SMALL = ("--ckpts_path", "tiny", "--device", "cpu", "--num_infer_steps", 10)
+SMALL += ("--rel_l1_thresh", 0.2)
+FORKED = ("tests/forked_ranks.py",)  # three quarters of a rank's CPU time are its imports
+TOKENS = (*SMALL, "--guidance_scale", 1)  # which is all there is to share without guidance
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +47,7 @@ def test_shared_tokens_give_the_same_bytes(tmp_path, alone):
     assert run.returncode == 0, run.stderr
     for name in ("1_0.2_0000", "2_0.2_0000"):
         check_equal(tmp_path, alone, name)
-    again = ended(*asked, "--resume")
+    again = ended(*asked, "--resume", program=FORKED)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("done before") == 2
 
@@ -72,77 +71,59 @@ def test_torchrun_gives_the_same_bytes(tmp_path, alone):
 def test_what_does_not_divide_is_refused_before_any_rank_begins(
     capsys, tmp_path, monkeypatch, num_gpus, expected
 ):
-    monkeypatch.chdir(ROOT)
     monkeypatch.delattr("torch.distributed.launcher.api.elastic_launch")
     out = tmp_path / "out"
-    assert main(capsys, "--ckpts_path", "tiny", "--num_gpus", num_gpus, "--output_path", out) == (
-        *(2, ""),
-        f"error: --num_gpus {num_gpus}: {expected}\n",
-    )
+    error = refused(capsys, "--ckpts_path", "tiny", "--num_gpus", num_gpus, "--output_path", out)
+    assert error == f"error: --num_gpus {num_gpus}: {expected}"
     assert not out.exists()
 
 
 def test_bad_input_that_the_first_rank_finds_ends_all(tmp_path):
-    run = ended(*SAMPLE, "--num_gpus", 2, "--image", "README.md", "--output_path", tmp_path)
+    asked = (*SMALL, "--num_gpus", 2, "--image", "README.md", "--output_path", tmp_path)
+    run = ended(*asked, program=FORKED)
     assert run.returncode == 2
     assert run.stderr.startswith("error: --image README.md is no image")
     assert run.stderr.count("\n") == 1
     assert "identity" not in run.stdout
 
 
-@pytest.mark.parametrize("how", ["killed helper", "killed launcher", "SIGTERM", "Ctrl-C"])
-def test_endings(tmp_path, how):
-    asked = (*SAMPLE, "--num_gpus", 2, "--num_infer_steps", 500, "--rel_l1_thresh", 0)
-    run = start(*asked, "--output_path", tmp_path, start_new_session=True)
+@pytest.mark.parametrize(
+    ("to", "number", "code", "said"),
+    [
+        ("a rank", signal.SIGKILL, 2, "error: rank 1 of 2 was ended by SIGKILL\n"),
+        ("the launcher", signal.SIGKILL, -signal.SIGKILL, ""),
+        ("the launcher", signal.SIGTERM, 130, "interrupted\n"),
+        ("all", signal.SIGINT, 130, "interrupted\n"),  # a terminal's Ctrl-C
+    ],
+)
+def test_endings(tmp_path, to, number, code, said):
+    asked = (*SMALL, "--num_gpus", 2, "--num_infer_steps", 500, "--rel_l1_thresh", 0)
+    begun_anew = to == "all" or (to, number) == ("the launcher", signal.SIGKILL)
+    program = SAMPLE if begun_anew else FORKED
+    run = start(*asked, "--output_path", tmp_path, program=program, start_new_session=True)
     while "encoding" not in (line := run.stdout.readline()):  # then it denoises, for half a minute
         assert line, run.stderr.read()
     time.sleep(1)
-    ranks = _ranks(run.pid)
+    ranks = below(run.pid, "spawn_main" if begun_anew else "forkserver")
     assert len(ranks) == 2
-    chosen = {psutil.Process(pid).environ().get("PYTORCH_ALLOC_CONF") for pid in ranks}
-    assert chosen == {"expandable_segments:True"}, "before torch is imported"
-    if how == "killed helper":
-        os.kill(max(ranks), signal.SIGKILL)
-    elif how == "killed launcher":
-        run.kill()
-    elif how == "SIGTERM":
-        run.terminate()
-    else:
-        os.killpg(run.pid, signal.SIGINT)
+    if begun_anew:
+        chosen = {psutil.Process(pid).environ().get("PYTORCH_ALLOC_CONF") for pid in ranks}
+        assert chosen == {"expandable_segments:True"}, "before torch is imported"
+    send = os.killpg if to == "all" else os.kill
+    send(max(ranks) if to == "a rank" else run.pid, number)
     asked_at = time.monotonic()
-    _, said = run.communicate(timeout=60)
+    _, error = run.communicate(timeout=60)
     assert time.monotonic() - asked_at < 25, "torch kills after 30"
-    expected = {
-        "killed helper": (2, "error: rank 1 of 2 was ended by SIGKILL\n"),
-        "killed launcher": (-signal.SIGKILL, ""),
-        "SIGTERM": (130, "interrupted\n"),
-        "Ctrl-C": (130, "interrupted\n"),
-    }
-    assert (run.returncode, said) == expected[how]
-    assert not [pid for pid in ranks if _is_alive(pid)], "no orphan"
+    assert (run.returncode, error) == (code, said)
+    assert not [pid for pid in ranks if is_alive(pid)], "no orphan"
     assert list(tmp_path.iterdir()) == []
-
-
-def _is_alive(pid: int) -> bool:
-    """Whether a process runs: one that has ended and that init has not asked about does not."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _ranks(parent: int) -> list[int]:
-    """The processes that the launcher has started, without the one that tracks resources."""
-    children = psutil.Process(parent).children()
-    return [child.pid for child in children if "spawn_main" in " ".join(child.cmdline())]
 
 
 def test_a_rank_that_runs_out_of_memory_ends_all(tmp_path):
     """In the middle of a step, in which the other rank waits for it."""
-    begun = time.monotonic()
     run = ended(
-        *(*SAMPLE, "--num_gpus", 2, "--output_path", tmp_path),
-        program=("tests/failing_rank.py",),
+        *(*SMALL, "--num_gpus", 2, "--output_path", tmp_path),
+        program=FORKED,
         env={"SHORT_OF_MEMORY": "1"},
     )
     assert run.returncode == 2
@@ -150,34 +131,25 @@ def test_a_rank_that_runs_out_of_memory_ends_all(tmp_path):
         "error: rank 1 of 2: out of memory while denoising (asked for 2.50 GiB). Try, in "
         "this order: --num_gpus 1 --offload blocks, --num_gpus 1 --offload sequential\n"
     )
-    assert time.monotonic() - begun < 60, "of which beginning takes most"
     assert list(tmp_path.iterdir()) == []
 
 
-ASK = """
-import os, sys
-from teacache.command.main import main
-from teacache.parallel import launch
-launch._end_at_once = sys.exit
-try:
-    main(["--ckpts_path", "tiny", "--device", "cuda:99"])
-finally:
-    print(os.environ["PYTORCH_ALLOC_CONF"])
-"""
-
-
 def test_a_rank_that_torchrun_starts_chooses_the_allocator_too():
-    variables = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name}
-    variables |= {"RANK": "1", "WORLD_SIZE": "2"}
-    ended = subprocess.run(
-        [sys.executable, "-c", ASK], cwd=ROOT, env=variables, capture_output=True, text=True
+    """Before torch is imported: it ends for want of the GPU that it is asked for."""
+    program = "import atexit, os, runpy, sys; from teacache.parallel import launch\n"
+    program += "launch._end_at_once = sys.exit\n"
+    program += "atexit.register(lambda: print(os.environ['PYTORCH_ALLOC_CONF']))\n"
+    program += "runpy.run_path('teacache_sample_video.py', run_name='__main__')"
+    variables = {"RANK": "1", "WORLD_SIZE": "2", "PYTORCH_ALLOC_CONF": None}
+    run = ended(
+        "--ckpts_path", "tiny", "--device", "cuda:99", program=("-c", program), env=variables
     )
-    assert (ended.returncode, ended.stdout) == (2, "expandable_segments:True\n")
-    assert ended.stderr.startswith("error: --device cuda:99: torch finds ")
+    assert (run.returncode, run.stdout) == (2, "expandable_segments:True\n")
+    assert run.stderr.startswith("error: --device cuda:99: torch finds ")
 
 
 @pytest.mark.parametrize(
-    ("variables", "count", "refused"),
+    ("variables", "count", "too_few"),
     [
         ({}, 1, True),
         ({"RANK": "0", "WORLD_SIZE": "4"}, 1, False),  # of which each sees its own
@@ -185,10 +157,10 @@ def test_a_rank_that_torchrun_starts_chooses_the_allocator_too():
         ({}, 4, False),
     ],
 )
-def test_more_gpus_than_there_are(monkeypatch, variables, count, refused):
+def test_more_gpus_than_there_are(monkeypatch, variables, count, too_few):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     expected = f"^--num_gpus 4: torch finds {count} CUDA GPUs here$"
-    with pytest.raises(DeviceError, match=expected) if refused else contextlib.nullcontext():
+    with pytest.raises(DeviceError, match=expected) if too_few else contextlib.nullcontext():
         check_number(4, torch.device("cuda"))

@@ -2,42 +2,41 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import ROOT, encoded, main
+from support import ROOT, encoded, main, refused
 
 import teacache
 from teacache.command import run
 from teacache.results.record import read_record
 from teacache.results.video import read_video
 
-SHORT = ("--ckpts_path", "tiny", "--rel_l1_thresh", 0.2, "--num_infer_steps", 6)
+WHOLE = ("--ckpts_path", "tiny", "--rel_l1_thresh", 0.2, "--num_infer_steps", 6)
+SHORT = (*WHOLE, "--num_frames", 1)
 
 
 def test_a_record_names_the_command_that_makes_the_video_again(capsys, tmp_path):
-    """A shell runs it, whatever is in the prompt."""
+    """As a shell reads it, whatever is in the prompt."""
     (tmp_path / "own.json").write_text('{"values": [0, 0, 0, 0, 0.05], "source": "own"}')
-    prompt = 'A person; turns = left # and\nsmiles \\ é, isn\'t $HOME "here"?'
-    asked = (*SHORT, "--prompt", prompt, "--max_reuse", 2, "--seed", "random")
-    asked += ("--coefficients", tmp_path / "own.json", "--num_frames", 1)
+    prompt = 'A person; turns = left # and\nsmiles \\ é, isn\'t $HOME "here"? שלום 👩‍🚀\t.'
+    asked = (*SHORT, "--prompt", prompt, "--max_reuse", 2, "--seed", 2**63 - 1)
+    asked += ("--coefficients", tmp_path / "own.json")
     code, output, _ = main(capsys, *asked, "--output_path", tmp_path, "--quiet")
     assert code == 0
     video = Path(output.strip())
     record = read_record(video.with_suffix(".json"))
     assert record.versions["teacache"] == teacache.__version__
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(
-        f"{record.command} --quiet",
-        shell=True, cwd=ROOT, env={**os.environ, "PATH": path},
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    again = Path(done.stdout.strip())
+    assert record.settings.prompt == prompt
+    shown = ["bash", "-c", f"printf '%s\\0' {record.command}"]
+    words = subprocess.check_output(shown, text=True).removesuffix("\0").split("\0")
+    assert words[:2] == ["python3", "teacache_sample_video.py"]
+    code, output, _ = main(capsys, *words[2:], "--quiet")
+    assert code == 0
+    again = Path(output.strip())
     assert again != video
     assert encoded(again) == encoded(video)
     second = read_record(again.with_suffix(".json"))
@@ -47,16 +46,13 @@ def test_a_record_names_the_command_that_makes_the_video_again(capsys, tmp_path)
 
 
 def test_a_random_seed_is_said_and_recorded(capsys, tmp_path):
-    code, output, _ = main(
-        capsys, *SHORT, "--seed", "random", 5, "--num_frames", 1, "--output_path", tmp_path
-    )
+    code, output, _ = main(capsys, *SHORT, "--seed", "random", 5, "--output_path", tmp_path)
     assert code == 0
     seeds = output.splitlines()[0].removeprefix("seed").removesuffix(", drawn").split()
     assert seeds[1] == "5"
     record = read_record(tmp_path / f"{seeds[0]}_0.2_0000.json")
     assert record.settings.seed == int(seeds[0]) < 2**32
-    code, _, error = main(capsys, *SHORT, "--seed", "random", "--shard", "0/2")
-    assert code == 2
+    error = refused(capsys, *SHORT, "--seed", "random", "--shard", "0/2")
     assert "--seed: random would be another seed in each --shard" in error
 
 
@@ -79,19 +75,17 @@ def test_a_lora_changes_the_video(capsys, weights, tmp_path):
     path = tmp_path / "style.safetensors"
     save_file(weights, path)
     videos = []
-    for number, scale in enumerate(("", ":1", ":0", None)):
+    for number, scale in enumerate(("", ":0", None)):
         lora = () if scale is None else ("--lora", f"{path}{scale}")
         folder = tmp_path / str(number)
         assert main(capsys, *SHORT, *lora, "--output_path", folder)[0] == 0
         videos.append(read_video(folder / "42_0.2_0000.mp4").frames)
-    assert (videos[0] == videos[1]).all()
-    assert (videos[0] != videos[3]).any()
-    assert (videos[2] == videos[3]).all(), "nothing of it is nothing"
+    assert (videos[0] != videos[2]).any()
+    assert (videos[1] == videos[2]).all(), "nothing of it is nothing"
     record = read_record(tmp_path / "0" / "42_0.2_0000.json")
     assert record.settings.lora == [f"{path}:1"]
-    code, output, _ = main(
-        capsys, *SHORT, "--lora", f"{path}:0.5", "--resume", "--output_path", tmp_path / "0"
-    )
+    again = ("--lora", f"{path}:0.5", "--resume", "--output_path", tmp_path / "0")
+    code, output, _ = main(capsys, *SHORT, *again)
     assert code == 0
     assert "42_0.2_0001.mp4" in output, "with another scale it is another video"
 
@@ -105,30 +99,24 @@ def test_a_lora_changes_the_video(capsys, weights, tmp_path):
             lambda w: {n.replace("blocks.0", "blocks.99"): t for n, t in w.items()},
             "is of another model: it holds transformer.transformer_blocks.99.attn1",
         ),
-        (lambda w: {n: torch.ones(3, 3) for n in w}, "is of another model: it holds transformer."),
     ],
 )
 def test_a_lora_of_something_else_is_refused(capsys, weights, tmp_path, change, told):
     path = tmp_path / "style.safetensors"
     save_file(change(weights), path)
-    code, output, error = main(capsys, *SHORT, "--lora", path, "--output_path", tmp_path / "o")
-    assert code == 2
+    error = refused(capsys, *WHOLE, "--lora", path, "--output_path", tmp_path / "o")
     assert error.startswith(f"error: --lora {path}")
     assert told in error
-    assert error.count("\n") == 1
-    assert "loading" not in output
 
 
 def test_a_lora_that_is_not_there_is_refused(capsys, tmp_path):
     for source in (tmp_path / "none.safetensors", tmp_path, ROOT / "README.md"):
-        code, _, error = main(capsys, *SHORT, "--lora", source, "--output_path", tmp_path / "o")
-        assert code == 2
+        error = refused(capsys, *WHOLE, "--lora", source, "--output_path", tmp_path / "o")
         assert error.startswith(f"error: --lora {source}")
 
 
 def test_short_prompts_of_the_real_model_get_a_hint(capsys, tmp_path, monkeypatch):
-    quick = (*SHORT, "--num_frames", 1, "--output_path", tmp_path)
-    assert "hint" not in main(capsys, *quick)[1]
     monkeypatch.setattr(run, "is_full_size", lambda folder: True)
+    quick = (*SHORT, "--num_infer_steps", 1, "--output_path", tmp_path)
     assert "hint        'a man' is short" in main(capsys, *quick, "--prompt", "a man")[1]
     assert "hint" not in main(capsys, *quick, "--prompt", "a man " * 20)[1]

@@ -4,51 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch.utils import _pytree as pytree
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fake_cuda.tensors import GPU, Generator, OnGpu, PretendedCuda, log, note, on_host
 
 GIB = 2**30
+SDPA = torch.nn.functional.scaled_dot_product_attention
 
 
 class Event:
     """A point in a queue that is always reached."""
 
     def __init__(self, *args, **kwargs):
-        pass
-
-    def record(self, stream=None):
-        pass
-
-    def wait(self, stream=None):
-        pass
-
-    def synchronize(self):
-        note("wait")
-
-    def elapsed_time(self, other):
-        return 1.0
+        self.record = self.wait = lambda stream=None: None
+        self.synchronize = lambda: note("wait")
+        self.elapsed_time = lambda other: 1.0
 
 
-def attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
-    """Attention, by its formula, with the dispatch of no device's kernel."""
+def attend(query, key, value, *args, **kwargs):
+    """Attention by the CPU's kernel: for a GPU's torch asks the driver which it has."""
     assert len({each.device for each in (query, key, value)}) == 1
+    args, kwargs = pytree.tree_map(on_host, ((query, key, value, *args), kwargs))
     with torch._C._DisableTorchDispatch():
-        q, k, v = (on_host(each).float() for each in (query, key, value))
-        scores = (q @ k.transpose(-1, -2)) * (scale or 1 / math.sqrt(q.shape[-1]))
-        if attn_mask is not None:
-            mask = on_host(attn_mask)
-            boolean = mask.dtype == torch.bool
-            scores = scores.masked_fill(~mask, -math.inf) if boolean else scores + mask.float()
-        out = (torch.softmax(scores, -1) @ v).to(query.dtype)
+        out = SDPA(*args, **kwargs)
     return OnGpu(out) if isinstance(query, OnGpu) else out
 
 
@@ -60,22 +46,17 @@ def pretend(free: float) -> None:
     """
     torch.set_num_threads(1)
     cuda = torch.cuda
+    h100 = {"name": "Pretended H100", "major": 9, "minor": 0, "multi_processor_count": 132}
+    zero = ("current_device", "memory_allocated", "memory_reserved")
+    zero += ("max_memory_allocated", "max_memory_reserved", "is_initialized")
     answers = {
-        **dict.fromkeys(("is_available",), True),
-        **dict.fromkeys(("device_count",), 1),
-        **dict.fromkeys(("current_device", "memory_allocated", "memory_reserved"), 0),
-        **dict.fromkeys(("max_memory_allocated", "max_memory_reserved"), 0),
-        "is_initialized": False,
+        "is_available": True,
+        "device_count": 1,
         "get_device_capability": (9, 0),
-        "get_device_name": "Pretended H100",
-        "get_device_properties": SimpleNamespace(
-            name="Pretended H100",
-            major=9,
-            minor=0,
-            multi_processor_count=132,
-            total_memory=80 * GIB,
-        ),
+        "get_device_name": h100["name"],
+        "get_device_properties": SimpleNamespace(**h100, total_memory=80 * GIB),
         "mem_get_info": (int(free * GIB), int(free * GIB)),
+        **dict.fromkeys(zero, 0),
         **dict.fromkeys(("_lazy_init", "empty_cache", "current_stream", "reset_peak_memory_stats")),
     }
     for name, answer in answers.items():

@@ -43,24 +43,15 @@ class OnGpu(torch.Tensor):
 
     @staticmethod
     def __new__(cls, host: torch.Tensor) -> Self:
-        made = torch.Tensor._make_wrapper_subclass(
-            cls,
-            host.size(),
-            strides=host.stride(),
-            storage_offset=host.storage_offset(),
-            dtype=host.dtype,
-            layout=host.layout,
-            device=GPU,
-        )
+        like = {"strides": host.stride(), "dtype": host.dtype, "device": GPU}
+        like["storage_offset"] = host.storage_offset()
+        made = torch.Tensor._make_wrapper_subclass(cls, host.size(), **like)
         made.host = host
         return made
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return carry_out(func, args, kwargs or {})
-
-    def __repr__(self) -> str:
-        return f"OnGpu({list(self.shape)}, {self.dtype})"
 
     def __deepcopy__(self, memo):
         return OnGpu(self.host.clone())
@@ -125,17 +116,13 @@ class Generator:
     """A CPU's generator that says it is a GPU's."""
 
     def __init__(self, device: torch.device | str = "cpu"):
-        self.device = torch.device(device)
-        if self.device.type == "cuda":
-            self.device = GPU
+        self.device = GPU if torch.device(device).type == "cuda" else torch.device(device)
         self.host = torch._C.Generator("cpu")
+        self.get_state = self.host.get_state
 
     def manual_seed(self, seed: int) -> Generator:
         self.host.manual_seed(seed)
         return self
-
-    def get_state(self) -> torch.Tensor:
-        return self.host.get_state()
 
     def set_state(self, state: torch.Tensor) -> None:
         assert state.device.type == "cpu", "a generator's state is a tensor of the host's"
@@ -194,10 +181,6 @@ def carry_out(func, args, kwargs):
     _note_copies(name, args, target, there)
     if name == "_to_copy":
         kwargs.pop("non_blocking", None)
-    if name in ("pin_memory", "_pin_memory"):
-        return args[0]
-    if name == "is_pinned":
-        return False
     with torch._C._DisableTorchDispatch():
         # Of different types it raises, as on a GPU.
         widen = name in MULTIPLYING and len({tensor.dtype for tensor in tensors}) == 1
