@@ -18,7 +18,7 @@ import psutil
 import torch
 
 from teacache.checkpoint.size import VideoSize
-from teacache.results import lock
+from teacache.results import output_folder
 
 CPU = torch.device("cpu")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -132,7 +132,7 @@ def locked_by_another_process(folder: Path) -> Iterator[None]:
     )
     try:
         assert holder.stdout.readline() == "held\n"
-        with mock.patch.object(lock, "lock_file", return_value=path):
+        with mock.patch.object(output_folder, "lock_file", return_value=path):
             yield
     finally:
         holder.kill()

@@ -16,7 +16,7 @@ from teacache.command.order import Order
 from teacache.command.preflight import Ready
 from teacache.command.recording import settings_of
 from teacache.comparison.comparison import Comparison
-from teacache.results.lock import locked
+from teacache.results.output_folder import locked_name
 from teacache.results.record import Record, Settings, read_record
 from teacache.results.slot import find_latents
 from teacache.results.video import count_frames
@@ -81,7 +81,7 @@ def pending(
         yield True, None
         return
     settings = settings_of(job, order, ready)
-    with locked(order.output_path, settings.name) as held:
+    with locked_name(order.output_path, settings.name) as held:
         finished = find_finished(settings, order) if held else None
         if finished:
             console.done(finished[0], f"done by another process {finished[0]}")

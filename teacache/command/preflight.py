@@ -110,13 +110,7 @@ def preflight(order: Order, stages: Stages) -> Ready:
         from teacache.checkpoint.distances import scheduler_name
 
         schedules = plan_jobs(order, checkpoint, device, dtype)
-        from teacache.sampling.attention import choose_backend
-
-        backend = choose_backend(machine.attention, device, dtype)
-        if ranks.parts > 1:
-            from teacache.parallel.group import check_backend
-
-            check_backend(machine.attention, backend)
+        backend = _choose_backend(machine, ranks, device, dtype)
     machine, memory = fit_to_card(machine, checkpoint, size, form.guidance_scale > 1, device, dtype)
     if order.loras and machine.offload == "sequential":
         raise ArgumentError("--lora does not go with --offload sequential: --offload blocks does")
@@ -135,6 +129,19 @@ def preflight(order: Order, stages: Stages) -> Ready:
         ranks=ranks,
         schedules=schedules,
     )
+
+
+def _choose_backend(
+    machine: Machine, ranks: Ranks, device: torch.device, dtype: torch.dtype
+) -> str:
+    from teacache.sampling.attention import choose_backend
+
+    backend = choose_backend(machine.attention, device, dtype)
+    if ranks.parts > 1:
+        from teacache.parallel.group import check_backend
+
+        check_backend(machine.attention, backend)
+    return backend
 
 
 def check_ranks(order: Order) -> None:

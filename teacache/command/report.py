@@ -12,7 +12,7 @@ from teacache.base.errors import reason
 from teacache.base.interruption import stop_requested
 from teacache.command.order import Order
 from teacache.comparison.comparison import Comparison
-from teacache.results.lock import locked
+from teacache.results.output_folder import locked_name
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def write_report_of_shards(
             f"{len(order.all_jobs)} videos are missing"
         )
         return
-    with locked(order.output_path, "report") as held:
+    with locked_name(order.output_path, "report") as held:
         earlier = _earlier_report(comparison, order.output_path)
         if earlier:
             console.say(f"sweep       {earlier}")

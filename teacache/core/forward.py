@@ -64,6 +64,24 @@ def apply_teacache(
     """
     if computed_steps is not None and schedule is not None:
         raise ArgumentError("computed_steps and schedule both say what to compute: give one")
+    transformer = _patchable(pipe_or_transformer, scheduler)
+
+    def current_scheduler() -> Scheduler:
+        # At each step, because a pipeline's scheduler may be replaced between videos.
+        return pipe_or_transformer.scheduler if scheduler is None else scheduler
+
+    handle = TeaCacheHandle(
+        transformer, rel_l1_thresh, coefficients, limits, reuse, current_scheduler, _dispatch
+    )
+    handle.follow(schedule if computed_steps is None else computed_steps)
+    put_in_place(transformer, handle.forward)
+    return handle
+
+
+def _patchable(
+    pipe_or_transformer: ConsisIDPipeline | ConsisIDTransformer3DModel, scheduler: Scheduler | None
+) -> ConsisIDTransformer3DModel:
+    """The transformer, or ArgumentError with the reason why it cannot be patched."""
     transformer = getattr(pipe_or_transformer, "transformer", pipe_or_transformer)
     if hasattr(transformer, "_orig_mod") or getattr(transformer, "_compiled_call_impl", None):
         raise ArgumentError(
@@ -80,17 +98,7 @@ def apply_teacache(
         raise ArgumentError("a scheduler is needed for a transformer alone: a pipeline has its own")
     if any(getattr(forward, "func", None) is _dispatch for _, _, forward in forwards(transformer)):
         raise ArgumentError("this transformer has TeaCache already: remove() the first one")
-
-    def current_scheduler() -> Scheduler:
-        # At each step, because a pipeline's scheduler may be replaced between videos.
-        return pipe_or_transformer.scheduler if scheduler is None else scheduler
-
-    handle = TeaCacheHandle(
-        transformer, rel_l1_thresh, coefficients, limits, reuse, current_scheduler, _dispatch
-    )
-    handle.follow(schedule if computed_steps is None else computed_steps)
-    put_in_place(transformer, handle.forward)
-    return handle
+    return transformer
 
 
 def _dispatch(
@@ -130,30 +138,52 @@ def _forward(
         timestep: [batch].
         id_cond, id_vit_hidden: the identity, see `VideoState.face_embedding`.
     """
+    computed = handle.begin_step(timestep, hidden_states.dtype)
+    if not computed and handle.video.forecast is not None:
+        output = handle.reuse_forecast(hidden_states)
+    else:
+        emb = embed_timestep(self, timestep, hidden_states.dtype, timestep_cond)
+        identity = id_cond, id_vit_hidden
+        output = _predict(
+            self, handle, hidden_states, encoder_hidden_states, emb, image_rotary_emb, identity
+        )
+        if handle.video.forecast is not None:
+            output = handle.correct_by_forecast(hidden_states, output)
+    handle.end_step()
+    return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+
+def _predict(
+    self: ConsisIDTransformer3DModel,
+    handle: TeaCacheHandle,
+    hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    emb: torch.Tensor,
+    image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None,
+    identity: tuple[torch.Tensor | None, list[torch.Tensor] | None],
+) -> torch.Tensor:
+    """The prediction of v, [batch, latent frames, channels, height, width].
+
+    Each rank computes its share of samples and tokens. A single rank has all of them.
+
+    Args:
+        emb: [batch, time embed dim].
+        identity: id_cond and id_vit_hidden. All others are as for `_forward`.
+    """
     batch_size, num_frames, _, height, width = hidden_states.shape
     text_seq_length, p = encoder_hidden_states.shape[1], self.config.patch_size
     video_seq_length = num_frames * (height // p) * (width // p)
 
-    computed = handle.begin_step(timestep, hidden_states.dtype)
-    inputs = hidden_states  # of all samples; below, hidden_states are this rank's
-    if not computed and handle.video.forecast is not None:
-        output = handle.reuse_forecast(inputs)
-        handle.end_step()
-        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
-
-    emb = embed_timestep(self, timestep, hidden_states.dtype, timestep_cond)
-
-    # From here on, only this rank's share of samples and tokens. A single rank has all of them.
     share = handle.ranks.share(batch_size, text_seq_length, video_seq_length)
     hidden_states, emb = hidden_states[share.batch], emb[share.batch]
-    if computed:
+    if handle.video.is_computed:
         text, video = embed(self, encoder_hidden_states[share.batch], hidden_states, share)
         if image_rotary_emb is not None:
             cosines, sines = image_rotary_emb
             image_rotary_emb = cosines[share.video], sines[share.video]
         face = None
         if self.is_train_face:
-            face = handle.video.face_embedding(self, id_cond, id_vit_hidden, video)
+            face = handle.video.face_embedding(self, *identity, video)
         out = run_blocks(self, video, text, emb, image_rotary_emb, face)
         handle.keep_residual(before=video, after=out)
         video = out
@@ -162,17 +192,11 @@ def _forward(
         video = handle.reuse_residual(video)
 
     # Norms and projection work on each token alone, so the text tokens are not needed.
-    video = self.norm_final(video)
-    video = self.norm_out(video, temb=emb)
+    video = self.norm_out(self.norm_final(video), temb=emb)
     video = self.proj_out(video)  # [batch, video tokens, patch x patch x out channels]
     video = handle.ranks.whole(video, share, batch_size, video_seq_length)
-
     video = video.reshape(batch_size, num_frames, height // p, width // p, -1, p, p)
-    output = video.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
-    if handle.video.forecast is not None:
-        output = handle.correct_by_forecast(inputs, output)
-    handle.end_step()
-    return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+    return video.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
 
 
 def embed(

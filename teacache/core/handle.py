@@ -176,10 +176,9 @@ class TeaCacheHandle:
             self._video = video
         elif video.thread != threading.get_ident() or not is_at(timestep, timesteps[video.step]):
             raise ArgumentError(ONE_VIDEO)
-        computed = video.step in video.plan.computed_steps
-        if computed:
+        if video.is_computed:
             video.residual = None  # frees its memory for the blocks
-        return computed
+        return video.is_computed
 
     def end_step(self) -> None:
         """End a step. The last one clears the caches, so that the VAE can use their memory."""

@@ -41,6 +41,11 @@ class VideoState:
     thread: int = field(default_factory=threading.get_ident)
 
     @property
+    def is_computed(self) -> bool:
+        """Whether the next step is computed."""
+        return self.step in self.plan.computed_steps
+
+    @property
     def done(self) -> Schedule:
         """The part of the plan that is done."""
         return self.plan.until(self.step)

@@ -36,11 +36,18 @@ def meet() -> dist.Store:
         while True:
             interruption.check()
             store = store or _reach()
-            missing = _missing(store) if store else [0]
+            ranks = [f"rank {other}" for other in range(world_size())]
+            missing = [other for other in ranks if not store.check([other])] if store else ranks[:1]
             if store and not missing:
                 return store
             if time.monotonic() > explain_at and (rank() == 0 or is_of_another_launcher()):
-                _explain(missing)
+                print(
+                    f"rank {rank()} of {world_size()} waits for {', '.join(missing)}: RANK, "
+                    "WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set, as torchrun sets them. To "
+                    "sample alone, unset RANK",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 explain_at = float("inf")
             time.sleep(0.05)
 
@@ -62,20 +69,6 @@ def _reach() -> dist.Store | None:
     shared = dist.PrefixStore("teacache", store)
     shared.set(f"rank {rank()}", "")
     return shared
-
-
-def _missing(store: dist.Store) -> list[int]:
-    return [other for other in range(world_size()) if not store.check([f"rank {other}"])]
-
-
-def _explain(missing: list[int]) -> None:
-    others = ", ".join(map(str, missing))
-    print(
-        f"rank {rank()} of {world_size()} waits for rank {others}: RANK, WORLD_SIZE, MASTER_ADDR "
-        "and MASTER_PORT are set, as torchrun sets them. To sample alone, unset RANK",
-        file=sys.stderr,
-        flush=True,
-    )
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import os
 import shutil
@@ -69,3 +70,13 @@ def claimed_stem(folder: Path, prefix: str, latents: Path | None = None) -> Iter
             if ours and not any(path.exists() for path in files):
                 yield stem
                 return
+
+
+def locked_name(folder: Path, name: str) -> contextlib.AbstractContextManager[bool]:
+    """Hold the lock of a name in the folder without waiting, see `teacache.base.files.locked`."""
+    return locked(lock_file(folder, name))
+
+
+def lock_file(folder: Path, name: str) -> Path:
+    """The hidden file of the lock. The name may have any characters."""
+    return folder / f".{hashlib.sha256(name.encode()).hexdigest()[:16]}.lock"

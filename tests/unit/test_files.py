@@ -16,7 +16,7 @@ from PIL import Image
 from support import locked_by_another_process
 
 from teacache.base.files import locked, written_whole
-from teacache.results import lock
+from teacache.results import output_folder
 from teacache.results.output_folder import claimed_stem
 from teacache.results.video import read_video, write_video
 
@@ -117,7 +117,10 @@ def test_of_two_files_none_is_there_without_the_other(tmp_path, monkeypatch, fun
 
 
 def test_a_killed_process_holds_no_lock(tmp_path):
-    with locked_by_another_process(tmp_path), lock.locked(tmp_path, "a video") as ours:
+    with (
+        locked_by_another_process(tmp_path),
+        output_folder.locked_name(tmp_path, "a video") as ours,
+    ):
         assert not ours
     (file,) = tmp_path.iterdir()
     with locked(file) as ours:
