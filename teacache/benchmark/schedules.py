@@ -8,7 +8,6 @@ no noise at a step, it also samples with fewer steps, all computed.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from typing import TYPE_CHECKING
 
@@ -54,14 +53,13 @@ def main(argv: list[str] | None = None) -> int:
     add(
         "--videos", type=readers.positive, default=16, metavar="N", help="of each set (default: 16)"
     )
-    add("--output", type=readers.path, metavar="FILE", help="write the PSNR of each video, as JSON")
     args = parser.parse_args(argv)
     silence_libraries()
     return run_command(lambda: compare(args))
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Sample every video, print the table, and write the figures to `--output`."""
+    """Sample every video, and print the table."""
     prepare_environment()
     # Late, here and below: after `silence_libraries`, and for a fast `--help`.
     import torch
@@ -89,8 +87,6 @@ def compare(args: argparse.Namespace) -> None:
         f"share of videos below the worst of the {PUBLISHED} at {COMPUTED[0]}.\n"
     )
     print(table(figures))
-    if args.output:
-        args.output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 def measure(
