@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -48,6 +49,8 @@ def test_a_forked_process_begins_as_one_of_its_own(tmp_path):
     forked, again = (
         ended(1, "a b", program=(program,), cwd=tmp_path, env=environment) for _ in range(2)
     )
+    # A shell's background job ignores Ctrl-C, and what it starts inherits that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     itself = subprocess.run(
         [sys.executable, program, "1", "a b"], env={**os.environ, **environment}, **options
     )
@@ -60,6 +63,8 @@ def test_a_forked_process_begins_as_one_of_its_own(tmp_path):
 @pytest.mark.parametrize("program", [("teacache_sample_video.py",), ("-m", "teacache")])
 def test_a_forked_program_ends_as_one_of_its_own(program):
     words = (*program, "--seed", "x")
+    # A shell's background job ignores Ctrl-C, and what it starts inherits that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     itself = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
     forked = ended(program=words)
     for ends in ("returncode", "stdout", "stderr"):

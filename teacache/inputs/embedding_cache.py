@@ -75,7 +75,8 @@ class EmbeddingCache:
 
         path = self.path_of(key)
         try:
-            tensors = load(path.read_bytes())
+            # Copied to aligned memory: a CPU sums up in another order where it is not.
+            tensors = {name: tensor.clone() for name, tensor in load(path.read_bytes()).items()}
             os.utime(path)
         except OSError:
             return None

@@ -141,6 +141,7 @@ def test_a_rank_that_torchrun_starts_chooses_the_allocator_too():
     program += "atexit.register(lambda: print(os.environ['PYTORCH_ALLOC_CONF']))\n"
     program += "runpy.run_path('teacache_sample_video.py', run_name='__main__')"
     variables = {"RANK": "1", "WORLD_SIZE": "2", "PYTORCH_ALLOC_CONF": None}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     run = ended(
         "--ckpts_path", "tiny", "--device", "cuda:99", program=("-c", program), env=variables
     )

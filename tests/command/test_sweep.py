@@ -99,8 +99,8 @@ def test_sweep(capsys, tmp_path, calls, no_embeddings):
     assert [line.split()[0] for line in table[1:4]] == ["0.2", "0", "0.1"]
     assert "No LPIPS" in output
     markdown = (tmp_path / "sweep" / "sweep_42_0000.md").read_text()
-    assert "~110 (1.0x) | ~70 (1.6x) | ~53 (2.1x) | ~41 (2.7x)" in markdown
-    assert "this run: cpu, 112x96, 1 frames, 20 steps |" in markdown
+    assert "| 0.2 |" in markdown
+    assert "Seconds are those of denoising and decoding" in markdown
 
     # Everything, as JSON.
     report = read_record(tmp_path / "sweep", "sweep_42_0000.json")
@@ -202,7 +202,7 @@ def test_prompts_are_told_apart(capsys, tmp_path):
     report = (tmp_path / "sweep_42_0000.md").read_text()
     for name in ('"a man"', '"a girl in the rain"'):
         assert output.count(name) == 2
-        assert f"1 frames, 2 steps, {name} |" in report
+        assert report.count(f"| {name} |") == 2
     rows = read_record(tmp_path, "sweep_42_0000.json")["rows"]
     assert [row["group"] for row in rows] == [0, 0, 1, 1]
 

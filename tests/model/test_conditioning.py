@@ -158,3 +158,11 @@ def test_a_cache_that_cannot_be_written_to_is_none(tmp_path, caplog):
     assert cache.get({"n": "0"}, ["x"]) is None
     cache.put({"n": "0"}, {"x": torch.zeros(1)})
     assert "embeddings cannot be cached" in caplog.text
+
+
+def test_what_is_kept_lies_where_torch_would_put_it(cache):
+    """A matrix product of a CPU may sum up in another order where its input is not aligned."""
+    for number in range(20):
+        cache.put({"number": str(number)}, {"x": torch.ones(1000 + number)})
+        found = cache.get({"number": str(number)}, ("x",))
+        assert found["x"].data_ptr() % 64 == 0

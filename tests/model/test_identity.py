@@ -176,7 +176,7 @@ def test_a_small_face(models, caplog):
     find(astronaut, models)
     assert not caplog.text
     find(astronaut.resize((160, 160), Image.Resampling.LANCZOS), models)
-    assert "pixels wide or high, in a picture of 160x160: below 64 it is hardly" in caplog.text
+    assert "pixels wide or high, in a picture of 160x160. Below 64 pixels a face is" in caplog.text
 
 
 def test_identity_by_the_real_recogniser(models, identity):

@@ -17,6 +17,7 @@ from teacache.checkpoint import distances
 from teacache.core.forward import apply_teacache
 from teacache.core.rule import COGVIDEOX_5B, Limits, schedule
 from teacache.inputs.photograph import load_image
+from teacache.results.video import read_video
 
 
 @pytest.fixture
@@ -164,4 +165,5 @@ def test_the_readmes_example_runs_as_it_stands(tiny, tmp_path, monkeypatch, caps
     load_image("astronaut").save("me.jpg")
     exec(code, {})
     computed = schedule(known_distances(tiny, 50), 0.15).computed_steps
-    assert capsys.readouterr().out == f"{computed} 13\n"
+    assert capsys.readouterr().out == f"{computed}\n"
+    assert len(read_video(tmp_path / "laughs.mp4").frames) == 13
