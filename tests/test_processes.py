@@ -8,9 +8,7 @@ import signal
 import subprocess
 import sys
 
-import pytest
-from processes import ended, start
-from support import ROOT
+from processes import ended
 
 STATE = """
 import json, os, signal, sys, tempfile
@@ -58,17 +56,3 @@ def test_a_forked_process_begins_as_one_of_its_own(tmp_path):
     states, seeds = zip(*(run.stdout.splitlines() for run in (forked, again, itself)), strict=True)
     assert json.loads(states[0]) == json.loads(states[1]) == json.loads(states[2])
     assert len(set(seeds)) == 3, "torch begins at random"
-
-
-@pytest.mark.parametrize("program", [("teacache_sample_video.py",), ("-m", "teacache")])
-def test_a_forked_program_ends_as_one_of_its_own(program):
-    words = (*program, "--seed", "x")
-    # A shell's background job ignores Ctrl-C, and what it starts inherits that.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    itself = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
-    forked = ended(program=words)
-    for ends in ("returncode", "stdout", "stderr"):
-        assert getattr(forked, ends) == getattr(itself, ends)
-    killed = start(program=program)
-    killed.kill()
-    assert killed.wait(10) == -9

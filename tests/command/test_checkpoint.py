@@ -129,22 +129,6 @@ def test_models_of_another_kind_are_refused(light, name, changed, told):
     assert "\n" not in str(raised.value)
 
 
-def test_models_that_are_as_good(light):
-    edit(light / INDEX, scheduler=["diffusers", "CogVideoXDDIMScheduler"])
-    edit(light / "transformer" / "config.json", quantization_config=None)
-    (light / "face_encoder" / "EVA02-CLIP-L-14-336.json").unlink()
-    check_checkpoint(light)
-
-
-def test_size_is_the_transformers_own(tiny, caplog):
-    assert video_size(tiny, None, None, None) == (112, 96, 13)
-    assert not caplog.records
-    assert video_size(tiny, 112, 96, 9) == (112, 96, 9)
-    assert "learned positional embeddings for 13 frames" in caplog.text
-    with pytest.raises(ArgumentError, match="112x96 only"):
-        video_size(tiny, 160, 96, None)
-
-
 def test_nearest_sizes_are_named(light):
     edit(light / "transformer" / "config.json", use_learned_positional_embeddings=False)
     assert video_size(light, 160, 80, 17) == (160, 80, 17)
@@ -283,30 +267,3 @@ def test_files_that_are_there_and_wrong_are_one_line(light, name, damage, told):
     assert str(raised.value).startswith(str(light))
     assert told in str(raised.value)
     assert "\n" not in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "name", "damage", "told"),
-    [
-        ((), SCHEDULER, half, "scheduler_config.json cannot be read"),
-        (("--plan",), SCHEDULER, configured(timestep_spacing="foo"), "cannot be read: ValueError"),
-        (("--plan",), "transformer/config.json", half, "transformer/config.json cannot be read"),
-        (("--plan",), TRANSFORMER, half, "transformer cannot be read: SafetensorError"),
-    ],
-)
-def test_what_a_schedule_cannot_be_made_of(capsys, light, arguments, name, damage, told):
-    damage(light / name)
-    assert told in command(capsys, light, *arguments)
-
-
-def test_a_file_that_may_not_be_read(light, monkeypatch):
-    opens = Path.open
-
-    def refuses(path, *args, **kwargs):
-        if path.suffix == ".safetensors":
-            raise PermissionError(13, "Permission denied", str(path))
-        return opens(path, *args, **kwargs)
-
-    monkeypatch.setattr(Path, "open", refuses)  # root may read every file
-    with pytest.raises(CheckpointError, match=r"cannot be read: Permission denied$"):
-        check_checkpoint(light)

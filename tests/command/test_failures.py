@@ -310,17 +310,6 @@ def test_an_encoder_that_leaves_half_a_video_is_noticed(tmp_path, monkeypatch, f
         video.write_video(frames, tmp_path / "video.mp4")
 
 
-@pytest.mark.parametrize("folder", ["2026-11-24T10:33", "~", "-y"])
-def test_folders_that_ffmpeg_or_imageio_could_take_for_something_else(
-    tmp_path, monkeypatch, frames, folder
-):
-    monkeypatch.chdir(tmp_path)
-    Path(folder).mkdir()
-    video.write_video(frames, Path(folder) / "video.mp4")
-    assert video.count_frames(Path(folder) / "video.mp4") == 5
-    assert video.read_video(Path(folder) / "video.mp4").frames.shape == (5, 48, 64, 3)
-
-
 def test_no_room_is_found_before_loading(capsys, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 
 import pytest
@@ -128,27 +127,6 @@ def test_what_has_not_been_read_for_longest_goes_first(tmp_path):
     cache.put({"n": "3"}, {"x": torch.full((256,), 3.0)})
     kept = [cache.get({"n": str(n)}, ["x"]) is not None for n in range(4)]
     assert kept == [True, False, True, True]
-
-
-def _write_and_read(folder, n):
-    cache = EmbeddingCache(folder, most_bytes=20_000)
-    for i in range(50):
-        key = {"n": str(i % 7)}
-        kept = cache.get(key, ["x"])
-        assert kept is None or torch.equal(kept["x"], torch.full((256,), float(i % 7)))
-        cache.put(key, {"x": torch.full((256,), float(i % 7))})
-    os._exit(0)
-
-
-def test_many_processes_at_once(tmp_path):
-    context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=_write_and_read, args=(tmp_path, n)) for n in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert [worker.exitcode for worker in workers] == [0] * 4
-    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_cache_that_cannot_be_written_to_is_none(tmp_path, caplog):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import consisid_eva_clip
 import numpy as np
 import pytest
 import skimage.data
@@ -21,7 +20,7 @@ from support import (
     say,
 )
 
-from teacache.base.errors import CheckpointError, ImageError
+from teacache.base.errors import ImageError
 from teacache.comparison import quality
 from teacache.inputs import identity as faces
 from teacache.inputs import photograph as pictures
@@ -63,23 +62,6 @@ def test_a_photograph_without_a_face(models):
         picture = pictures.load_image(str(Path(skimage.data.__file__).parent / name))
         with pytest.raises(ImageError, match=r"^--image it: no face was found in it"):
             find(picture, models)
-
-
-def test_eva_clip_configuration_is_the_checkpoints_own(tiny, tmp_path):
-    """One that describes a small EVA-CLIP, then one that describes none: the packaged one again."""
-
-    def width():
-        return consisid_eva_clip.get_model_config(faces.EVA_CLIP)["vision_cfg"]["width"]
-
-    faces.load_face_models(tiny, CPU, torch.float32)
-    assert width() == 64
-    other = changed_retinaface(tiny, tmp_path / "other", lambda weights: None)
-    (other / "face_encoder" / f"{faces.EVA_CLIP}.json").unlink()
-    # Read first, so that no model of full size is made.
-    (other / "face_encoder" / "detection_Resnet50_Final.pth").write_bytes(b"damaged")
-    with pytest.raises(CheckpointError, match="face_encoder"):
-        faces.load_face_models(other, CPU, torch.float32)
-    assert width() == 1024
 
 
 def test_no_face(capsys, tmp_path, tiny):
@@ -132,15 +114,6 @@ def test_where_upstream_chooses_the_same_face_it_is_upstreams_identity(models):
     assert np.array_equal(identity.kps, kps)
 
 
-@pytest.mark.parametrize("shift", [(64, -32), (-32, 160)])
-def test_the_face_of_one_detector_is_the_face_of_the_other(models, shift):
-    """Wherever she is in the picture, and whoever else facexlib sees nearer to its middle."""
-    moved = np.roll(np.array(pictures.load_image("astronaut")), shift, axis=(0, 1))
-    identity = find(Image.fromarray(moved), models)
-    assert np.abs(identity.kps - np.array(ASTRONAUT) - shift[::-1]).max() <= NEAR
-    assert_the_same_face(identity, models)
-
-
 def test_where_the_detectors_find_different_faces(tmp_path, tiny, caplog):
     """SCRFD hers, RetinaFace some others: recogniser and alignment go on with one of those."""
 
@@ -154,21 +127,6 @@ def test_where_the_detectors_find_different_faces(tmp_path, tiny, caplog):
     assert np.array_equal(identity.kps, models.aligner.all_landmarks_5[0])
     recognised = models.recogniser.get_feat(models.aligner.cropped_faces[0])
     assert np.array_equal(identity.id_cond[:, :512].numpy(), recognised)
-
-
-def test_the_largest_where_one_detector_finds_several(tmp_path, tiny, caplog):
-    """RetinaFace alone, with faces of two sizes; SCRFD knows nobody in a grey picture."""
-
-    def of_two_sizes(weights):
-        everywhere(weights, sizes=2)  # the second anchors are of twice the size
-
-    two = changed_retinaface(tiny, tmp_path / "checkpoint", of_two_sizes)
-    models = faces.load_face_models(two, CPU, torch.float32)
-    identity = find(Image.new("RGB", (300, 300), "grey"), models)
-    assert torch.isfinite(identity.id_cond).all()
-    assert "faces were found in it, the largest is taken" in caplog.text
-    left, _, right, _, _ = models.aligner.det_faces[0]
-    assert right - left == pytest.approx(140, abs=1)
 
 
 def test_a_small_face(models, caplog):

@@ -76,14 +76,6 @@ def test_what_is_needed_is_what_was_measured(full):
     assert needed.streamed / GIB < 7.6
 
 
-def test_the_numbers_of_a_checkpoint(tiny, pipe):
-    state = {name: each.numel() for name, each in pipe.transformer.state_dict().items()}
-    assert card.numbers(Path(tiny) / "transformer") == sum(state.values())
-    assert card.numbers(Path(tiny) / "transformer", "transformer_blocks.") == sum(
-        count for name, count in state.items() if name.startswith("transformer_blocks.")
-    )
-
-
 @pytest.mark.parametrize(
     ("arguments", "stage", "flags"),
     [

@@ -15,33 +15,6 @@ from teacache.comparison.tables import sweep_markdown, sweep_rows, terminal_tabl
 from teacache.results.video import read_video
 
 
-def test_two_faces_under_one_masked_address_are_two_groups():
-    """As behind signed URLs, of which only what lets nobody in is on record."""
-    rows = sweep_rows(
-        [
-            (
-                face + str(threshold),
-                record_of_a_video(
-                    image="https://host/face?id=***&sig=***",
-                    image_sha256=face,
-                    rel_l1_thresh=threshold,
-                    seconds={"denoising": seconds, "decoding": 0.0},
-                ),
-            )
-            for face, threshold, seconds in (("anna", 0, 10.0), ("ben", 0, 20.0), ("ben", 0.1, 5.0))
-        ]
-    )
-    assert [row["group"] for row in rows] == [0, 1, 1]
-    assert [row["speedup"] for row in rows] == [1.0, 1.0, 4.0]
-    assert rows[0]["differs_in"] != rows[1]["differs_in"]
-    # By their files where those tell them apart.
-    named = [
-        (name, record_of_a_video(image=f"faces/{name}.jpg", image_sha256=name))
-        for name in ("anna", "ben")
-    ]
-    assert [row["differs_in"] for row in sweep_rows(named)] == ["anna.jpg", "ben.jpg"]
-
-
 @pytest.fixture
 def noise():
     return np.random.default_rng(0).integers(0, 256, (3, 64, 96, 3), dtype=np.uint8)

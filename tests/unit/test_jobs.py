@@ -80,22 +80,6 @@ def test_a_line_that_says_what_is_computed_takes_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "names"),
-    [
-        (("--computed_steps", 12, 8), ["forecast 12", "forecast 8"]),
-        (("--computed_steps", 12, "--reuse", "residual"), ["residual 12"]),
-        (("--rel_l1_thresh", 0, 0.2), ["rel_l1_thresh 0.0", "rel_l1_thresh 0.2"]),
-        (("--rel_l1_thresh", 0, 0.2, "--reuse", "forecast"), ["rel_l1_thresh 0.0", "0.2 forecast"]),
-    ],
-)
-def test_what_a_schedule_is_called(arguments, names):
-    """At threshold 0 nothing is reused: there is one such video, however the others are reused."""
-    found = jobs(*arguments)
-    assert [job.which for job in found] == names
-    assert all(job.reuse == "residual" for job in found if job.rel_l1_thresh == 0)
-
-
-@pytest.mark.parametrize(
     "arguments",
     [
         (),
