@@ -192,7 +192,8 @@ def _predict(
         video = handle.reuse_residual(video)
 
     # Norms and projection work on each token alone, so the text tokens are not needed.
-    video = self.norm_out(self.norm_final(video), temb=emb)
+    video = self.norm_final(video)  # two statements: the input is freed before the next norm
+    video = self.norm_out(video, temb=emb)
     video = self.proj_out(video)  # [batch, video tokens, patch x patch x out channels]
     video = handle.ranks.whole(video, share, batch_size, video_seq_length)
     video = video.reshape(batch_size, num_frames, height // p, width // p, -1, p, p)
