@@ -10,6 +10,7 @@ from pathlib import Path
 # Before torch comes in, here and in every command that a test starts: the tests speak of a CPU,
 # also where there is a GPU, and two of them run side by side on two cores.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 # With AMX a bfloat16 product of few rows is summed up in another order than one of many: then ranks
 # that share tokens differ from one process in the last bit.

@@ -9,7 +9,7 @@ from teacache.base.errors import DeviceError
 
 
 def prepare_environment() -> None:
-    """Import opencv, and choose torch's allocator on a GPU. Call it before torch is imported.
+    """Import opencv, and set what torch and onnxruntime read. Call it before they are imported.
 
     Unless the user has configured the allocator, its segments are expandable: decoding at
     published settings then reserves 4 GiB less for the same tensors.
@@ -17,6 +17,7 @@ def prepare_environment() -> None:
     Raises:
         DeviceError: if opencv cannot be imported, with the command that helps.
     """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime's, and its files in ~/.cache
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:

@@ -38,7 +38,7 @@ def draw_sweep(rows: list[Row], records: list[Record], path: Path) -> None:
     decibels = [row["quality"].get("psnr", {}).get("mean") for row in rows]
     _draw_curve(psnr, rows, seconds, decibels)
     psnr.set(xlabel="seconds a video", ylabel="PSNR, dB")
-    psnr.set_title("likeness to the baseline", loc="left", fontsize=10)
+    psnr.set_title("nearness to threshold 0", loc="left", fontsize=10)
     figure.savefig(path)
 
 

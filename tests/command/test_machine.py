@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import ended
 from support import refused
 
 from teacache.base.environment import prepare_environment
@@ -34,6 +35,14 @@ def test_the_allocator_is_chosen_where_the_user_has_not(monkeypatch, chosen, exp
             monkeypatch.delenv(name)
     prepare_environment()
     assert tuple(map(os.environ.get, names)) == expected
+
+
+def test_onnxruntime_leaves_nothing_in_a_home(tmp_path):
+    """It would leave the number of a device, and send what it measures."""
+    program = "from teacache.base.environment import prepare_environment; prepare_environment(); "
+    variables = {"HOME": str(tmp_path), "XDG_CACHE_HOME": None, "ORT_DISABLE_TELEMETRY": None}
+    run = ended(program=("-c", program + "import onnxruntime"), env=variables)
+    assert (run.returncode, list(tmp_path.iterdir())) == (0, []), run.stderr
 
 
 @pytest.mark.parametrize(
