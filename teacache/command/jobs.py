@@ -81,7 +81,7 @@ def read_jobs(path: Path) -> list[dict[str, Any]]:
     rows = _csv_rows if path.suffix.lower() == ".csv" else _json_rows
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            jobs = list(map(_convert, rows(file, f"--jobs {path}, line")))
+            jobs = [_convert(row) for row in rows(file, f"--jobs {path}, line") if row[1]]
     except OSError as error:
         raise ArgumentError(f"--jobs {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -116,8 +116,12 @@ def _csv_rows(file: TextIO, where: str) -> Iterator[Row]:
         for row in reader:
             if None in row:
                 raise ArgumentError(f"{where} {reader.line_num}: more fields than the header names")
-            # For an empty cell the command line counts.
-            yield f"{where} {reader.line_num}", {name: row[name] for name in row if row[name]}
+            # For an empty cell the command line counts, but not for whom and what a row shows.
+            filled = {name: cell for name, cell in row.items() if (cell or "").strip()}
+            empty = [name for name in ("image", "prompt") if name in row and name not in filled]
+            if filled and empty:
+                raise ArgumentError(f"{where} {reader.line_num}: {empty[0]} is empty")
+            yield f"{where} {reader.line_num}", filled
     except csv.Error as error:
         # Only the inner reader has counted the line with the error.
         raise ArgumentError(f"{where} {reader.reader.line_num}: {error}") from error
