@@ -24,7 +24,7 @@ from teacache.results.output_folder import claimed_stem, prepare_folder
 from teacache.results.record import versions, write_json
 
 if TYPE_CHECKING:
-    from teacache.benchmark.measure import Bench, Measured, Variant
+    from teacache.benchmark.timing import Bench, Measured, Variant
 
 # The columns of the table, and their units.
 COLUMNS = {
@@ -129,20 +129,20 @@ def _benchmark(args: argparse.Namespace) -> None:
     device = own_device(device)
     dtype = choose_dtype(args.dtype, device)
     prepare_acceleration(args.compile, args.quantize, "none", device, dtype)
-    from teacache.benchmark import measure
+    from teacache.benchmark import timing
     from teacache.sampling.attention import choose_backend
 
     backend = choose_backend(args.attention, device, dtype)
     if args.random_weights:
-        bench = measure.of_random_weights(
+        bench = timing.of_random_weights(
             args.random_weights, args.num_infer_steps, args.computed_steps, device, dtype
         )
     else:
-        bench = measure.of_checkpoint(args.ckpts_path, args.num_infer_steps, device, dtype)
+        bench = timing.of_checkpoint(args.ckpts_path, args.num_infer_steps, device, dtype)
     bench.share(args.num_gpus)
     # --computed_steps overrides the threshold, so one threshold is enough.
     thresholds = args.rel_l1_thresh[:1] if args.random_weights else args.rel_l1_thresh
-    variants = measure.variants(thresholds, backend, args.compile, args.quantize)
+    variants = timing.variants(thresholds, backend, args.compile, args.quantize)
 
     compiling = {variant: bench.warm_up(variant) for variant in variants}
     measured: dict[Variant, list[Measured]] = {variant: [] for variant in variants}

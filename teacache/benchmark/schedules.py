@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import ConsisIDPipeline
 
-    from teacache.embedded.videos import Video
+    from teacache.embedded.videos import BenchmarkVideo
     from teacache.inputs.identity import FaceModels
     from teacache.inputs.text import Text
     from teacache.sampling.sampler import Start
@@ -92,7 +92,7 @@ def compare(args: argparse.Namespace) -> None:
 def measure(
     pipe: ConsisIDPipeline,
     models: FaceModels,
-    video: Video,
+    video: BenchmarkVideo,
     distances: tuple[float | None, ...],
 ) -> dict[str, list[float]]:
     """The PSNR of one video in dB: for each row of the table, a number for each of `COMPUTED`."""

@@ -70,7 +70,7 @@ class Worker:
                 self.order = replace(self.order, machine=ready.machine)
                 self.session = Session(self.order, ready, self.stages, Console(quiet=True))
             for video in self.session.videos(jobs, ready, final=False):
-                # As a tuple: to unpickle a `Video` the command would import diffusers.
+                # As a tuple: to unpickle a `FinishedVideo` the command would import diffusers.
                 yield *video[:3], [each.getMessage() for each in self.warnings.buffer]
                 self.warnings.flush()
         except KeyboardInterrupt as error:  # Ray handles it differently

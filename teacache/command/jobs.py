@@ -91,10 +91,10 @@ def read_jobs(path: Path) -> list[dict[str, Any]]:
     return jobs
 
 
-Row = tuple[str, dict[str, str]]  # file and line for an error message, and the fields as text
+Line = tuple[str, dict[str, str]]  # file and line for an error message, and the fields as text
 
 
-def _json_rows(file: TextIO, where: str) -> Iterator[Row]:
+def _json_rows(file: TextIO, where: str) -> Iterator[Line]:
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
@@ -110,7 +110,7 @@ def _json_rows(file: TextIO, where: str) -> Iterator[Row]:
         yield f"{where} {number}", {name: str(value) for name, value in row.items()}
 
 
-def _csv_rows(file: TextIO, where: str) -> Iterator[Row]:
+def _csv_rows(file: TextIO, where: str) -> Iterator[Line]:
     reader = csv.DictReader(file, strict=True)
     try:
         for row in reader:
@@ -127,7 +127,7 @@ def _csv_rows(file: TextIO, where: str) -> Iterator[Row]:
         raise ArgumentError(f"{where} {reader.reader.line_num}: {error}") from error
 
 
-def _convert(row: Row) -> dict[str, Any]:
+def _convert(row: Line) -> dict[str, Any]:
     where, texts = row
     values = {}
     for name, text in texts.items():

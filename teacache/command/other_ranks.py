@@ -15,9 +15,9 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from teacache.base.console import Console, Stages
-from teacache.command.loading import load
 from teacache.command.machine import choose_device
 from teacache.command.memory import explained_out_of_memory
+from teacache.command.models import load
 from teacache.command.order import Order
 from teacache.command.preflight import Ready
 from teacache.core.forward import apply_teacache

@@ -13,8 +13,8 @@ from teacache.base.files import cache_folder
 from teacache.checkpoint.folder import is_full_size
 from teacache.command.finished import add_finished, find_earlier, pending, saved_latents
 from teacache.command.jobs import Job
-from teacache.command.loading import load
 from teacache.command.memory import explained_out_of_memory
+from teacache.command.models import load
 from teacache.command.order import Order, in_order
 from teacache.command.other_ranks import OtherRanks
 from teacache.command.preflight import Ready
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 SHORT_PROMPT = 30  # words; the published one has 110
 
 
-class Video(NamedTuple):
+class FinishedVideo(NamedTuple):
     """A job's video. earlier: whether an earlier run or another process has sampled it."""
 
     job: Job
@@ -103,7 +103,7 @@ class Session:
         self._start: sampler.Start | None = None
         self._start_key: tuple[str, int] | None = None
 
-    def videos(self, jobs: Sequence[Job], ready: Ready, final: bool) -> Iterator[Video]:
+    def videos(self, jobs: Sequence[Job], ready: Ready, final: bool) -> Iterator[FinishedVideo]:
         """Sample jobs; yield each video after it is written. `--resume` yields finished ones first.
 
         Args:
@@ -114,7 +114,7 @@ class Session:
         if order.resume:
             earlier = find_earlier(jobs, self.places, order, ready, console, self.comparison)
             for job, finished in earlier.items():
-                yield Video(job, *finished, earlier=True)
+                yield FinishedVideo(job, *finished, earlier=True)
             jobs = [job for job in jobs if job not in earlier]
         if not jobs:
             return
@@ -124,7 +124,7 @@ class Session:
             for job in jobs:
                 with pending(job, order, ready, console) as (locked, other):
                     if other:
-                        yield Video(job, *other, earlier=True)
+                        yield FinishedVideo(job, *other, earlier=True)
                     elif locked:
                         if len(order.jobs) > 1:
                             console.say(f"seed {job.seed}, {job.which}")
@@ -182,7 +182,7 @@ class Session:
 
     def _sample(
         self, models: Models, job: Job, ready: Ready, identity: Identity, text: Text, last: bool
-    ) -> Video:
+    ) -> FinishedVideo:
         """Sample a job's video, write it with its record, and compare it."""
         order, own = self.order, Stages(self.console, shared=self.stages)
         latents, record, file = saved_latents(job, order, ready, own, self.console) or (
@@ -201,7 +201,7 @@ class Session:
             with Stages(self.console).stage("quality"):  # not part of the video's seconds
                 place = self.places[job]
                 record = self.comparison.add(place, slot.video, record, frames, identity)
-        return Video(job, slot.video, record)
+        return FinishedVideo(job, slot.video, record)
 
     def _denoise(
         self, models: Models, job: Job, ready: Ready, identity: Identity, text: Text, own: Stages

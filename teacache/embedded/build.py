@@ -16,7 +16,7 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, ConsisIDTra
 from teacache.base.quiet import no_progress_bars
 from teacache.embedded import faces, weights
 from teacache.embedded.configuration import SCHEDULER, SEED, TRANSFORMER, VAE, fill
-from teacache.embedded.text import write_text_encoder
+from teacache.embedded.text_encoder import write_text_encoder
 
 TIME_EMBEDDING_SEED = 4
 

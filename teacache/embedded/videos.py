@@ -29,7 +29,7 @@ ALIGNED = np.array(
 ALIGNED_SIDE = 512  # pixels of the pipeline's aligned face
 
 
-class Video(NamedTuple):
+class BenchmarkVideo(NamedTuple):
     """A video to sample. portrait: [SIDE, SIDE, 3], uint8 RGB."""
 
     portrait: np.ndarray
@@ -37,7 +37,7 @@ class Video(NamedTuple):
     seed: int
 
 
-def videos(name: str) -> list[Video]:
+def videos(name: str) -> list[BenchmarkVideo]:
     """The 16 videos of the set `held_out`, `training` or `fresh`."""
     folder = Path(__file__).parent
     sheet = np.array(Image.open(folder / "portraits.jpg"))
@@ -45,7 +45,9 @@ def videos(name: str) -> list[Video]:
     portraits = [np.ascontiguousarray(portrait) for row in rows for portrait in row]
     entries = json.loads((folder / "videos.json").read_text(encoding="utf-8"))
     chosen = [entry for entry in entries if entry["set"] == name]
-    return [Video(portraits[one["portrait"]], one["prompt"], one["seed"]) for one in chosen]
+    return [
+        BenchmarkVideo(portraits[one["portrait"]], one["prompt"], one["seed"]) for one in chosen
+    ]
 
 
 def identity_of(portrait: np.ndarray, models: FaceModels) -> Identity:

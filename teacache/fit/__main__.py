@@ -69,7 +69,7 @@ def fit_coefficients(args: argparse.Namespace) -> None:
     steps = numbers.pop()
     ready = preflight(order, stages)
     changes = _measure(order, ready, stages, console)
-    from teacache.fit.measure import fit  # imports torch: not for `--help`
+    from teacache.fit.residuals import fit  # imports torch: not for `--help`
 
     distances = next(iter(ready.schedules.values())).distances
     coefficients, r2 = fit(distances, changes, f"fitted on {order.ckpts_path} at {steps} steps")
@@ -99,7 +99,7 @@ def _measure(order: Order, ready: Ready, stages: Stages, console: Console) -> li
     """Sample the videos; return the changes of each, see `residual_changes`."""
     from teacache.command.run import condition, load
     from teacache.core.forward import apply_teacache
-    from teacache.fit.measure import residual_changes
+    from teacache.fit.residuals import residual_changes
     from teacache.sampling.sampler import Loop, prepare
 
     identities, texts = condition(list(order.jobs), order, ready, stages)

@@ -22,7 +22,7 @@ FPS = 8  # frames a second, as in the training of the model
 FULL_BYTES = 2**16  # with less free space, a full disk is reported as the cause
 
 
-class Video(NamedTuple):
+class DecodedVideo(NamedTuple):
     """frames: [frames, height, width, 3], uint8 RGB; fps: frames a second."""
 
     frames: np.ndarray
@@ -78,10 +78,10 @@ def check_encoder() -> None:
         ) from error
 
 
-def read_video(path: Path) -> Video:
+def read_video(path: Path) -> DecodedVideo:
     """Decode an mp4."""
     import imageio
     import numpy as np
 
     with imageio.get_reader(_absolute(path), "ffmpeg") as reader:
-        return Video(np.stack(list(reader.iter_data())), reader.get_meta_data()["fps"])
+        return DecodedVideo(np.stack(list(reader.iter_data())), reader.get_meta_data()["fps"])

@@ -91,7 +91,7 @@ class Point:
             self._event.wait()
 
 
-class Slot:
+class BlockBuffer:
     """Device memory for one block, its index, and the ends of its copy and its computation."""
 
     def __init__(self, nbytes: int, device: torch.device):
@@ -111,7 +111,7 @@ class StreamedBlocks(torch.nn.ModuleList):
         super().__init__(blocks)
         self._device = device
         self._weights = [HostWeights(block, device) for block in self._modules.values()]
-        self._slots: list[Slot] = []
+        self._slots: list[BlockBuffer] = []
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         for weights in self._weights:
             weights.to_host()
@@ -120,7 +120,7 @@ class StreamedBlocks(torch.nn.ModuleList):
         """Each block. Its weights are on the device until the next iteration."""
         if not self._slots:
             largest = max(weights.nbytes for weights in self._weights)
-            self._slots = [Slot(largest, self._device) for _ in range(2)]
+            self._slots = [BlockBuffer(largest, self._device) for _ in range(2)]
             for slot in self._slots:
                 slot.computed.record()  # earlier work may still use this memory
         for index, block in enumerate(self._modules.values()):
@@ -141,7 +141,7 @@ class StreamedBlocks(torch.nn.ModuleList):
                 self._weights[slot.block].to_host()
         self._slots = []
 
-    def _copy(self, index: int, slot: Slot) -> None:
+    def _copy(self, index: int, slot: BlockBuffer) -> None:
         """Copy a block's weights to a slot, after the computation that uses the slot."""
         if slot.block is not None:
             self._weights[slot.block].to_host()

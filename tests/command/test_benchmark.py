@@ -9,7 +9,7 @@ import torch
 from processes import ended
 from support import CPU
 
-from teacache.benchmark import measure, random_weights
+from teacache.benchmark import random_weights, timing
 from teacache.benchmark.__main__ import main
 
 
@@ -114,7 +114,7 @@ def test_the_real_size():
 
 
 def test_each_variant_adds_one_acceleration():
-    found = measure.variants([0.2], "_native_cudnn", True, "fp8")
+    found = timing.variants([0.2], "_native_cudnn", True, "fp8")
     assert [(v.threshold, v.attention, v.compile, v.quantize) for v in found] == [
         *((None, "native", False, None), (0.2, "native", False, None)),
         *((0.2, "_native_cudnn", False, None), (0.2, "_native_cudnn", True, None)),
@@ -124,14 +124,14 @@ def test_each_variant_adds_one_acceleration():
 
 
 def test_each_variant_has_models_of_its_own():
-    bench = measure.of_random_weights("small", 4, 2, CPU, torch.float32)
+    bench = timing.of_random_weights("small", 4, 2, CPU, torch.float32)
 
     def plain_latents():
-        with bench._ready(measure.PLAIN):
+        with bench._ready(timing.PLAIN):
             return bench.plain_latents(3, {}).latents
 
     before = plain_latents()
-    bench.sample(measure.Variant("ours", 0.15, attention="_native_math"))
-    bench.sample(measure.Variant("ours", 0.3, attention="_native_math"))
+    bench.sample(timing.Variant("ours", 0.15, attention="_native_math"))
+    bench.sample(timing.Variant("ours", 0.3, attention="_native_math"))
     assert len(bench._models) == 2, "whatever the threshold"
     assert torch.equal(plain_latents(), before)

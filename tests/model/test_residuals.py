@@ -10,7 +10,7 @@ import torch
 from support import SIZE
 
 from teacache.core.forward import apply_teacache
-from teacache.fit.measure import residual_changes
+from teacache.fit.residuals import residual_changes
 from teacache.inputs.text import Text, embed_text
 from teacache.sampling import sampler
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from teacache.base.errors import SamplingError
-from teacache.fit.measure import fit
+from teacache.fit.residuals import fit
 
 
 def test_every_video_counts():
