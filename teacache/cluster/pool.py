@@ -33,11 +33,7 @@ from teacache.results.record import Record
 
 
 class Worker:
-    """Samples one task after the other with models that it loads once.
-
-    Args:
-        folder: the working directory of the command.
-    """
+    """Samples task after task, with models that it loads once, in the command's `folder`."""
 
     def __init__(self, order: Order, folder: Path):
         self.order, self.folder = order, folder
@@ -48,19 +44,14 @@ class Worker:
         logging.getLogger("teacache").handlers = [self.warnings]
 
     def sample(self, jobs: tuple[Job, ...]) -> Iterator[tuple[Job, Path, Record, list[str]]]:
-        """Sample a task. Without jobs, only check this machine.
+        """Sample a task; yield each job, its video, record, and the warnings since the last one.
 
-        Yields:
-            each job, its video and record, and the warnings since the previous video.
-
-        Raises:
-            TeaCacheError: in one line, if a job or this machine fails.
+        Without jobs, only check this machine. Raises TeaCacheError if a job or the machine fails.
         """
         try:
             if not self.folder.is_dir():
-                raise DeviceError(
-                    f"{os.uname().nodename} lacks {self.folder}: all machines need it"
-                )
+                name = os.uname().nodename
+                raise DeviceError(f"{name} lacks {self.folder}: all machines need it")
             os.chdir(self.folder)
             ready = preflight(replace(self.order, jobs=jobs, all_jobs=jobs), self.stages)
             if self.session is None:
@@ -82,12 +73,7 @@ class Worker:
 
 
 class Pool:
-    """Workers on Ray that share the tasks of an order.
-
-    Args:
-        workers: their number.
-        gpus: number of GPUs of each worker.
-    """
+    """`workers` on Ray, with `gpus` each, that share the tasks of an order."""
 
     def __init__(self, order: Order, workers: int, gpus: int, console: Console):
         self._order, self._console = order, console
