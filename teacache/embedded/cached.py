@@ -10,7 +10,8 @@ from teacache.base.errors import CheckpointError, reason
 from teacache.base.files import cache_folder, locked
 
 SOURCES = (
-    *("build.py", "configuration.py", "detector.py", "faces.py", "text.py", "weights.py"),
+    *("build.py", "configuration.py", "detector.py", "faces.py", "weights.py"),
+    "text_encoder.py",
     "weights.safetensors",
 )
 
