@@ -13,7 +13,7 @@ from typing import Literal
 
 from teacache.base import interruption
 
-# The stages of a run, in order. `teacache.command.memory` advises flags by the stage.
+# The stages of a run, in order. `teacache.run.memory` advises flags by the stage.
 Stage = Literal[
     "checkpoint", "torch", "image", "download", "schedule", "diffusers", "identity", "text",
     "loading", "compiling", "encoding", "denoising", "decoding", "writing", "quality",

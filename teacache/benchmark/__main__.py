@@ -15,11 +15,11 @@ from teacache.base.environment import prepare_environment
 from teacache.base.files import written_whole
 from teacache.base.interruption import run_command
 from teacache.base.quiet import silence_libraries
-from teacache.command import readers
-from teacache.command.arguments import OneLineParser
-from teacache.command.flags import FLAGS, add_flags
 from teacache.comparison.tables import markdown_table
 from teacache.parallel.launch import is_one_of_several, launch, rank, run_as_rank, world_size
+from teacache.request import readers
+from teacache.request.arguments import OneLineParser
+from teacache.request.flags import FLAGS, add_flags
 from teacache.results.output_folder import claimed_stem, prepare_folder
 from teacache.results.record import versions, write_json
 
@@ -120,8 +120,8 @@ def _benchmark(args: argparse.Namespace) -> None:
     """Measure every variant. All ranks measure together; the first one reports."""
     prepare_folder(args.output_path)
     prepare_environment()
-    from teacache.command.machine import check_number, choose_device, choose_dtype
-    from teacache.command.other_ranks import own_device
+    from teacache.preflight.machine import check_number, choose_device, choose_dtype
+    from teacache.run.other_ranks import own_device
     from teacache.sampling.acceleration import prepare_acceleration
 
     device = choose_device(args.device, full_size=args.random_weights in ("full", "half"))

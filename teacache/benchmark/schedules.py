@@ -16,10 +16,10 @@ import numpy as np
 from teacache.base.environment import prepare_environment
 from teacache.base.interruption import run_command
 from teacache.base.quiet import silence_libraries
-from teacache.command import readers
-from teacache.command.arguments import OneLineParser
 from teacache.comparison.tables import markdown_table
 from teacache.core.rule import schedule
+from teacache.request import readers
+from teacache.request.arguments import OneLineParser
 
 if TYPE_CHECKING:
     import torch

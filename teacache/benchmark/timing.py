@@ -18,8 +18,6 @@ from teacache.benchmark import random_weights
 from teacache.benchmark.random_weights import Material
 from teacache.checkpoint.pipeline import load_pipeline
 from teacache.checkpoint.size import video_size
-from teacache.command.arguments import DEFAULT_PROMPT
-from teacache.command.preflight import find_checkpoint
 from teacache.core.forward import apply_teacache
 from teacache.core.handle import TeaCacheHandle
 from teacache.core.ranks import ALONE
@@ -29,6 +27,8 @@ from teacache.inputs.embedding_cache import EmbeddingCache
 from teacache.inputs.text import Text
 from teacache.parallel import group
 from teacache.parallel.division import divide
+from teacache.preflight.checks import find_checkpoint
+from teacache.request.arguments import DEFAULT_PROMPT
 from teacache.results.video import write_video
 from teacache.sampling import acceleration, attention, sampler
 from teacache.sampling.blocks import use_lean_blocks

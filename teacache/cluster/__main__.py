@@ -16,9 +16,9 @@ from teacache.base.console import Console
 from teacache.base.errors import DeviceError, reason
 from teacache.base.interruption import run_command
 from teacache.base.quiet import allow_any_encoding, silence_libraries
-from teacache.command import readers
-from teacache.command.arguments import OneLineParser, add_sampling, parse_with
-from teacache.command.order import Order
+from teacache.request import readers
+from teacache.request.arguments import OneLineParser, add_sampling, parse_with
+from teacache.request.values import Order
 
 RAY = "ray==2.60.0"
 

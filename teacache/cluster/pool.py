@@ -23,13 +23,13 @@ from teacache.base import interruption
 from teacache.base.console import Console, Stages
 from teacache.base.errors import DeviceError, SamplingError, TeaCacheError
 from teacache.base.quiet import silence_libraries
-from teacache.command.jobs import Job
-from teacache.command.order import Order
-from teacache.command.preflight import preflight
-from teacache.command.report import write_report
-from teacache.command.shards import tasks
 from teacache.comparison.comparison import Comparison
+from teacache.preflight.checks import preflight
+from teacache.request.jobs_file import Job
+from teacache.request.shards import tasks
+from teacache.request.values import Order
 from teacache.results.record import Record
+from teacache.run.report import write_report
 
 
 class Worker:
@@ -55,7 +55,7 @@ class Worker:
             os.chdir(self.folder)
             ready = preflight(replace(self.order, jobs=jobs, all_jobs=jobs), self.stages)
             if self.session is None:
-                from teacache.command.run import Session  # imports diffusers: after `preflight`
+                from teacache.run.loop import Session  # imports diffusers: after `preflight`
 
                 # Later tasks use the same offloading, whatever memory is free then.
                 self.order = replace(self.order, machine=ready.machine)

@@ -10,9 +10,6 @@ from teacache.base import interruption
 from teacache.base.console import Console, Stages
 from teacache.base.environment import prepare_environment
 from teacache.base.quiet import allow_any_encoding, silence_libraries
-from teacache.command.arguments import parse_arguments
-from teacache.command.order import Order
-from teacache.command.preflight import check_ranks, preflight
 from teacache.parallel.launch import (
     check_variables,
     is_one_of_several,
@@ -21,6 +18,9 @@ from teacache.parallel.launch import (
     run_as_rank,
     world_size,
 )
+from teacache.preflight.checks import check_ranks, preflight
+from teacache.request.arguments import parse_arguments
+from teacache.request.values import Order
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         if rank() > 0:
             if Order.of(args).jobs:
                 prepare_environment()
-                from teacache.command.other_ranks import help_denoising
+                from teacache.run.other_ranks import help_denoising
 
                 help_denoising(args.device)
         elif args.plan:
@@ -77,5 +77,5 @@ def sample(order: Order, console: Console) -> None:
     if ready.memory:
         console.say(ready.memory)
     with stages.stage("diffusers"):
-        from teacache.command.run import run
+        from teacache.run.loop import run
     run(order, ready, stages, console)

@@ -6,12 +6,12 @@ from teacache.base.console import print_now
 from teacache.base.errors import CheckpointError
 from teacache.checkpoint.folder import is_full_size
 from teacache.checkpoint.size import video_size
-from teacache.command.machine import choose_device, choose_dtype
-from teacache.command.order import Order
-from teacache.command.preflight import find_checkpoint, plan_jobs, ranks_of
 from teacache.comparison.tables import aligned
 from teacache.core.ranks import ALONE
 from teacache.core.rule import Schedule
+from teacache.preflight.checks import find_checkpoint, plan_jobs, ranks_of
+from teacache.preflight.machine import choose_device, choose_dtype
+from teacache.request.values import Order
 
 
 def show(order: Order) -> None:

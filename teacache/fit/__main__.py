@@ -13,11 +13,11 @@ from teacache.base.files import written_whole
 from teacache.base.interruption import run_command
 from teacache.base.quiet import silence_libraries
 from teacache.checkpoint.folder import read_json
-from teacache.command import readers
-from teacache.command.arguments import OneLineParser, build_parser, choose_inputs
-from teacache.command.flags import add_flags
-from teacache.command.order import Order
-from teacache.command.preflight import Ready, preflight
+from teacache.preflight.checks import Ready, preflight
+from teacache.request import readers
+from teacache.request.arguments import OneLineParser, build_parser, choose_inputs
+from teacache.request.flags import add_flags
+from teacache.request.values import Order
 from teacache.results.record import versions, write_json
 
 logger = logging.getLogger(__name__)
@@ -97,9 +97,9 @@ def fit_coefficients(args: argparse.Namespace) -> None:
 
 def _measure(order: Order, ready: Ready, stages: Stages, console: Console) -> list[list[float]]:
     """Sample the videos; return the changes of each, see `residual_changes`."""
-    from teacache.command.run import condition, load
     from teacache.core.forward import apply_teacache
     from teacache.fit.residuals import residual_changes
+    from teacache.run.loop import condition, load
     from teacache.sampling.sampler import Loop, prepare
 
     identities, texts = condition(list(order.jobs), order, ready, stages)

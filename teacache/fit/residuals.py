@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from teacache.base.errors import SamplingError
-from teacache.command.readers import DEGREE
 from teacache.core.rule import Coefficients, relative_l1
+from teacache.request.readers import DEGREE
 
 if TYPE_CHECKING:
     from diffusers import ConsisIDTransformer3DModel

@@ -21,8 +21,8 @@ from teacache.base import interruption
 from teacache.base.errors import DeviceError, ImageError, SamplingError
 from teacache.cluster import __main__ as cluster
 from teacache.cluster.pool import Worker
-from teacache.command.arguments import parse_arguments
-from teacache.command.order import Order
+from teacache.request.arguments import parse_arguments
+from teacache.request.values import Order
 from teacache.results.record import read_record
 from teacache.sampling import sampler
 

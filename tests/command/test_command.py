@@ -20,8 +20,8 @@ from PIL import Image
 from processes import start
 from support import PROMPT, ROOT, encoded, main, refused
 
-from teacache.command.arguments import parse_arguments
 from teacache.inputs import photograph as pictures
+from teacache.request.arguments import parse_arguments
 from teacache.results.video import read_video, write_video
 
 QUICK = ("--ckpts_path", "tiny", "--num_frames", 1)

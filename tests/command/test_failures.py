@@ -25,7 +25,6 @@ from support import CPU, PROMPT, ROOT, SIZE, handlers_given_back, main, refused
 
 from teacache.base.errors import SamplingError
 from teacache.checkpoint.pipeline import load_pipeline
-from teacache.command import run
 from teacache.command.main import main as command
 from teacache.comparison.comparison import Comparison
 from teacache.inputs import conditioning
@@ -33,6 +32,7 @@ from teacache.inputs.text import Text, embed_text
 from teacache.results import video
 from teacache.results.output_folder import check_space
 from teacache.results.record import Record
+from teacache.run import loop as run
 from teacache.sampling import sampler
 
 TINY = ("--ckpts_path", "tiny", "--rel_l1_thresh", 0, "--num_infer_steps", 4)

@@ -13,9 +13,9 @@ from support import main, refused
 
 from teacache.base import errors
 from teacache.base.errors import ArgumentError
-from teacache.command import run
-from teacache.command.arguments import build_parser, parse_arguments
-from teacache.command.order import Order
+from teacache.request.arguments import build_parser, parse_arguments
+from teacache.request.values import Order
+from teacache.run import loop as run
 
 OPTIONS = sorted(
     option

@@ -15,7 +15,7 @@ from processes import SAMPLE, ended, start
 from support import below, is_alive, refused
 
 from teacache.base.errors import DeviceError
-from teacache.command.machine import check_number
+from teacache.preflight.machine import check_number
 
 SMALL = ("--ckpts_path", "tiny", "--device", "cpu", "--num_infer_steps", 10)
 SMALL += ("--rel_l1_thresh", 0.2)

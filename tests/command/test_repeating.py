@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from support import ROOT, encoded, main, refused
 
 import teacache
-from teacache.command import run
 from teacache.results.record import read_record
 from teacache.results.video import read_video
+from teacache.run import loop as run
 
 WHOLE = ("--ckpts_path", "tiny", "--rel_l1_thresh", 0.2, "--num_infer_steps", 6)
 SHORT = (*WHOLE, "--num_frames", 1)

@@ -15,12 +15,13 @@ from PIL import Image
 from support import main
 
 from teacache.base.files import cache_folder
-from teacache.command import preflight, run
 from teacache.comparison import comparison, quality
 from teacache.inputs import conditioning
 from teacache.inputs import identity as faces
 from teacache.inputs import photograph as pictures
+from teacache.preflight import checks as preflight
 from teacache.results.video import read_video
+from teacache.run import loop as run
 from teacache.sampling import sampler
 
 COMMON = ("--ckpts_path", "tiny", "--num_infer_steps", 20, "--num_frames", 1)

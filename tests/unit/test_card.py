@@ -11,10 +11,10 @@ import torch
 from teacache.base import device
 from teacache.benchmark.random_weights import FULL, FULL_VAE
 from teacache.checkpoint.size import VideoSize
-from teacache.command import card
-from teacache.command.arguments import parse_arguments
-from teacache.command.memory import out_of_memory
-from teacache.command.order import Order
+from teacache.preflight import card
+from teacache.request.arguments import parse_arguments
+from teacache.request.values import Order
+from teacache.run.memory import out_of_memory
 
 GIB = 2**30
 FULL_SIZE = VideoSize(720, 480, 49)

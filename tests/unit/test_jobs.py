@@ -10,10 +10,10 @@ import pytest
 from records import record_of_a_video
 
 from teacache.base.errors import ArgumentError, without_credentials
-from teacache.command.arguments import parse_arguments
-from teacache.command.jobs import Job
-from teacache.command.order import Order, in_order
-from teacache.command.recording import command_of
+from teacache.request.arguments import parse_arguments
+from teacache.request.jobs_file import Job
+from teacache.request.values import Order, in_order
+from teacache.run.recording import command_of
 
 DIGESTS = {"astronaut": "4a"}
 COMMON = ["--ckpts_path", "tiny", "--prompt", "a man"]

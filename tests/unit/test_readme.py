@@ -12,8 +12,8 @@ import pytest
 from support import ROOT
 
 from teacache.cluster.__main__ import RAY
-from teacache.command.arguments import build_parser
-from teacache.command.flags import FLAGS, table
+from teacache.request.arguments import build_parser
+from teacache.request.flags import FLAGS, table
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ROOMS = {path: path.read_text(encoding="utf-8") for path in (ROOT / "teacache").glob("*/README.md")}

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from teacache.base.errors import ArgumentError
-from teacache.command.readers import coefficients_of
 from teacache.core.rule import (
     COGVIDEOX_5B,
     Coefficients,
@@ -22,6 +21,7 @@ from teacache.core.rule import (
     schedule,
     spread_steps,
 )
+from teacache.request.readers import coefficients_of
 
 IDENTITY = Coefficients((0.0, 0.0, 0.0, 1.0, 0.0), (0.0, math.inf), "p(x) = x")
 

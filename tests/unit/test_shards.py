@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from teacache.command.arguments import parse_arguments
-from teacache.command.jobs import Job
-from teacache.command.order import Order
-from teacache.command.readers import Shard
-from teacache.command.shards import part_of, tasks, units
+from teacache.request.arguments import parse_arguments
+from teacache.request.jobs_file import Job
+from teacache.request.readers import Shard
+from teacache.request.shards import part_of, tasks, units
+from teacache.request.values import Order
 
 
 def order(*arguments: object) -> Order:

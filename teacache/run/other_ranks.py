@@ -15,16 +15,16 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from teacache.base.console import Console, Stages
-from teacache.command.machine import choose_device
-from teacache.command.memory import explained_out_of_memory
-from teacache.command.models import load
-from teacache.command.order import Order
-from teacache.command.preflight import Ready
 from teacache.core.forward import apply_teacache
 from teacache.core.ranks import ALONE, Ranks
 from teacache.core.rule import Schedule
 from teacache.inputs.text import Text
 from teacache.parallel import group
+from teacache.preflight.checks import Ready
+from teacache.preflight.machine import choose_device
+from teacache.request.values import Order
+from teacache.run.memory import explained_out_of_memory
+from teacache.run.models import load
 from teacache.sampling import sampler
 from teacache.sampling.sampler import Start
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from teacache.base.errors import ArgumentError
-from teacache.command import readers
+from teacache.request import readers
 
 
 @dataclass(frozen=True)

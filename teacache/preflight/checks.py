@@ -23,13 +23,13 @@ from teacache.checkpoint.folder import (
     weight_files,
 )
 from teacache.checkpoint.size import Architecture, VideoSize, check_memory, video_size
-from teacache.command.jobs import Job
-from teacache.command.order import Machine, Order
 from teacache.core.ranks import ALONE, Ranks
 from teacache.core.rule import Schedule, schedule
 from teacache.inputs.embedding_cache import fingerprint
 from teacache.inputs.photograph import load_image, pixels_sha256
 from teacache.parallel.division import divide
+from teacache.request.jobs_file import Job
+from teacache.request.values import Machine, Order
 from teacache.results.output_folder import check_space, prepare_folder
 from teacache.results.video import check_encoder
 
@@ -84,8 +84,8 @@ def preflight(order: Order, stages: Stages) -> Ready:
         checkpoint = find_checkpoint(order.ckpts_path)
     full_size = checkpoint is None or is_full_size(checkpoint)
     with stages.stage("torch"):
-        from teacache.command.card import fit_to_card
-        from teacache.command.machine import check_number, choose_device, choose_dtype
+        from teacache.preflight.card import fit_to_card
+        from teacache.preflight.machine import check_number, choose_device, choose_dtype
         from teacache.sampling.acceleration import prepare_acceleration
 
         device = choose_device(machine.device, full_size, machine.offload)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from teacache.checkpoint.pipeline import load_pipeline
-from teacache.command.order import Order
-from teacache.command.preflight import Ready
+from teacache.preflight.checks import Ready
+from teacache.request.values import Order
 from teacache.sampling import acceleration, attention
 from teacache.sampling.blocks import use_lean_blocks
 from teacache.sampling.decoder import use_lean_decoder

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from teacache.command import readers as read
 from teacache.core.rule import COGVIDEOX_5B, REUSES
+from teacache.request import readers as read
 
 DEFAULT_THRESHOLD = 0.1
 PLANNED_THRESHOLDS = (0, 0.1, 0.15, 0.2)

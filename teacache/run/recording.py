@@ -9,12 +9,12 @@ from pathlib import Path
 from teacache.base.console import Stages
 from teacache.base.device import device_name, dtype_name, peak_memory_bytes, peak_reserved_bytes
 from teacache.base.errors import without_credentials
-from teacache.command.arguments import parse_arguments
-from teacache.command.flags import FLAGS
-from teacache.command.jobs import Job
-from teacache.command.order import Order
-from teacache.command.preflight import Ready
 from teacache.core.rule import COGVIDEOX_5B
+from teacache.preflight.checks import Ready
+from teacache.request.arguments import parse_arguments
+from teacache.request.flags import FLAGS
+from teacache.request.jobs_file import Job
+from teacache.request.values import Order
 from teacache.results.record import Record, Settings, finite, median_seconds, versions
 from teacache.sampling import attention
 

@@ -11,15 +11,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from teacache.base.console import Console, Stages
 from teacache.base.files import cache_folder
 from teacache.checkpoint.folder import is_full_size
-from teacache.command.finished import add_finished, find_earlier, pending, saved_latents
-from teacache.command.jobs import Job
-from teacache.command.memory import explained_out_of_memory
-from teacache.command.models import load
-from teacache.command.order import Order, in_order
-from teacache.command.other_ranks import OtherRanks
-from teacache.command.preflight import Ready
-from teacache.command.recording import completed, record_of
-from teacache.command.report import write_report, write_report_of_shards
 from teacache.comparison.comparison import Comparison
 from teacache.core.forward import apply_teacache
 from teacache.core.handle import TeaCacheHandle
@@ -27,8 +18,17 @@ from teacache.inputs.conditioning import Conditioning
 from teacache.inputs.embedding_cache import EmbeddingCache
 from teacache.inputs.identity import Identity, load_analyser
 from teacache.inputs.text import TEXT_TOKENS, Text
+from teacache.preflight.checks import Ready
+from teacache.request.jobs_file import Job
+from teacache.request.values import Order, in_order
 from teacache.results.record import Record, summary
 from teacache.results.slot import claimed_slot
+from teacache.run.memory import explained_out_of_memory
+from teacache.run.models import load
+from teacache.run.other_ranks import OtherRanks
+from teacache.run.recording import completed, record_of
+from teacache.run.report import write_report, write_report_of_shards
+from teacache.run.resume import add_finished, find_earlier, pending, saved_latents
 from teacache.sampling import acceleration, sampler
 from teacache.sampling.decoder_memory import DecoderMemory
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from teacache.checkpoint.size import VideoSize
-    from teacache.command.order import Machine
+    from teacache.request.values import Machine
 
 GIB = 2**30
 # Memory of denoising beyond the weights, in multiples of all tokens in the sampling dtype. On an

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from teacache.base.console import Console, Stage
 from teacache.base.device import is_gpu_memory, is_out_of_memory
 from teacache.base.errors import DeviceError
-from teacache.command.order import Machine
 from teacache.parallel.launch import rank
+from teacache.request.values import Machine
 
 # The stages in which each flag reduces memory.
 REDUCES: dict[str, tuple[Stage, ...]] = {

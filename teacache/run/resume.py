@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 from safetensors.torch import load_file
 
 from teacache.base.console import Console, Stages
-from teacache.command.jobs import Job
-from teacache.command.order import Order
-from teacache.command.preflight import Ready
-from teacache.command.recording import settings_of
 from teacache.comparison.comparison import Comparison
+from teacache.preflight.checks import Ready
+from teacache.request.jobs_file import Job
+from teacache.request.values import Order
 from teacache.results.output_folder import locked_name
 from teacache.results.record import Record, Settings, read_record
 from teacache.results.slot import find_latents
 from teacache.results.video import count_frames
+from teacache.run.recording import settings_of
 
 if TYPE_CHECKING:
     import torch

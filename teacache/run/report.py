@@ -10,8 +10,8 @@ from pathlib import Path
 from teacache.base.console import Console
 from teacache.base.errors import reason
 from teacache.base.interruption import stop_requested
-from teacache.command.order import Order
 from teacache.comparison.comparison import Comparison
+from teacache.request.values import Order
 from teacache.results.output_folder import locked_name
 
 logger = logging.getLogger(__name__)

@@ -9,10 +9,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from teacache.command.jobs import CHOICES, FIELDS, Job, read_jobs
-from teacache.command.readers import Shard
-from teacache.command.shards import part_of
 from teacache.core.rule import Coefficients, Limits
+from teacache.request.jobs_file import CHOICES, FIELDS, Job, read_jobs
+from teacache.request.readers import Shard
+from teacache.request.shards import part_of
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Format:
 class Machine:
     """Device and acceleration, by the names of the arguments.
 
-    `teacache.command.card` replaces `auto`.
+    `teacache.preflight.card` replaces `auto`.
     """
 
     device: str
@@ -68,7 +68,7 @@ class Order:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Order:
-        """The request of parsed arguments, see `teacache.command.arguments`.
+        """The request of parsed arguments, see `teacache.request.arguments`.
 
         Raises:
             ArgumentError: naming the line of `--jobs` and what is wrong with it.

@@ -7,7 +7,7 @@ import secrets
 from typing import NoReturn
 
 from teacache.base.errors import one_line, without_credentials
-from teacache.command import flags
+from teacache.request import flags
 
 DEFAULT_IMAGE = (
     "https://github.com/PKU-YuanGroup/ConsisID/blob/main/asserts/example_images/2.png?raw=true"

@@ -6,8 +6,8 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from teacache.command.jobs import Job
-from teacache.command.readers import Shard
+from teacache.request.jobs_file import Job
+from teacache.request.readers import Shard
 
 MAX_TASK = 32  # jobs; the embeddings of each prompt take 8 MB at full size
 
