@@ -20,7 +20,7 @@ from teacache.parallel.launch import is_one_of_several, launch, rank, run_as_ran
 from teacache.request import readers
 from teacache.request.arguments import OneLineParser
 from teacache.request.flags import FLAGS, add_flags
-from teacache.results.output_folder import claimed_stem, prepare_folder
+from teacache.results.output_folder import claimed_stem, prepared_folder
 from teacache.results.record import versions, write_json
 
 if TYPE_CHECKING:
@@ -52,9 +52,14 @@ def main(argv: list[str] | None = None) -> int:
 
         return launch(args.num_gpus, importable.main, argv)
     silence_libraries()
+
+    def work() -> None:
+        with prepared_folder(args.output_path):
+            _benchmark(args)
+
     if is_one_of_several():
-        return run_as_rank(lambda: _benchmark(args), helping=rank() > 0)
-    return run_command(lambda: _benchmark(args))
+        return run_as_rank(work, helping=rank() > 0)
+    return run_command(work)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -118,7 +123,6 @@ def _choose_steps(args: argparse.Namespace, parser: OneLineParser) -> None:
 
 def _benchmark(args: argparse.Namespace) -> None:
     """Measure every variant. All ranks measure together; the first one reports."""
-    prepare_folder(args.output_path)
     prepare_environment()
     from teacache.preflight.machine import check_number, choose_device, choose_dtype
     from teacache.run.other_ranks import own_device

@@ -21,9 +21,10 @@ from teacache.checkpoint.size import video_size
 from teacache.core.forward import apply_teacache
 from teacache.core.handle import TeaCacheHandle
 from teacache.core.ranks import ALONE
-from teacache.inputs import photograph as pictures
 from teacache.inputs.conditioning import Conditioning
 from teacache.inputs.embedding_cache import EmbeddingCache
+from teacache.inputs.identity import from_tensors
+from teacache.inputs.photograph_store import PhotographStore
 from teacache.inputs.text import Text
 from teacache.parallel import group
 from teacache.parallel.division import divide
@@ -104,12 +105,13 @@ def of_checkpoint(
         cache = EmbeddingCache(Path(empty))
         conditioning = Conditioning(folder, device, dtype, "none", cache)
         with _timed(seconds, "identity", device):
-            identity = conditioning.find_identities({"": pictures.load_image("astronaut")})[""]
+            face = conditioning.find_faces(["astronaut"], PhotographStore())["astronaut"]
+            identity = from_tensors(face, device)
         with _timed(seconds, "text", device):
             embedded = conditioning.embed_texts([DEFAULT_PROMPT, ""])
     with _timed(seconds, "loading", device):
         pipe = load_pipeline(folder, device, dtype, parts=("transformer", "vae"))
-    text = Text(embedded[DEFAULT_PROMPT].embeds, embedded[""].embeds)
+    text = Text(*(embedded[each].embeds.to(device) for each in (DEFAULT_PROMPT, "")))
     material = Material(pipe, identity, text, video_size(folder, None, None, None))
     bench = Bench(material, num_infer_steps, None, device, dtype)
     bench.before_the_loop = {name: f"{value:.1f} s" for name, value in seconds.items()}

@@ -119,10 +119,15 @@ def video_size(
     return size
 
 
+def host_memory_bytes() -> int:
+    """The memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def check_memory(size: VideoSize) -> None:
     """Raise ArgumentError where the frames in float32 take more memory than the machine has."""
     needed = 4 * 3 * size.width * size.height * size.num_frames
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = host_memory_bytes()
     if needed > available:
         raise ArgumentError(
             f"--num_frames {size.num_frames} of {size.width}x{size.height} take "

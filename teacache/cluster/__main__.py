@@ -18,7 +18,7 @@ from teacache.base.interruption import run_command
 from teacache.base.quiet import allow_any_encoding, silence_libraries
 from teacache.request import readers
 from teacache.request.arguments import OneLineParser, add_sampling, parse_with
-from teacache.request.values import Order
+from teacache.request.values import Request
 
 RAY = "ray==2.60.0"
 
@@ -43,12 +43,12 @@ def main(argv: list[str] | None = None) -> int:
 def _sample(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("ray") is None:
         raise DeviceError(f"teacache.cluster needs the package ray: pip install {RAY}")
-    order = Order.of(args)
+    request = Request.of(args)
     with _connection() as gpus:
         from teacache.cluster.pool import Pool  # imports ray
 
         workers = args.workers or sum(gpus) or len(gpus)
-        Pool(order, workers, int(any(gpus)), Console(args.quiet)).run()
+        Pool(request, workers, int(any(gpus)), Console(args.quiet)).run()
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The videos of an order on a Ray cluster. Each worker takes one task after the other.
+"""The videos of a request on a Ray cluster. Each worker takes one task after the other.
 
 Ray restarts a killed worker and repeats its task. A worker skips the videos that have a record, so
 no video is sampled twice.
@@ -24,21 +24,28 @@ from teacache.base.console import Console, Stages
 from teacache.base.errors import DeviceError, SamplingError, TeaCacheError
 from teacache.base.quiet import silence_libraries
 from teacache.comparison.comparison import Comparison
-from teacache.preflight.checks import preflight
-from teacache.request.jobs_file import Job
+from teacache.inputs.photograph_store import PhotographStore
+from teacache.preflight.checks import preflight, shots_of
+from teacache.request.job import Job
 from teacache.request.shards import tasks
-from teacache.request.values import Order
+from teacache.request.values import Request
+from teacache.results.finished_videos import FinishedVideos
+from teacache.results.output_folder import check_space, prepared_folder
 from teacache.results.record import Record
 from teacache.run.report import write_report
 
 
 class Worker:
-    """Samples task after task, with models that it loads once, in the command's `folder`."""
+    """Samples task after task, with models that it loads once, in the command's `folder`.
 
-    def __init__(self, order: Order, folder: Path):
-        self.order, self.folder = order, folder
+    Args:
+        ignored: file names of records that do not count as finished videos.
+    """
+
+    def __init__(self, request: Request, folder: Path, ignored: frozenset[str]):
+        self.request, self.folder, self.ignored = request, folder, ignored
         self.session: Any = None
-        self.stages = Stages(Console(quiet=True))
+        self.photographs = PhotographStore()
         silence_libraries()
         self.warnings = BufferingHandler(capacity=10_000)
         logging.getLogger("teacache").handlers = [self.warnings]
@@ -49,23 +56,43 @@ class Worker:
         Without jobs, only check this machine. Raises TeaCacheError if a job or the machine fails.
         """
         try:
-            if not self.folder.is_dir():
-                name = os.uname().nodename
-                raise DeviceError(f"{name} lacks {self.folder}: all machines need it")
-            os.chdir(self.folder)
-            ready = preflight(replace(self.order, jobs=jobs, all_jobs=jobs), self.stages)
-            if self.session is None:
-                from teacache.run.loop import Session  # imports diffusers: after `preflight`
-
-                # Later tasks use the same offloading, whatever memory is free then.
-                self.order = replace(self.order, machine=ready.machine)
-                self.session = Session(self.order, ready, self.stages, Console(quiet=True))
-            for video in self.session.videos(jobs, ready, final=False):
-                # As a tuple: to unpickle a `FinishedVideo` the command would import diffusers.
-                yield *video[:3], [each.getMessage() for each in self.warnings.buffer]
-                self.warnings.flush()
+            with prepared_folder(self.request.options.output_path):
+                yield from self._sample(jobs)
         except KeyboardInterrupt as error:  # Ray handles it differently
             raise SamplingError(". ".join(getattr(error, "__notes__", ()))) from error
+
+    def _sample(self, jobs: tuple[Job, ...]) -> Iterator[tuple[Job, Path, Record, list[str]]]:
+        if self.session is None:
+            self._open_session()
+        from teacache.run.loop import compared, sample  # imports diffusers: after `preflight`
+
+        setup = self.session.setup
+        options, size = setup.options, setup.size
+        fixed = options, setup.checkpoint, setup.device, setup.dtype
+        check_space(options.output_path, size.width * size.height, size.num_frames, len(jobs))
+        shots = shots_of(jobs, *fixed, self.photographs)
+        videos = sample(self.session, shots, self.finished, final=False)
+        for video in compared(videos, self.comparison, self.request.jobs):
+            # As a tuple: to unpickle a `FinishedVideo` the command would import diffusers.
+            yield *video[:3], [each.getMessage() for each in self.warnings.buffer]
+            self.warnings.flush()
+
+    def _open_session(self) -> None:
+        """Check this machine."""
+        if not self.folder.is_dir():
+            raise DeviceError(f"{os.uname().nodename} lacks {self.folder}: all machines need it")
+        os.chdir(self.folder)
+        console, jobs = Console(quiet=True), self.request.jobs
+        stages, output = Stages(console), self.request.options.output_path
+        setup, _ = preflight(replace(self.request, jobs=()), self.photographs, stages)
+        from teacache.inputs.identity import load_analyser  # imports torch: after `preflight`
+        from teacache.run.session import Session
+
+        self.finished = FinishedVideos(output, self.ignored)
+        self.comparison = None
+        if len(jobs) > 1:
+            self.comparison = Comparison(len(jobs), lambda: load_analyser(setup.checkpoint))
+        self.session = Session(setup, self.photographs, stages, console, len(jobs))
 
     def stop(self) -> None:
         """End `sample` within one step. Another thread calls it."""
@@ -73,22 +100,23 @@ class Worker:
 
 
 class Pool:
-    """`workers` on Ray, with `gpus` each, that share the tasks of an order."""
+    """`workers` on Ray, with `gpus` each, that share the tasks of a request."""
 
-    def __init__(self, order: Order, workers: int, gpus: int, console: Console):
-        self._order, self._console = order, console
-        self._comparison = Comparison(len(order.jobs), load_analyser=lambda: None)
-        self._pending = dict.fromkeys(order.jobs)
+    def __init__(self, request: Request, workers: int, gpus: int, console: Console):
+        self._request, self._console = request, console
+        self._comparison = Comparison(len(request.jobs), load_analyser=lambda: None)
+        self._pending = dict.fromkeys(request.jobs)
         self._warn = functools.cache(logging.getLogger("teacache").warning)  # each text once
-        self._queue = deque(tasks(order.jobs, workers))
+        self._queue = deque(tasks(request.jobs, workers))
         self._calls: dict[Any, tuple[Any, tuple[Job, ...]]] = {}  # worker and task of each call
-        known = [] if order.resume else [path.name for path in order.output_path.glob("*.json")]
-        self._arguments = replace(order, resume=True, ignored=frozenset(known)), Path.cwd()
+        output = request.options.output_path
+        known = [] if request.resume else [path.name for path in output.glob("*.json")]
+        self._arguments = request, Path.cwd(), frozenset(known)
         # A second thread for `stop`. SPREAD uses all machines, also without GPUs.
         options: dict[str, Any] = {"num_gpus": gpus, "concurrency_groups": {"stop": 1}}
         options |= {"scheduling_strategy": "SPREAD", "max_restarts": -1, "max_task_retries": 2}
         self._actor: Any = ray.remote(**options)(Worker)
-        for _ in range(min(workers, len(order.jobs))):
+        for _ in range(min(workers, len(request.jobs))):
             self._give(self._actor.remote(*self._arguments), ())
 
     def run(self) -> None:
@@ -97,7 +125,7 @@ class Pool:
         Raises:
             TeaCacheError: in one line, if a machine cannot sample, or videos failed.
         """
-        count = len(self._order.jobs)
+        count = len(self._request.jobs)
         try:
             while self._pending:
                 for worker, task, error in self._ended(seconds=1):
@@ -114,7 +142,9 @@ class Pool:
             raise
         finally:
             if count > 1:
-                write_report(self._comparison, self._order, self._console)
+                write_report(
+                    self._comparison, self._request.options.output_path, count, self._console
+                )
         if failed := count - len(self._comparison.videos):
             raise SamplingError(
                 f"{failed} of {count} videos failed, see above: --resume tries them again"
@@ -138,8 +168,8 @@ class Pool:
                     self._warn(warning)
                 if job in self._pending:  # else a repeated task returned it again
                     del self._pending[job]
-                    self._comparison.add_earlier(self._order.jobs.index(job), path, record)
-                    line = f"{len(self._comparison.videos)} of {len(self._order.jobs)}  {path}"
+                    self._comparison.add_earlier(self._request.jobs.index(job), path, record)
+                    line = f"{len(self._comparison.videos)} of {len(self._request.jobs)}  {path}"
                     self._console.done(path, line)
 
     def _after_task(self, worker: Any, task: tuple[Job, ...], error: Exception | None) -> None:

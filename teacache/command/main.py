@@ -10,6 +10,7 @@ from teacache.base import interruption
 from teacache.base.console import Console, Stages
 from teacache.base.environment import prepare_environment
 from teacache.base.quiet import allow_any_encoding, silence_libraries
+from teacache.inputs.photograph_store import PhotographStore
 from teacache.parallel.launch import (
     check_variables,
     is_one_of_several,
@@ -20,7 +21,8 @@ from teacache.parallel.launch import (
 )
 from teacache.preflight.checks import check_ranks, preflight
 from teacache.request.arguments import parse_arguments
-from teacache.request.values import Order
+from teacache.request.values import Request
+from teacache.results.output_folder import prepared_folder
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,14 +35,14 @@ def main(argv: list[str] | None = None) -> int:
             return code
         args.num_gpus = world_size()
     elif args.num_gpus > 1 and not args.plan:
-        return interruption.run_command(lambda: check_ranks(Order.of(args))) or launch(
+        return interruption.run_command(lambda: check_ranks(Request.of(args).options)) or launch(
             args.num_gpus, main, argv
         )
     console = Console(args.quiet)
 
     def work() -> None:
         if rank() > 0:
-            if Order.of(args).jobs:
+            if Request.of(args).jobs:
                 prepare_environment()
                 from teacache.run.other_ranks import help_denoising
 
@@ -49,11 +51,11 @@ def main(argv: list[str] | None = None) -> int:
             prepare_environment()
             from teacache.command.plan import show
 
-            show(Order.of(args))
+            show(Request.of(args))
         else:
             if args.drawn:
                 console.say(f"seed        {' '.join(map(str, args.seed))}, drawn")
-            sample(Order.of(args), console)
+            sample(Request.of(args), console)
 
     if is_one_of_several():
         return run_as_rank(work, helping=rank() > 0)
@@ -67,15 +69,17 @@ def run_and_exit() -> NoReturn:
     sys.exit(code)
 
 
-def sample(order: Order, console: Console) -> None:
+def sample(request: Request, console: Console) -> None:
     """Check the request, then sample every job."""
-    if not order.jobs:
-        console.say(f"shard {order.shard} has nothing to do: {len(order.all_jobs)} videos in all")
+    if not request.jobs:
+        videos = len(request.all_jobs)
+        console.say(f"shard {request.shard} has nothing to do: {videos} videos in all")
         return
-    stages = Stages(console)
-    ready = preflight(order, stages)
-    if ready.memory:
-        console.say(ready.memory)
-    with stages.stage("diffusers"):
-        from teacache.run.loop import run
-    run(order, ready, stages, console)
+    stages, photographs = Stages(console), PhotographStore()
+    with prepared_folder(request.options.output_path):
+        setup, shots = preflight(request, photographs, stages)
+        if setup.memory:
+            console.say(setup.memory)
+        with stages.stage("diffusers"):
+            from teacache.run.loop import run
+        run(request, setup, shots, photographs, stages, console)

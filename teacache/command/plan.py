@@ -9,32 +9,33 @@ from teacache.checkpoint.size import video_size
 from teacache.comparison.tables import aligned
 from teacache.core.ranks import ALONE
 from teacache.core.rule import Schedule
-from teacache.preflight.checks import find_checkpoint, plan_jobs, ranks_of
+from teacache.preflight.checks import find_checkpoint, plan, ranks_of
 from teacache.preflight.machine import choose_device, choose_dtype
-from teacache.request.values import Order
+from teacache.request.values import Request
 
 
-def show(order: Order) -> None:
+def show(request: Request) -> None:
     """Print the computed steps of each setting.
 
     Raises:
         CheckpointError: if the checkpoint is not downloaded.
     """
-    checkpoint = find_checkpoint(order.ckpts_path, complete=False)
+    options = request.options
+    checkpoint = find_checkpoint(options.ckpts_path, complete=False)
     if checkpoint is None:
         raise CheckpointError(
-            f"--plan reads a checkpoint folder: {order.ckpts_path} is not here yet"
+            f"--plan reads a checkpoint folder: {options.ckpts_path} is not here yet"
         )
-    device = choose_device(order.machine.device)
+    machine, form = options.machine, options.format
+    device = choose_device(machine.device)
     # A full-size checkpoint is planned for sampling on a GPU, even on a machine without one.
-    for_gpu = order.machine.dtype == "auto" and is_full_size(checkpoint)
-    dtype = choose_dtype("bfloat16" if for_gpu else order.machine.dtype, device)
-    form = order.format
+    for_gpu = machine.dtype == "auto" and is_full_size(checkpoint)
+    dtype = choose_dtype("bfloat16" if for_gpu else machine.dtype, device)
     size = video_size(checkpoint, form.width, form.height, form.num_frames)
-    ranks = ranks_of(order, checkpoint, size)
-    planned = plan_jobs(order, checkpoint, device, dtype)
-    rows = [(job.schedule or f"{job.rel_l1_thresh:g}", plan) for job, plan in planned.items()]
-    print_now(describe(list(dict.fromkeys(rows))))
+    ranks = ranks_of(options, checkpoint, size)
+    names = [job.schedule or f"{job.rel_l1_thresh:g}" for job in request.all_jobs]
+    schedules = plan(request.all_jobs, options, checkpoint, device, dtype)
+    print_now(describe(list(dict.fromkeys(zip(names, schedules, strict=True)))))
     if ranks != ALONE:
         print_now(f"on {ranks}")
 

@@ -6,6 +6,7 @@ import argparse
 import datetime
 import logging
 import sys
+from collections.abc import Sequence
 
 from teacache.base.console import Console, Stages
 from teacache.base.errors import ArgumentError
@@ -13,11 +14,14 @@ from teacache.base.files import written_whole
 from teacache.base.interruption import run_command
 from teacache.base.quiet import silence_libraries
 from teacache.checkpoint.folder import read_json
-from teacache.preflight.checks import Ready, preflight
+from teacache.inputs.photograph_store import PhotographStore
+from teacache.preflight.checks import preflight
+from teacache.preflight.setup import Setup, Shot
 from teacache.request import readers
 from teacache.request.arguments import OneLineParser, build_parser, choose_inputs
 from teacache.request.flags import add_flags
-from teacache.request.values import Order
+from teacache.request.values import Request
+from teacache.results.output_folder import prepared_folder
 from teacache.results.record import versions, write_json
 
 logger = logging.getLogger(__name__)
@@ -30,7 +34,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run the fit. Returns its exit code, as the sampler's command does."""
     args = _parse(argv)
     silence_libraries()
-    return run_command(lambda: fit_coefficients(args))
+
+    def work() -> None:
+        with prepared_folder(args.output_path):
+            fit_coefficients(args)
+
+    return run_command(work)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -58,33 +67,33 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 def fit_coefficients(args: argparse.Namespace) -> None:
     """Measure the videos, fit the polynomial, and write the coefficients."""
     console = Console(quiet=False)
-    stages = Stages(console)
-    order = Order.of(args)
-    numbers = {job.num_infer_steps for job in order.jobs}
+    stages, photographs = Stages(console), PhotographStore()
+    request = Request.of(args)
+    numbers = {job.num_infer_steps for job in request.jobs}
     if len(numbers) > 1 or min(numbers) < LEAST_STEPS:
         raise ArgumentError(
             f"--num_infer_steps: a fit needs one number, {LEAST_STEPS} or more: found "
             f"{', '.join(map(str, sorted(numbers)))}"
         )
     steps = numbers.pop()
-    ready = preflight(order, stages)
-    changes = _measure(order, ready, stages, console)
+    setup, shots = preflight(request, photographs, stages)
+    changes = _measure(setup, shots, photographs, stages, console)
     from teacache.fit.residuals import fit  # imports torch: not for `--help`
 
-    distances = next(iter(ready.schedules.values())).distances
-    coefficients, r2 = fit(distances, changes, f"fitted on {order.ckpts_path} at {steps} steps")
+    distances = shots[0].schedule.distances
+    coefficients, r2 = fit(distances, changes, f"fitted on {args.ckpts_path} at {steps} steps")
     if r2 < POOR:
         logger.warning(
             "R2 is %.2f: the polynomial explains little of the change of the residual, and a "
             "threshold with these coefficients says little about this model",
             r2,
         )
-    scheduler = read_json(ready.checkpoint / "scheduler" / "scheduler_config.json")
+    scheduler = read_json(setup.checkpoint / "scheduler" / "scheduler_config.json")
     provenance = {
         "r2": round(r2, 4),
         "videos": len(changes),
-        "checkpoint": order.ckpts_path,
-        "checkpoint_sha256": ready.checkpoint_sha256,
+        "checkpoint": args.ckpts_path,
+        "checkpoint_sha256": setup.checkpoint_sha256,
         "scheduler": scheduler.get("_class_name"),
         "num_infer_steps": steps,
         "versions": versions(),
@@ -95,24 +104,33 @@ def fit_coefficients(args: argparse.Namespace) -> None:
     console.say(f"coefficients {args.output}, R2 {r2:.2f}")
 
 
-def _measure(order: Order, ready: Ready, stages: Stages, console: Console) -> list[list[float]]:
+def _measure(
+    setup: Setup,
+    shots: Sequence[Shot],
+    photographs: PhotographStore,
+    stages: Stages,
+    console: Console,
+) -> list[list[float]]:
     """Sample the videos; return the changes of each, see `residual_changes`."""
-    from teacache.core.forward import apply_teacache
     from teacache.fit.residuals import residual_changes
-    from teacache.run.loop import condition, load
+    from teacache.run.conditions import Conditions
+    from teacache.run.models import open_models
     from teacache.sampling.sampler import Loop, prepare
 
-    identities, texts = condition(list(order.jobs), order, ready, stages)
+    conditions = Conditions(setup, photographs, stages).of(shots)
     with stages.stage("loading"):
-        pipe = load(order, ready)
+        models = open_models(setup)
+    models.handle.rel_l1_thresh = 0
+    device, guidance_scale = setup.device, setup.options.format.guidance_scale
     changes = []
-    with apply_teacache(pipe, rel_l1_thresh=0):  # its forward takes less memory
-        for number, job in enumerate(order.jobs):
-            steps = job.num_infer_steps
-            start = prepare(pipe, identities[job.image], ready.size, job.seed)
-            loop = Loop(pipe, start, texts[job], ready.size, steps, order.format.guidance_scale)
-            with console.bar(steps, what=f"video {number + 1} of {len(order.jobs)}") as on_step:
-                changes.append(residual_changes(pipe.transformer, loop, steps, on_step))
+    for number, (shot, condition) in enumerate(zip(shots, conditions, strict=True)):
+        steps = shot.job.num_infer_steps
+        identity = condition.identity(device)
+        start = prepare(models.pipe, identity, setup.size, shot.job.seed)
+        text = condition.text(device)
+        loop = Loop(models.pipe, start, text, setup.size, steps, guidance_scale)
+        with console.bar(steps, what=f"video {number + 1} of {len(shots)}") as on_step:
+            changes.append(residual_changes(models.pipe.transformer, loop, steps, on_step))
     return changes
 
 

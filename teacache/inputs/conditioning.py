@@ -20,15 +20,13 @@ from teacache.base.errors import without_credentials
 from teacache.checkpoint.pipeline import load_pipeline
 from teacache.inputs import identity as faces
 from teacache.inputs.embedding_cache import fingerprint
-from teacache.inputs.photograph import pixels_sha256
 from teacache.inputs.text import EmbeddedText, embed_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from PIL import Image
-
     from teacache.inputs.embedding_cache import EmbeddingCache
+    from teacache.inputs.photograph_store import Photograph, PhotographStore
 
 TEXT_PACKAGES = ("torch", "transformers", "diffusers", "sentencepiece")
 # Some packages have several names; one of them is installed.
@@ -58,54 +56,53 @@ class Conditioning:
         self.offload, self.cache = offload, cache
         self._fingerprints: dict[str, str] = {}
 
-    def find_identities(self, images: dict[str, Image.Image]) -> dict[str, faces.Identity]:
-        """The identity in each image, by the image's source.
+    def find_faces(
+        self, sources: Iterable[str], photographs: PhotographStore
+    ) -> dict[str, dict[str, torch.Tensor]]:
+        """The face in each photograph as `teacache.inputs.identity.as_tensors`, by its source.
 
         Raises:
-            ImageError: where an image has no face.
+            ImageError: where a photograph has no face.
         """
-        keys = {source: self.face_key(image) for source, image in images.items()}
-        identities = {}
-        for source, key in keys.items():
-            if entry := self.cache.get(key, faces.TENSORS):
-                identities[source] = faces.from_tensors(entry, self.device)
-        missing = [source for source in images if source not in identities]
-        if missing:
+        keys = {source: self.face_key(photographs.look_at(source)) for source in sources}
+        found = {source: self.cache.get(key, faces.TENSORS) for source, key in keys.items()}
+        result = {source: tensors for source, tensors in found.items() if tensors}
+        if missing := [source for source in keys if source not in result]:
             models = faces.load_face_models(self.checkpoint, self.device, self.dtype)
             for source in missing:
                 name = f"--image {without_credentials(source)}"
-                identities[source] = faces.find_identity(
-                    images[source], models, self.device, self.dtype, name
-                )
-                self.cache.put(keys[source], faces.as_tensors(identities[source]))
+                image = photographs.load(source)
+                identity = faces.find_identity(image, models, self.device, self.dtype, name)
+                result[source] = faces.as_tensors(identity)
+                self.cache.put(keys[source], result[source])
             del models
             devices.free_cached_memory(self.device)
-        return identities
+        return result
 
     def embed_texts(self, texts: Iterable[str]) -> dict[str, EmbeddedText]:
-        """The embeddings of each text."""
+        """The embeddings of each text, on the host."""
         keys = {text: self.text_key(text) for text in texts}
         embedded = {}
         for text, key in keys.items():
             if entry := self.cache.get(key, ("embeds", "lost")):
                 lost = bytes(entry["lost"].tolist()).decode()
-                embedded[text] = EmbeddedText(entry["embeds"].to(self.device), lost)
-        missing = [text for text in keys if text not in embedded]
-        if missing:
+                embedded[text] = EmbeddedText(entry["embeds"], lost)
+        if missing := [text for text in keys if text not in embedded]:
             pipe = load_pipeline(
                 self.checkpoint, self.device, self.dtype, self.offload, parts=("text_encoder",)
             )
             for text in missing:
-                embeds, lost = embedded[text] = embed_text(pipe, text)
+                embeds, lost = embed_text(pipe, text)
+                embedded[text] = EmbeddedText(embeds.cpu(), lost)
                 as_bytes = torch.tensor(list(lost.encode()), dtype=torch.uint8)
-                self.cache.put(keys[text], {"embeds": embeds, "lost": as_bytes})
+                self.cache.put(keys[text], {"embeds": embedded[text].embeds, "lost": as_bytes})
             del pipe
             devices.free_cached_memory(self.device)
         return embedded
 
-    def face_key(self, image: Image.Image) -> dict[str, str]:
+    def face_key(self, photograph: Photograph) -> dict[str, str]:
         """The cache key of a face: all that its embeddings depend on."""
-        pixels = f"{image.width}x{image.height} {pixels_sha256(image)}"
+        pixels = f"{photograph.width}x{photograph.height} {photograph.sha256}"
         return {**self._key("face_encoder", packages=FACE_PACKAGES), "image": pixels}
 
     def text_key(self, text: str) -> dict[str, str]:

@@ -61,10 +61,10 @@ class FaceModels(NamedTuple):
 
 
 def as_tensors(identity: Identity) -> dict[str, torch.Tensor]:
-    """An identity as named tensors, for a safetensors file."""
-    hidden = {f"id_vit_hidden_{n}": tensor for n, tensor in enumerate(identity.id_vit_hidden)}
+    """An identity as named tensors on the host, for a safetensors file."""
+    hidden = {f"id_vit_hidden_{n}": each.cpu() for n, each in enumerate(identity.id_vit_hidden)}
     return {
-        "id_cond": identity.id_cond,
+        "id_cond": identity.id_cond.cpu(),
         **hidden,
         "face": torch.from_numpy(np.array(identity.face)),  # [512, 512, 3], uint8
         "kps": torch.from_numpy(np.array(identity.kps)),

@@ -21,13 +21,17 @@ MOST_BYTES = 50 * 10**6  # of a download
 MOST_PIXELS = 100 * 10**6  # of any image; decoded, they take 300 MB
 
 
-def load_image(source: str) -> Image.Image:
+def load_image(source: str, content: bytes | None = None, warn: bool = True) -> Image.Image:
     """The image at a URL or a path, upright and in RGB; `astronaut` is scikit-image's photograph.
 
     Of an animation the first frame is read. Transparent pixels become white.
 
+    Args:
+        content: of the URL.
+        warn: whether to warn about an animation.
+
     Raises:
-        ImageError: where it cannot be fetched or read, or is too large.
+        ImageError: where it cannot be read, or is too large.
     """
     # Late, for a fast `--help` and fast argument errors.
     from PIL import Image, UnidentifiedImageError
@@ -37,12 +41,12 @@ def load_image(source: str) -> Image.Image:
 
         return Image.fromarray(skimage.data.astronaut())
     name = f"--image {without_credentials(source)}"
-    file = io.BytesIO(_fetch(source, name)) if "://" in source else Path(source)
+    file = Path(source) if content is None else io.BytesIO(content)
     try:
         with Image.open(file) as image:
             if image.width * image.height > MOST_PIXELS:  # known from the header
                 raise Image.DecompressionBombError
-            if (frames := getattr(image, "n_frames", 1)) > 1:
+            if warn and (frames := getattr(image, "n_frames", 1)) > 1:
                 logger.warning("%s has %d frames: the first is taken", name, frames)
             return upright_rgb(image)
     except Image.DecompressionBombError:
@@ -78,14 +82,15 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(paper, upright.convert("RGBA")).convert("RGB")
 
 
-def _fetch(url: str, name: str) -> bytes:
+def fetch(url: str) -> bytes:
     """The content of a URL. Connecting and each read have their own time limits.
 
-    Args:
-        name: of the image, for messages.
+    Raises:
+        ImageError: where it cannot be fetched, is too large, or is a page of text.
     """
     import requests
 
+    name = f"--image {without_credentials(url)}"
     body = bytearray()
     try:
         with requests.get(url, timeout=(CONNECT_SECONDS, READ_SECONDS), stream=True) as answer:

@@ -1,6 +1,6 @@
 """All checks before models are loaded, the fastest first.
 
-The order of the checks: output folder and checkpoint files need no import; the device needs torch;
+The order of the checks: checkpoint files need no import; the device needs torch;
 the cache folder of compilation must be set before diffusers is imported; images are downloaded
 before the 20 GB of a checkpoint; the size of the video needs the checkpoint; timesteps, schedules
 and attention need parts of diffusers.
@@ -8,7 +8,7 @@ and attention need parts of diffusers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,109 +26,102 @@ from teacache.checkpoint.size import Architecture, VideoSize, check_memory, vide
 from teacache.core.ranks import ALONE, Ranks
 from teacache.core.rule import Schedule, schedule
 from teacache.inputs.embedding_cache import fingerprint
-from teacache.inputs.photograph import load_image, pixels_sha256
+from teacache.inputs.photograph_store import PhotographStore
 from teacache.parallel.division import divide
-from teacache.request.jobs_file import Job
-from teacache.request.values import Machine, Order
-from teacache.results.output_folder import check_space, prepare_folder
+from teacache.preflight.setup import Setup, Shot
+from teacache.request.job import Job
+from teacache.request.values import Machine, Options, Request
+from teacache.results.output_folder import check_space
 from teacache.results.video import check_encoder
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
 
 
-@dataclass(frozen=True)
-class Ready:
-    """The values that the checks of an order determine.
+def preflight(
+    request: Request, photographs: PhotographStore, stages: Stages
+) -> tuple[Setup, list[Shot]]:
+    """Check a request on this machine, whose output folder is there.
 
-    Attributes:
-        checkpoint: its folder, complete.
-        checkpoint_sha256: digest of the transformer's files.
-        images: the photograph of each job, by the image's source.
-        digests: sha256 of each image's pixels, by the image's source.
-        machine: the order's, without `auto`.
-        memory: the memory plan in one line; empty on a CPU.
-        backend: of the attention, see `teacache.sampling.attention.choose_backend`.
-        scheduler: `dpm` or `ddim`.
-        ranks: how several GPUs share each denoising step.
-        schedules: of each job.
-    """
-
-    checkpoint: Path
-    checkpoint_sha256: str
-    images: dict[str, Image.Image]
-    digests: dict[str, str]
-    size: VideoSize
-    device: torch.device
-    dtype: torch.dtype
-    machine: Machine
-    memory: str
-    backend: str
-    scheduler: str
-    ranks: Ranks
-    schedules: dict[Job, Schedule]
-
-
-def preflight(order: Order, stages: Stages) -> Ready:
-    """Check an order on this machine.
+    Returns:
+        the setup, and a shot for each of the request's jobs, in their order.
 
     Raises:
         TeaCacheError: in one line, for the first check that fails.
     """
-    machine, form = order.machine, order.format
-    prepare_folder(order.output_path)
+    options, jobs = request.options, request.jobs
+    asked, form = options.machine, options.format
     prepare_environment()
     check_encoder()
     with stages.stage("checkpoint"):
-        checkpoint = find_checkpoint(order.ckpts_path)
+        checkpoint = find_checkpoint(options.ckpts_path)
     full_size = checkpoint is None or is_full_size(checkpoint)
     with stages.stage("torch"):
         from teacache.preflight.card import fit_to_card
         from teacache.preflight.machine import check_number, choose_device, choose_dtype
         from teacache.sampling.acceleration import prepare_acceleration
 
-        device = choose_device(machine.device, full_size, machine.offload)
-        check_number(machine.num_gpus, device)
-        dtype = choose_dtype(machine.dtype, device)
-        prepare_acceleration(machine.compile, machine.quantize, machine.offload, device, dtype)
+        device = choose_device(asked.device, full_size, asked.offload)
+        check_number(asked.num_gpus, device)
+        dtype = choose_dtype(asked.dtype, device)
+        prepare_acceleration(asked.compile, asked.quantize, asked.offload, device, dtype)
     with stages.stage("image"):
-        sources = dict.fromkeys(job.image for job in order.jobs)
-        images = {source: load_image(source) for source in sources}
+        for job in jobs:
+            photographs.look_at(job.image)
     if checkpoint is None:
         with stages.stage("download"):
-            checkpoint = download_checkpoint(order.ckpts_path)
+            checkpoint = download_checkpoint(options.ckpts_path)
     size = video_size(checkpoint, form.width, form.height, form.num_frames)
     check_memory(size)
-    for source, _ in order.loras:
+    for source, _ in options.loras:
         from teacache.sampling.lora import check_lora, lora_file
 
         check_lora(source, lora_file(source), checkpoint)
-    ranks = ranks_of(order, checkpoint, size)
-    check_space(order.output_path, size.width * size.height, size.num_frames, len(order.jobs))
+    ranks = ranks_of(options, checkpoint, size)
+    check_space(options.output_path, size.width * size.height, size.num_frames, len(jobs))
     with stages.stage("schedule"):
         from teacache.checkpoint.distances import scheduler_name
 
-        schedules = plan_jobs(order, checkpoint, device, dtype)
-        backend = _choose_backend(machine, ranks, device, dtype)
-    machine, memory = fit_to_card(machine, checkpoint, size, form.guidance_scale > 1, device, dtype)
-    if order.loras and machine.offload == "sequential":
+        shots = shots_of(jobs, options, checkpoint, device, dtype, photographs)
+        backend = _choose_backend(asked, ranks, device, dtype)
+    guided = form.guidance_scale > 1
+    machine, memory = fit_to_card(asked, checkpoint, size, guided, device, dtype)
+    if options.loras and machine.offload == "sequential":
         raise ArgumentError("--lora does not go with --offload sequential: --offload blocks does")
-    return Ready(
+    setup = Setup(
+        options=options,
         checkpoint=checkpoint,
         checkpoint_sha256=fingerprint(weight_files(checkpoint / "transformer"), times=False),
-        images=images,
-        digests={source: pixels_sha256(image) for source, image in images.items()},
         size=size,
         device=device,
         dtype=dtype,
         machine=machine,
         memory=memory,
         backend=backend,
-        scheduler=order.scheduler or scheduler_name(checkpoint),
+        scheduler=options.scheduler or scheduler_name(checkpoint),
         ranks=ranks,
-        schedules=schedules,
     )
+    return setup, shots
+
+
+def shots_of(
+    jobs: Sequence[Job],
+    options: Options,
+    checkpoint: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    photographs: PhotographStore,
+) -> list[Shot]:
+    """A shot for each job.
+
+    Raises:
+        TeaCacheError: as `PhotographStore.look_at` and `plan`.
+    """
+    schedules = plan(jobs, options, checkpoint, device, dtype)
+    return [
+        Shot(job, photographs.look_at(job.image).sha256, schedule)
+        for job, schedule in zip(jobs, schedules, strict=True)
+    ]
 
 
 def _choose_backend(
@@ -144,27 +137,27 @@ def _choose_backend(
     return backend
 
 
-def check_ranks(order: Order) -> None:
-    """Raise TeaCacheError if the order's GPUs cannot share a step.
+def check_ranks(options: Options) -> None:
+    """Raise TeaCacheError if the GPUs cannot share a step.
 
     The command calls it before it starts the ranks. If the checkpoint is not downloaded yet, the
-    first rank checks it in `preflight`.
+    first rank checks.
     """
     prepare_environment()
-    checkpoint = find_checkpoint(order.ckpts_path)
+    checkpoint = find_checkpoint(options.ckpts_path)
     if checkpoint is not None:
-        form = order.format
+        form = options.format
         size = video_size(checkpoint, form.width, form.height, form.num_frames)
-        ranks_of(order, checkpoint, size)
+        ranks_of(options, checkpoint, size)
 
 
-def ranks_of(order: Order, checkpoint: Path, size: VideoSize) -> Ranks:
-    """How the order's GPUs share each denoising step.
+def ranks_of(options: Options, checkpoint: Path, size: VideoSize) -> Ranks:
+    """How GPUs share each denoising step.
 
     Raises:
         ArgumentError: if they cannot, naming the nearest valid numbers.
     """
-    machine = order.machine
+    machine = options.machine
     if machine.num_gpus == 1:
         return ALONE
     if machine.offload not in ("auto", "none"):
@@ -175,7 +168,7 @@ def ranks_of(order: Order, checkpoint: Path, size: VideoSize) -> Ranks:
     model = Architecture.of(checkpoint)
     return divide(
         machine.num_gpus,
-        guided=order.format.guidance_scale > 1,
+        guided=options.format.guidance_scale > 1,
         heads=model.heads,
         text=model.text_tokens,
         video=model.video_tokens(size),
@@ -203,10 +196,14 @@ def find_checkpoint(name: str, complete: bool = True) -> Path | None:
     return checkpoint
 
 
-def plan_jobs(
-    order: Order, checkpoint: Path, device: torch.device, dtype: torch.dtype
-) -> dict[Job, Schedule]:
-    """The schedule of each job, also of other shards, whose finished videos are recognised by it.
+def plan(
+    jobs: Sequence[Job],
+    options: Options,
+    checkpoint: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[Schedule]:
+    """The schedule of each job.
 
     Raises:
         ArgumentError: if the scheduler has fewer steps, a listed step is out of range, or the
@@ -215,18 +212,18 @@ def plan_jobs(
     from teacache.checkpoint.distances import load_scheduler, step_distances
     from teacache.core.forecast import check_scheduler
 
-    scheduler = load_scheduler(checkpoint, order.scheduler)
-    if any(job.reuse == "forecast" for job in order.all_jobs):
+    scheduler = load_scheduler(checkpoint, options.scheduler)
+    if any(job.reuse == "forecast" for job in jobs):
         check_scheduler(scheduler)
-    fixed = checkpoint, scheduler, order.format.guidance_scale, device, dtype
-    return {
-        job: schedule(
+    fixed = checkpoint, scheduler, options.format.guidance_scale, device, dtype
+    return [
+        schedule(
             step_distances(*fixed, job.num_infer_steps),
             job.rel_l1_thresh,
-            order.coefficients,
-            order.limits,
+            options.coefficients,
+            options.limits,
             reuse=job.reuse,
             computed_steps=job.steps if job.computed_steps is None else job.computed_steps,
         )
-        for job in order.all_jobs
-    }
+        for job in jobs
+    ]

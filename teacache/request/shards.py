@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from teacache.request.jobs_file import Job
+from teacache.request.job import Job
 from teacache.request.readers import Shard
 
 MAX_TASK = 32  # jobs; the embeddings of each prompt take 8 MB at full size

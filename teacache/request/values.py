@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from teacache.core.rule import Coefficients, Limits
-from teacache.request.jobs_file import CHOICES, FIELDS, Job, read_jobs
+from teacache.request.job import Job
+from teacache.request.jobs_file import CHOICES, FIELDS, read_jobs
 from teacache.request.readers import Shard
 from teacache.request.shards import part_of
 
@@ -43,74 +43,54 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Order:
+class Options:
+    """The part of a request that is the same for all its videos."""
+
+    ckpts_path: str
+    output_path: Path
+    format: Format
+    machine: Machine
+    scheduler: str | None
+    coefficients: Coefficients
+    limits: Limits
+    loras: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class Request:
     """The whole request.
 
     Attributes:
         jobs: the videos of this run.
         all_jobs: the videos of all shards; without `--shard` the same as `jobs`.
-        ignored: file names of records that do not count as finished videos.
     """
 
+    options: Options
     jobs: tuple[Job, ...]
     all_jobs: tuple[Job, ...]
     shard: Shard | None
-    format: Format
-    machine: Machine
-    coefficients: Coefficients
-    limits: Limits
-    scheduler: str | None
-    ckpts_path: str
-    output_path: Path
     resume: bool
-    loras: tuple[tuple[str, float], ...]
-    ignored: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, args: argparse.Namespace) -> Order:
+    def of(cls, args: argparse.Namespace) -> Request:
         """The request of parsed arguments, see `teacache.request.arguments`.
 
         Raises:
             ArgumentError: naming the line of `--jobs` and what is wrong with it.
         """
         jobs = _jobs_of(args)
-        return cls(
-            jobs=tuple(part_of(jobs, args.shard)) if args.shard else jobs,
-            all_jobs=jobs,
-            shard=args.shard,
-            format=Format(**_fields_of(Format, args)),
-            machine=Machine(**_fields_of(Machine, args)),
-            coefficients=args.coefficients,
-            limits=Limits(**_fields_of(Limits, args)),
-            scheduler=args.scheduler,
+        options = Options(
             ckpts_path=args.ckpts_path,
             output_path=args.output_path,
-            resume=args.resume,
+            format=Format(**_fields_of(Format, args)),
+            machine=Machine(**_fields_of(Machine, args)),
+            scheduler=args.scheduler,
+            coefficients=args.coefficients,
+            limits=Limits(**_fields_of(Limits, args)),
             loras=tuple(args.lora),
         )
-
-
-def in_order(jobs: Sequence[Job], digests: dict[str, str]) -> list[Job]:
-    """Sort jobs by face and seed, then by prompt and steps, with threshold 0 first in its group.
-
-    The other videos of a group are compared with threshold 0.
-
-    Args:
-        digests: of each image's pixels, by the image's source.
-    """
-
-    def keys(job: Job) -> tuple[tuple[object, ...], ...]:
-        """Equal for jobs with the same noise, and for jobs of the same group."""
-        noise = digests[job.image], job.seed
-        return noise, (*noise, job.prompt, job.negative_prompt, job.num_infer_steps)
-
-    first: dict[tuple[object, ...], int] = {}  # index of the first job with a key
-    for index, job in enumerate(jobs):
-        for key in keys(job):
-            first.setdefault(key, index)
-    return sorted(
-        jobs, key=lambda job: (*map(first.__getitem__, keys(job)), job.rel_l1_thresh != 0)
-    )
+        own = tuple(part_of(jobs, args.shard)) if args.shard else jobs
+        return cls(options, own, jobs, args.shard, args.resume)
 
 
 def _fields_of(kind: type, args: argparse.Namespace) -> dict[str, Any]:

@@ -17,12 +17,14 @@ LATENTS_ENDING = ".latents.safetensors"
 ENDINGS = (".mp4", ".json", ".md", ".png", LATENTS_ENDING)  # of all files that a name may have
 
 
-def prepare_folder(folder: Path) -> None:
-    """Create the output folder where it is missing.
+@contextlib.contextmanager
+def prepared_folder(folder: Path) -> Iterator[None]:
+    """Create the output folder where it is missing. If the block leaves it empty, remove it again.
 
     Raises:
         OutputError: where it cannot be created or written to.
     """
+    created = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -31,6 +33,12 @@ def prepare_folder(folder: Path) -> None:
         raise OutputError(f"--output_path {folder} cannot be made: {reason(error)}") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"--output_path {folder} cannot be written to")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # not empty
+            for path in created:
+                path.rmdir()
 
 
 def check_space(folder: Path, frame_pixels: int, num_frames: int, videos: int) -> None:

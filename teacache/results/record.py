@@ -111,7 +111,7 @@ class Record:
 
     distances: None where they are not finite, since JSON has no NaN; these steps are among the
     `extrapolated_steps`. computed_step_seconds, reused_step_seconds: medians. command: makes the
-    video again.
+    video again. video_bytes: size of the mp4.
     """
 
     settings: Settings
@@ -130,6 +130,7 @@ class Record:
     quality: Quality | None = None
     peak_reserved_bytes: int | None = None
     command: str | None = None
+    video_bytes: int | None = None
 
     @property
     def latency(self) -> float:

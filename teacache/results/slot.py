@@ -69,9 +69,10 @@ class Slot:
         if self._latents:
             self.latents_note = f"The latents are kept in {self._latents}, try again with --resume"
 
-    def write(self, frames: list[Image.Image]) -> None:
-        """Encode the frames into the temporary mp4."""
+    def write(self, frames: list[Image.Image]) -> int:
+        """Encode the frames into the temporary mp4; return its size in bytes."""
         write_video(frames, self._mp4)
+        return self._mp4.stat().st_size
 
     def finish(self, record: Record) -> None:
         """Write the temporary record. At the end of the block both files get their names."""

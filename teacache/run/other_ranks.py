@@ -9,64 +9,39 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
 
 from teacache.base.console import Console, Stages
-from teacache.core.forward import apply_teacache
-from teacache.core.ranks import ALONE, Ranks
-from teacache.core.rule import Schedule
-from teacache.inputs.text import Text
+from teacache.core.ranks import ALONE
 from teacache.parallel import group
-from teacache.preflight.checks import Ready
 from teacache.preflight.machine import choose_device
-from teacache.request.values import Order
+from teacache.preflight.setup import Setup
 from teacache.run.memory import explained_out_of_memory
-from teacache.run.models import load
-from teacache.sampling import sampler
-from teacache.sampling.sampler import Start
-
-if TYPE_CHECKING:
-    from diffusers import ConsisIDTransformer3DModel
-
-
-class Task(NamedTuple):
-    """The inputs of denoising that the first rank broadcasts; tensors on the CPU."""
-
-    schedule: Schedule | None
-    start: Start
-    text: Text
-    num_infer_steps: int
+from teacache.run.models import Task, denoise, open_models
 
 
 class OtherRanks:
     """The first rank's connection to the others. Does nothing on a single GPU."""
 
-    def __init__(self, ready: Ready):
-        self._shared, self._device = ready.ranks, ready.device
-        self._alone = ready.ranks == ALONE
+    def __init__(self, setup: Setup):
+        self._setup, self._begun = setup, False
+        self._alone = setup.ranks == ALONE
         if not self._alone:
-            group.connect(self._device)
+            group.connect(setup.device)
 
-    def begin(self, order: Order, ready: Ready) -> None:
+    def begin(self) -> None:
         """Let the others load the transformer, with the results of this rank's checks."""
-        if not self._alone:
-            group.broadcast((order, dataclasses.replace(ready, images={}, digests={})))
+        if not self._alone and not self._begun:
+            group.broadcast(self._setup)
+        self._begun = True
 
-    def join(self, transformer: ConsisIDTransformer3DModel) -> Ranks:
-        """Connect the transformer's attention to that of the others."""
-        if self._alone:
-            return ALONE
-        return group.join(transformer, self._shared, self._device)
-
-    def denoise(
-        self, schedule: Schedule | None, start: Start, text: Text, num_infer_steps: int
-    ) -> None:
+    def denoise(self, task: Task) -> None:
         """Let the others denoise a video. This rank must denoise it too."""
         if not self._alone:
-            group.broadcast(Task(schedule, *_move((start, text), "cpu"), num_infer_steps))
+            group.broadcast(_moved(task, "cpu"))
 
     def end(self) -> None:
         """Let the others end after the last video."""
@@ -82,13 +57,17 @@ def help_denoising(device_name: str) -> None:
         DeviceError: if the machine lacks something.
     """
     console = Console(quiet=True)
+    stages = Stages(console)
     device = own_device(choose_device(device_name))
     group.connect(device)
-    if (start := group.receive()) is not None:
-        order, ready = start
-        ready = dataclasses.replace(ready, device=device)
-        with explained_out_of_memory(ready.machine, console):
-            _denoise_all(order, ready, Stages(console))
+    if (setup := group.receive()) is not None:
+        setup = dataclasses.replace(setup, device=device)
+        with explained_out_of_memory(setup.machine, console):
+            with stages.stage("loading"):
+                models = open_models(setup, parts=("transformer",))
+            with stages.stage("denoising"):
+                while (task := group.receive()) is not None:
+                    denoise(models, setup, _moved(task, device))
     group.disconnect()
 
 
@@ -99,27 +78,9 @@ def own_device(device: torch.device) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def _denoise_all(order: Order, ready: Ready, stages: Stages) -> None:
-    with stages.stage("loading"):
-        pipe = load(order, ready, parts=("transformer",))
-    with apply_teacache(pipe) as handle, stages.stage("denoising"):
-        handle.ranks = group.join(pipe.transformer, ready.ranks, ready.device)
-        while (task := group.receive()) is not None:
-            handle.follow(task.schedule)
-            start, text = _move((task.start, task.text), ready.device)
-            sampler.denoise(
-                pipe,
-                start,
-                text,
-                ready.size,
-                num_infer_steps=task.num_infer_steps,
-                guidance_scale=order.format.guidance_scale,
-            )
-
-
-def _move(inputs: tuple[Start, Text], device: Any) -> tuple[Start, Text]:
-    """Start and text with tensors on a device. The generator's state stays on the host."""
-    start, text = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), inputs)
-    identity = start.identity._replace(face=None)  # the image, whose latents are in the start
-    state = inputs[0].generator_state
-    return start._replace(identity=identity, generator_state=state), text
+def _moved(task: Task, device: Any) -> Task:
+    """A task with tensors on a device. The generator's state stays on the host."""
+    moved = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), task)
+    identity = moved.start.identity._replace(face=None)  # the image, whose latents are in the start
+    state = task.start.generator_state
+    return moved._replace(start=moved.start._replace(identity=identity, generator_state=state))

@@ -1,34 +1,28 @@
-"""The record of a video: its settings, its measurements, and the command that repeats it."""
+"""The record of a video: its settings and its measurements."""
 
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from pathlib import Path
 
 from teacache.base.console import Stages
 from teacache.base.device import device_name, dtype_name, peak_memory_bytes, peak_reserved_bytes
 from teacache.base.errors import without_credentials
-from teacache.core.rule import COGVIDEOX_5B
-from teacache.preflight.checks import Ready
-from teacache.request.arguments import parse_arguments
-from teacache.request.flags import FLAGS
-from teacache.request.jobs_file import Job
-from teacache.request.values import Order
+from teacache.preflight.setup import Setup, Shot
+from teacache.request.repeat import command_of
 from teacache.results.record import Record, Settings, finite, median_seconds, versions
 from teacache.sampling import attention
 
 
-def settings_of(job: Job, order: Order, ready: Ready) -> Settings:
-    """The settings of a job's record, which are known before sampling."""
-    machine = ready.machine
+def settings_of(shot: Shot, setup: Setup) -> Settings:
+    """The settings of a video's record, which are known before sampling."""
+    job, options, machine = shot.job, setup.options, setup.machine
     approximations = []
-    if not attention.is_exact(ready.backend):
-        approximations.append(f"attention {attention.short_name(ready.backend)}")
+    if not attention.is_exact(setup.backend):
+        approximations.append(f"attention {attention.short_name(setup.backend)}")
     if machine.quantize:
         approximations.append(f"quantize {machine.quantize}")
-    schedule = ready.schedules[job]
-    if schedule.reused_steps:
+    if shot.schedule.reused_steps:
         approximations.append(f"reuse {job.reuse}")
     return Settings(
         image=without_credentials(job.image),
@@ -37,43 +31,41 @@ def settings_of(job: Job, order: Order, ready: Ready) -> Settings:
         seed=job.seed,
         num_infer_steps=job.num_infer_steps,
         rel_l1_thresh=job.rel_l1_thresh,
-        image_sha256=ready.digests[job.image],
-        ckpts_path=order.ckpts_path,
-        output_path=str(order.output_path),
-        guidance_scale=order.format.guidance_scale,
-        **ready.size._asdict(),
-        device=str(ready.device),
-        dtype=dtype_name(ready.dtype),
+        image_sha256=shot.image_sha256,
+        ckpts_path=options.ckpts_path,
+        output_path=str(options.output_path),
+        guidance_scale=options.format.guidance_scale,
+        **setup.size._asdict(),
+        device=str(setup.device),
+        dtype=dtype_name(setup.dtype),
         offload=machine.offload,
         vae_tiling=machine.vae_tiling == "on",
-        attention=attention.short_name(ready.backend),
+        attention=attention.short_name(setup.backend),
         compile=machine.compile,
         quantize=machine.quantize,
         approximations=approximations,
-        coefficients=order.coefficients.as_json(),
-        **vars(order.limits),
+        coefficients=options.coefficients.as_json(),
+        **vars(options.limits),
         schedule=job.schedule,
-        selected_steps=list(schedule.computed_steps) if job.rel_l1_thresh is None else None,
+        selected_steps=list(shot.schedule.computed_steps) if job.rel_l1_thresh is None else None,
         reuse=job.reuse,
-        scheduler=ready.scheduler,
+        scheduler=setup.scheduler,
         num_gpus=machine.num_gpus,
-        ranks=str(ready.ranks) if machine.num_gpus > 1 else None,
-        lora=[f"{source}:{scale:g}" for source, scale in order.loras],
-        checkpoint_sha256=ready.checkpoint_sha256,
+        ranks=str(setup.ranks) if machine.num_gpus > 1 else None,
+        lora=[f"{source}:{scale:g}" for source, scale in options.loras],
+        checkpoint_sha256=setup.checkpoint_sha256,
     )
 
 
-def record_of(
-    job: Job, order: Order, ready: Ready, step_seconds: list[float], stages: Stages
-) -> Record:
+def record_of(shot: Shot, setup: Setup, step_seconds: list[float], stages: Stages) -> Record:
     """The record of a video after denoising.
 
     Args:
         step_seconds: of each denoising step.
     """
-    done = ready.schedules[job]
+    done = shot.schedule
     return Record(
-        settings=settings_of(job, order, ready),
+        settings=settings_of(shot, setup),
         computed_steps=list(done.computed_steps),
         reused_steps=list(done.reused_steps),
         distances=finite(done.distances),
@@ -83,56 +75,27 @@ def record_of(
         computed_step_seconds=median_seconds(step_seconds, done.computed_steps),
         reused_step_seconds=median_seconds(step_seconds, done.reused_steps),
         seconds=stages.with_total(),
-        peak_memory_bytes=peak_memory_bytes(ready.device),
-        peak_reserved_bytes=peak_reserved_bytes(ready.device),
-        device_name=device_name(ready.device),
+        peak_memory_bytes=peak_memory_bytes(setup.device),
+        peak_reserved_bytes=peak_reserved_bytes(setup.device),
+        device_name=device_name(setup.device),
         versions=versions(),
     )
 
 
 def completed(
-    record: Record, job: Job, order: Order, ready: Ready, stages: Stages, video: Path
+    record: Record, shot: Shot, setup: Setup, stages: Stages, video: Path, video_bytes: int
 ) -> Record:
-    """The record of a video after decoding. `video` is its path."""
+    """The record of a video after decoding.
+
+    Args:
+        video: its path, which it has soon.
+    """
+    file, tiling = video.with_suffix(".json"), record.settings.vae_tiling
     return dataclasses.replace(
         record,
         seconds=stages.with_total(),
-        peak_memory_bytes=peak_memory_bytes(ready.device),
-        peak_reserved_bytes=peak_reserved_bytes(ready.device),
-        command=command_of(job, order, record.settings, video.with_suffix(".json")),
+        peak_memory_bytes=peak_memory_bytes(setup.device),
+        peak_reserved_bytes=peak_reserved_bytes(setup.device),
+        command=command_of(shot.job, setup.options, file, tiling),
+        video_bytes=video_bytes,
     )
-
-
-def command_of(job: Job, order: Order, settings: Settings, record: Path) -> str:
-    """A shell command that repeats one video, with the flags that differ from their defaults.
-
-    Credentials in the URL of an image are masked. `--vae_tiling` is in it if the VAE was tiled,
-    because `auto` depends on the free memory.
-
-    Args:
-        record: path of the record, from which listed steps and coefficients are read.
-    """
-    values: dict[str, object] = {
-        **vars(job),
-        **vars(order.format),
-        **vars(order.machine),
-        **vars(order.limits),
-        "image": settings.image,
-        "seed": [job.seed],
-        "lora": [f"{source}:{scale}" for source, scale in order.loras],
-        "scheduler": order.scheduler,
-        "ckpts_path": order.ckpts_path,
-        "output_path": order.output_path,
-        "vae_tiling": "on" if settings.vae_tiling else order.machine.vae_tiling,
-        "schedule": record if job.steps is not None else None,
-        "coefficients": record if order.coefficients != COGVIDEOX_5B else COGVIDEOX_5B,
-    }
-    defaults = vars(parse_arguments(["--ckpts_path", order.ckpts_path]))
-    defaults["ckpts_path"] = FLAGS["ckpts_path"].default
-    defaults["reuse"] = "residual" if job.computed_steps is None else "forecast"
-    words = ["python3", "teacache_sample_video.py"]
-    for name, flag in FLAGS.items():
-        value = values.get(name)
-        if value is not None and value != defaults[name] and [value] != defaults[name]:
-            words += flag.words(value)
-    return shlex.join(words)

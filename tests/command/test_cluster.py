@@ -22,7 +22,7 @@ from teacache.base.errors import DeviceError, ImageError, SamplingError
 from teacache.cluster import __main__ as cluster
 from teacache.cluster.pool import Worker
 from teacache.request.arguments import parse_arguments
-from teacache.request.values import Order
+from teacache.request.values import Request
 from teacache.results.record import read_record
 from teacache.sampling import sampler
 
@@ -114,8 +114,9 @@ def test_a_worker(tmp_path, monkeypatch, tiny, faceless):
     arguments += ("--output_path", tmp_path / "out", "--prompt", "a man " * 300, "--resume")
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(interruption, "_signal_time", None)
-    worker = Worker(Order.of(parse_arguments([*map(str, arguments)])), tmp_path)
-    first, without_face, second = worker.order.jobs
+    request = Request.of(parse_arguments([*map(str, arguments)]))
+    worker = Worker(request, tmp_path, frozenset())
+    first, without_face, second = request.jobs
 
     assert not list(worker.sample(()))
     assert Path.cwd() == tmp_path
@@ -135,9 +136,8 @@ def test_a_worker(tmp_path, monkeypatch, tiny, faceless):
     monkeypatch.setattr(sampler, "decode", lambda *a: worker.stop() or decode(*a))
     with pytest.raises(SamplingError, match=r"^The latents are kept in "):
         list(worker.sample((second,)))
-    worker.folder = tmp_path / "elsewhere"
     with pytest.raises(DeviceError, match=r" lacks .*/elsewhere: all machines need it"):
-        list(worker.sample(()))
+        list(Worker(request, tmp_path / "elsewhere", frozenset()).sample(()))
 
 
 @pytest.mark.parametrize(

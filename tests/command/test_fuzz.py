@@ -14,7 +14,7 @@ from support import main, refused
 from teacache.base import errors
 from teacache.base.errors import ArgumentError
 from teacache.request.arguments import build_parser, parse_arguments
-from teacache.request.values import Order
+from teacache.request.values import Request
 from teacache.run import loop as run
 
 OPTIONS = sorted(
@@ -105,7 +105,7 @@ def test_files(tmp_path, content, ending):
         error = io.StringIO()
         with contextlib.suppress(ArgumentError), contextlib.redirect_stderr(error):
             try:
-                Order.of(parse_arguments([option, str(path)]))
+                Request.of(parse_arguments([option, str(path)]))
             except SystemExit as end:
                 assert (end.code, error.getvalue().count("\n")) == (2, 1)  # noqa: PT017
 

@@ -16,12 +16,11 @@ from support import main
 
 from teacache.base.files import cache_folder
 from teacache.comparison import comparison, quality
-from teacache.inputs import conditioning
+from teacache.inputs import conditioning, photograph_store
 from teacache.inputs import identity as faces
 from teacache.inputs import photograph as pictures
-from teacache.preflight import checks as preflight
 from teacache.results.video import read_video
-from teacache.run import loop as run
+from teacache.run import session
 from teacache.sampling import sampler
 
 COMMON = ("--ckpts_path", "tiny", "--num_infer_steps", 20, "--num_frames", 1)
@@ -42,12 +41,12 @@ def calls(monkeypatch):
 
         monkeypatch.setattr(module, name, counting)
 
-    count(preflight, "load_image")
+    count(photograph_store, "load_image")
     count(faces, "load_face_models")
     count(faces, "find_identity")
     count(conditioning, "load_pipeline")
     count(conditioning, "embed_text")
-    count(run, "load")
+    count(session, "open_models")
     for name in ("prepare", "denoise", "decode"):
         count(sampler, name)
     return counted
@@ -75,8 +74,8 @@ def test_sweep(capsys, tmp_path, calls, no_embeddings):
 
     # What does not depend on the threshold happens once.
     assert calls == Counter(
-        load_image=1, load_face_models=1, find_identity=1, load_pipeline=1, load=1, embed_text=2,
-        prepare=1, denoise=3, decode=3,
+        load_image=1, load_face_models=1, find_identity=1, load_pipeline=1, open_models=1,
+        embed_text=2, prepare=1, denoise=3, decode=3,
     )  # fmt: skip
     assert names(tmp_path / "sweep") == [
         *("42_0.0_0000.json", "42_0.0_0000.mp4", "42_0.1_0000.json", "42_0.1_0000.mp4"),
@@ -245,8 +244,8 @@ def test_jobs_share_faces_and_prompts(capsys, tmp_path, calls, no_embeddings):
     code, output, _ = main(capsys, *SHORT, *jobs)
     assert code == 0
     assert calls == Counter(
-        load_image=2, load_face_models=1, find_identity=2, load_pipeline=1, load=1, embed_text=3,
-        prepare=3, denoise=3, decode=3,
+        load_image=3, load_face_models=1, find_identity=2, load_pipeline=1, open_models=1,
+        embed_text=3, prepare=3, denoise=3, decode=3,
     )  # fmt: skip
     assert "1_0.1_0001" in output
 

@@ -13,7 +13,7 @@ from teacache.benchmark.random_weights import FULL, FULL_VAE
 from teacache.checkpoint.size import VideoSize
 from teacache.preflight import card
 from teacache.request.arguments import parse_arguments
-from teacache.request.values import Order
+from teacache.request.values import Request
 from teacache.run.memory import out_of_memory
 
 GIB = 2**30
@@ -37,7 +37,7 @@ def full(tmp_path, monkeypatch):
 
 
 def machine(*arguments):
-    return Order.of(parse_arguments([*map(str, arguments)])).machine
+    return Request.of(parse_arguments([*map(str, arguments)])).options.machine
 
 
 @pytest.mark.parametrize(

@@ -7,20 +7,22 @@ import json
 import shlex
 
 import pytest
-from records import record_of_a_video
 
 from teacache.base.errors import ArgumentError, without_credentials
+from teacache.core.rule import schedule
+from teacache.preflight.setup import Shot
 from teacache.request.arguments import parse_arguments
-from teacache.request.jobs_file import Job
-from teacache.request.values import Order, in_order
-from teacache.run.recording import command_of
+from teacache.request.job import Job
+from teacache.request.repeat import command_of
+from teacache.request.values import Request
+from teacache.run.loop import in_order
 
 DIGESTS = {"astronaut": "4a"}
 COMMON = ["--ckpts_path", "tiny", "--prompt", "a man"]
 
 
 def jobs(*arguments: object) -> list[Job]:
-    return list(Order.of(parse_arguments([*COMMON, *map(str, arguments)])).jobs)
+    return list(Request.of(parse_arguments([*COMMON, *map(str, arguments)])).jobs)
 
 
 def test_every_seed_with_every_threshold():
@@ -30,14 +32,20 @@ def test_every_seed_with_every_threshold():
     assert len(jobs("--seed", 1, 1, "--rel_l1_thresh", 0.1, 0.10)) == 1, "the same is asked once"
 
 
+def ordered(*arguments):
+    plan = schedule([None, 0.1], 0)
+    shots = [Shot(job, DIGESTS[job.image], plan) for job in jobs(*arguments)]
+    return [shot.job for shot in in_order(shots)]
+
+
 def test_order_of_sampling(tmp_path):
     """Face and noise together, of each group threshold 0 first."""
-    found = in_order(jobs("--seed", 7, 3, "--rel_l1_thresh", 0.2, 0, 0.1), DIGESTS)
+    found = ordered("--seed", 7, 3, "--rel_l1_thresh", 0.2, 0, 0.1)
     assert [(job.seed, job.rel_l1_thresh) for job in found] == [
         *((7, 0), (7, 0.2), (7, 0.1), (3, 0), (3, 0.2), (3, 0.1))
     ]
     (tmp_path / "jobs.csv").write_text("prompt,seed\na,1\na,2\nb,1\n")
-    found = in_order(jobs("--jobs", tmp_path / "jobs.csv"), DIGESTS)
+    found = ordered("--jobs", tmp_path / "jobs.csv")
     assert [(job.prompt, job.seed) for job in found] == [("a", 1), ("b", 1), ("a", 2)]
 
 
@@ -99,33 +107,32 @@ def test_a_command_asks_for_the_same_video(tmp_path, arguments):
     own = {"values": [0.0, 0.0, 0.0, 0.0, 0.01], "source": "own"}
     path.write_text(json.dumps({"computed_steps": [0, 3, 49], "coefficients": own}))
     words = [path if word == "RECORD" else word for word in arguments]
-    order = Order.of(parse_arguments([*COMMON, "--device", "cuda:1", *map(str, words)]))
-    (job,) = order.jobs
+    request = Request.of(parse_arguments([*COMMON, "--device", "cuda:1", *map(str, words)]))
+    (job,) = request.jobs
     shown = without_credentials(job.image)
-    settings = record_of_a_video(image=shown).settings
-    command = command_of(job, order, settings, path)
+    command = command_of(job, request.options, path, vae_tiling=False)
     program, script, *again = shlex.split(command)
     assert (program, script) == ("python3", "teacache_sample_video.py")
     assert "secret" not in command
     same = dataclasses.replace(job, image=shown)
-    assert Order.of(parse_arguments(again)) == dataclasses.replace(
-        order, jobs=(same,), all_jobs=(same,)
+    assert Request.of(parse_arguments(again)) == dataclasses.replace(
+        request, jobs=(same,), all_jobs=(same,)
     )
 
 
 def test_a_command_of_one_of_many_videos(tmp_path):
     """Fields of the line are in it, the flags for several videos are not; nor are defaults."""
     (tmp_path / "jobs.jsonl").write_text('{"prompt": "a girl", "computed_steps": 8}\n{"seed": 3}')
-    order = Order.of(
+    request = Request.of(
         parse_arguments(["--ckpts_path", "tiny", "--jobs", str(tmp_path / "jobs.jsonl")])
     )
-    settings = record_of_a_video(image="astronaut").settings
-    first, second = (command_of(job, order, settings, tmp_path) for job in order.jobs)
+    fixed = request.options, tmp_path
+    first, second = (command_of(job, *fixed, vae_tiling=False) for job in request.jobs)
     begin = "python3 teacache_sample_video.py --ckpts_path tiny"
     assert first == f"{begin} --prompt 'a girl' --computed_steps 8"
     assert second == f"{begin} --seed 3"
-    tiled = dataclasses.replace(settings, vae_tiling=True)
-    assert command_of(order.jobs[1], order, tiled, tmp_path) == f"{second} --vae_tiling on"
+    tiled = command_of(request.jobs[1], *fixed, vae_tiling=True)
+    assert tiled == f"{second} --vae_tiling on"
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from teacache.request.arguments import parse_arguments
-from teacache.request.jobs_file import Job
+from teacache.request.job import Job
 from teacache.request.readers import Shard
 from teacache.request.shards import part_of, tasks, units
-from teacache.request.values import Order
+from teacache.request.values import Request
 
 
-def order(*arguments: object) -> Order:
-    return Order.of(parse_arguments(["--ckpts_path", "tiny", *map(str, arguments)]))
+def order(*arguments: object) -> Request:
+    return Request.of(parse_arguments(["--ckpts_path", "tiny", *map(str, arguments)]))
 
 
 @pytest.mark.parametrize("count", [1, 5, 6, 7, 20])
