@@ -62,6 +62,14 @@ def light(tiny, tmp_path) -> Path:
     return tmp_path / "checkpoint"
 
 
+@pytest.fixture
+def no_embeddings():
+    """None of earlier tests in the cache folder."""
+    from teacache.base.files import cache_folder
+
+    shutil.rmtree(cache_folder() / "embeddings", ignore_errors=True)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark rule, forecast, forward and units as fast, but for the videos of 50 steps."""
     for item in items:

@@ -28,7 +28,7 @@ LIBRARIES = """
     diffusers.pipelines.consisid.pipeline_consisid imageio_ffmpeg matplotlib.figure torchvision
 """.split()
 PACKAGE = """
-    command.main command.run command.plan comparison.comparison comparison.figure
+    command.main command.plan run.loop comparison.comparison comparison.figure
     embedded.build
 """.split()
 

@@ -39,7 +39,8 @@ def write_jobs(folder: Path, count: int, megapixels: float = MEGAPIXELS) -> Path
     photograph = Image.fromarray(skimage.data.astronaut()).resize((side, side))
     lines = []
     for job in range(count):
-        photograph.paste((job % 256, job // 256, 0), (0, 0, 64, 64))
+        row, column = divmod(job * 16, side - side % 16)
+        photograph.paste("white", (column, row * 16, column + 16, row * 16 + 16))
         path = folder / f"{job}.jpg"
         photograph.save(path, quality=80)
         lines.append(json.dumps({"image": str(path), "prompt": f"an astronaut, number {job}"}))

@@ -30,7 +30,7 @@ from teacache.request.job import Job
 from teacache.request.shards import tasks
 from teacache.request.values import Request
 from teacache.results.finished_videos import FinishedVideos
-from teacache.results.output_folder import check_space, prepared_folder
+from teacache.results.output_folder import prepared_folder
 from teacache.results.record import Record
 from teacache.run.report import write_report
 
@@ -56,42 +56,35 @@ class Worker:
         Without jobs, only check this machine. Raises TeaCacheError if a job or the machine fails.
         """
         try:
+            if not self.folder.is_dir():
+                name = os.uname().nodename
+                raise DeviceError(f"{name} lacks {self.folder}: all machines need it")
+            os.chdir(self.folder)
             with prepared_folder(self.request.options.output_path):
-                yield from self._sample(jobs)
+                if self.session is None:
+                    self._open_session()
+                from teacache.run.loop import (  # imports diffusers: after the checks
+                    compared,
+                    sample,
+                )
+
+                shots = shots_of(jobs, self.session.setup, self.photographs)
+                videos = sample(self.session, shots, self.finished, final=False)
+                for video in compared(videos, self.comparison, self.request.jobs):
+                    # As a tuple: to unpickle a `FinishedVideo` the command would import diffusers.
+                    yield *video[:3], [each.getMessage() for each in self.warnings.buffer]
+                    self.warnings.flush()
         except KeyboardInterrupt as error:  # Ray handles it differently
             raise SamplingError(". ".join(getattr(error, "__notes__", ()))) from error
 
-    def _sample(self, jobs: tuple[Job, ...]) -> Iterator[tuple[Job, Path, Record, list[str]]]:
-        if self.session is None:
-            self._open_session()
-        from teacache.run.loop import compared, sample  # imports diffusers: after `preflight`
-
-        setup = self.session.setup
-        options, size = setup.options, setup.size
-        fixed = options, setup.checkpoint, setup.device, setup.dtype
-        check_space(options.output_path, size.width * size.height, size.num_frames, len(jobs))
-        shots = shots_of(jobs, *fixed, self.photographs)
-        videos = sample(self.session, shots, self.finished, final=False)
-        for video in compared(videos, self.comparison, self.request.jobs):
-            # As a tuple: to unpickle a `FinishedVideo` the command would import diffusers.
-            yield *video[:3], [each.getMessage() for each in self.warnings.buffer]
-            self.warnings.flush()
-
     def _open_session(self) -> None:
-        """Check this machine."""
-        if not self.folder.is_dir():
-            raise DeviceError(f"{os.uname().nodename} lacks {self.folder}: all machines need it")
-        os.chdir(self.folder)
-        console, jobs = Console(quiet=True), self.request.jobs
-        stages, output = Stages(console), self.request.options.output_path
+        jobs, console = self.request.jobs, Console(quiet=True)
+        stages = Stages(console)
         setup, _ = preflight(replace(self.request, jobs=()), self.photographs, stages)
-        from teacache.inputs.identity import load_analyser  # imports torch: after `preflight`
-        from teacache.run.session import Session
+        from teacache.run.loop import Session, comparison_of
 
-        self.finished = FinishedVideos(output, self.ignored)
-        self.comparison = None
-        if len(jobs) > 1:
-            self.comparison = Comparison(len(jobs), lambda: load_analyser(setup.checkpoint))
+        self.finished = FinishedVideos(self.request.options.output_path, self.ignored)
+        self.comparison = comparison_of(jobs, setup)
         self.session = Session(setup, self.photographs, stages, console, len(jobs))
 
     def stop(self) -> None:

@@ -27,11 +27,11 @@ def load_image(source: str, content: bytes | None = None, warn: bool = True) -> 
     Of an animation the first frame is read. Transparent pixels become white.
 
     Args:
-        content: of the URL.
+        content: of the URL, if it is fetched already.
         warn: whether to warn about an animation.
 
     Raises:
-        ImageError: where it cannot be read, or is too large.
+        ImageError: where it cannot be fetched or read, or is too large.
     """
     # Late, for a fast `--help` and fast argument errors.
     from PIL import Image, UnidentifiedImageError
@@ -41,6 +41,8 @@ def load_image(source: str, content: bytes | None = None, warn: bool = True) -> 
 
         return Image.fromarray(skimage.data.astronaut())
     name = f"--image {without_credentials(source)}"
+    if content is None and "://" in source:
+        content = fetch(source)
     file = Path(source) if content is None else io.BytesIO(content)
     try:
         with Image.open(file) as image:

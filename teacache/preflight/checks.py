@@ -78,46 +78,40 @@ def preflight(
 
         check_lora(source, lora_file(source), checkpoint)
     ranks = ranks_of(options, checkpoint, size)
-    check_space(options.output_path, size.width * size.height, size.num_frames, len(jobs))
     with stages.stage("schedule"):
         from teacache.checkpoint.distances import scheduler_name
 
-        shots = shots_of(jobs, options, checkpoint, device, dtype, photographs)
         backend = _choose_backend(asked, ranks, device, dtype)
-    guided = form.guidance_scale > 1
-    machine, memory = fit_to_card(asked, checkpoint, size, guided, device, dtype)
-    if options.loras and machine.offload == "sequential":
-        raise ArgumentError("--lora does not go with --offload sequential: --offload blocks does")
-    setup = Setup(
-        options=options,
-        checkpoint=checkpoint,
-        checkpoint_sha256=fingerprint(weight_files(checkpoint / "transformer"), times=False),
-        size=size,
-        device=device,
-        dtype=dtype,
-        machine=machine,
-        memory=memory,
-        backend=backend,
-        scheduler=options.scheduler or scheduler_name(checkpoint),
-        ranks=ranks,
-    )
-    return setup, shots
+        guided = form.guidance_scale > 1
+        machine, memory = fit_to_card(asked, checkpoint, size, guided, device, dtype)
+        if options.loras and machine.offload == "sequential":
+            raise ArgumentError(
+                "--lora does not go with --offload sequential: --offload blocks does"
+            )
+        setup = Setup(
+            options=options,
+            checkpoint=checkpoint,
+            checkpoint_sha256=fingerprint(weight_files(checkpoint / "transformer"), times=False),
+            size=size,
+            device=device,
+            dtype=dtype,
+            machine=machine,
+            memory=memory,
+            backend=backend,
+            scheduler=options.scheduler or scheduler_name(checkpoint),
+            ranks=ranks,
+        )
+        return setup, shots_of(jobs, setup, photographs)
 
 
-def shots_of(
-    jobs: Sequence[Job],
-    options: Options,
-    checkpoint: Path,
-    device: torch.device,
-    dtype: torch.dtype,
-    photographs: PhotographStore,
-) -> list[Shot]:
+def shots_of(jobs: Sequence[Job], setup: Setup, photographs: PhotographStore) -> list[Shot]:
     """A shot for each job.
 
     Raises:
-        TeaCacheError: as `PhotographStore.look_at` and `plan`.
+        TeaCacheError: as `PhotographStore.look_at` and `plan`; if the disk has too little space.
     """
-    schedules = plan(jobs, options, checkpoint, device, dtype)
+    check_space(setup.options.output_path, setup.size, len(jobs))
+    schedules = plan(jobs, setup.options, setup.checkpoint, setup.device, setup.dtype)
     return [
         Shot(job, photographs.look_at(job.image).sha256, schedule)
         for job, schedule in zip(jobs, schedules, strict=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -41,16 +42,16 @@ def prepared_folder(folder: Path) -> Iterator[None]:
                 path.rmdir()
 
 
-def check_space(folder: Path, frame_pixels: int, num_frames: int, videos: int) -> None:
+def check_space(folder: Path, size: tuple[int, int, int], videos: int) -> None:
     """Raise OutputError where the disk has too little free space for a run.
 
     An mp4 takes less than a tenth of its frames' bytes. All other files together (latents, record,
     figure, side-by-side video) take less than one more video.
 
     Args:
-        frame_pixels: width x height of a frame.
+        size: width and height in pixels, and number of frames.
     """
-    video = frame_pixels * 3 * num_frames // 10 + 2**20
+    video = math.prod(size) * 3 // 10 + 2**20
     needed, free = video * (videos + 1), shutil.disk_usage(folder).free
     if free < needed:
         raise OutputError(

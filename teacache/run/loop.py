@@ -56,9 +56,7 @@ def run(
     folder = setup.options.output_path
     finished = FinishedVideos(folder) if request.resume else None
     session = Session(setup, photographs, stages, console, len(shots))
-    comparison = None
-    if len(jobs) > 1:
-        comparison = Comparison(len(jobs), lambda: load_analyser(setup.checkpoint))
+    comparison = comparison_of(jobs, setup)
     try:
         for video in compared(sample(session, shots, finished, final=True), comparison, jobs):
             if video.frames and (console.quiet or len(jobs) == 1):
@@ -133,6 +131,13 @@ def _sample(
         record = completed(record, shot, setup, stages, slot.video, video_bytes)
         slot.finish(record)
     return FinishedVideo(shot.job, slot.video, record, frames, condition.identity(CPU))
+
+
+def comparison_of(jobs: Sequence[Job], setup: Setup) -> Comparison | None:
+    """A comparison of several videos; None for a single one."""
+    if len(jobs) == 1:
+        return None
+    return Comparison(len(jobs), lambda: load_analyser(setup.checkpoint))
 
 
 def compared(

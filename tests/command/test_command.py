@@ -207,7 +207,7 @@ def test_wrong_input_gets_one_line_and_2(capsys, tmp_path, tiny):
         (("--jobs", tmp_path / "jobs.jsonl"), "line 2: no JSON"),
     ):
         assert complaint in refused(capsys, *defaults, *arguments), arguments
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_full_size_without_a_gpu_says_what_there_is_instead(capsys, tmp_path, monkeypatch, light):

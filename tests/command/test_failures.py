@@ -32,7 +32,7 @@ from teacache.inputs.text import Text, embed_text
 from teacache.results import video
 from teacache.results.output_folder import check_space
 from teacache.results.record import Record
-from teacache.run import loop as run
+from teacache.run import session
 from teacache.sampling import sampler
 
 TINY = ("--ckpts_path", "tiny", "--rel_l1_thresh", 0, "--num_infer_steps", 4)
@@ -158,7 +158,11 @@ def test_an_interruption_that_gets_lost_is_found_again(capsys, tmp_path, monkeyp
             *((conditioning, "embed_text"), ON_A_GPU),
             "text (asked for 2.50 GiB). Try, in this order: --offload sequential",
         ),
-        ((run, "load"), ON_A_GPU, f"loading (asked for 2.50 GiB). Try, in this order: {STREAMED}"),
+        (
+            (session, "open_models"),
+            ON_A_GPU,
+            f"loading (asked for 2.50 GiB). Try, in this order: {STREAMED}",
+        ),
         ((sampler, "prepare"), ON_THE_HOST, "encoding. Try, in this order: --vae_tiling"),
         ((sampler, "denoise"), MemoryError(), "denoising. No further flag takes less"),
     ],
@@ -316,7 +320,7 @@ def test_no_room_is_found_before_loading(capsys, tmp_path, monkeypatch):
     error = refused(capsys, *TINY, "--output_path", tmp_path)
     assert error == f"error: --output_path {tmp_path} has 1 MiB free, and the run may write 2 MiB"
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**30))
-    check_space(tmp_path, SIZE.width * SIZE.height, SIZE.num_frames, videos=100)
+    check_space(tmp_path, SIZE, videos=100)
 
 
 @pytest.mark.parametrize("step", [0, 3])

@@ -8,6 +8,8 @@ import io
 import json
 import threading
 import time
+from collections import Counter
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from support import main, refused
 from teacache.base.errors import ImageError
 from teacache.inputs import photograph as pictures
 from teacache.inputs.photograph import load_image, pixels_sha256
+from teacache.inputs.photograph_store import PhotographStore
 
 TINY = ("--ckpts_path", "tiny", "--image")
 
@@ -101,13 +104,16 @@ def test_pictures_of_every_kind(tmp_path, photo, caplog):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers each path in its own wrong way."""
+    """Answers each path in its own wrong way, and counts."""
+
+    asked: ClassVar[Counter] = Counter()
 
     def log_message(self, *args):
         pass
 
     def do_GET(self):
         picture = self.server.picture
+        self.asked[self.path] += 1
         if self.path.startswith("/face.png"):
             self.answer(200, "image/png", picture)
         elif self.path == "/page":
@@ -175,6 +181,25 @@ def test_a_server_that_does_not_give_an_image(url, monkeypatch, path, complaint)
     assert str(raised.value).startswith("--image http://***@127.0.0.1")
     assert complaint in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_a_photograph_is_fetched_once(url):
+    """Also where others have been looked at meanwhile, and it is decoded again."""
+    store, paths = PhotographStore(), ["/face.png?first", "/face.png?second"]
+    seen = [store.look_at(url + path).sha256 for path in paths]
+    assert [pixels_sha256(store.load(url + path)) for path in paths] == seen
+    assert [Handler.asked[path] for path in paths] == [1, 1]
+
+
+def test_a_photograph_that_changes_meanwhile_is_refused(tmp_path):
+    first, second = (tmp_path / name for name in ("me.png", "other.png"))
+    store = PhotographStore()
+    for path in (first, second):
+        Image.new("RGB", (8, 8), "red").save(path)
+        store.look_at(str(path))
+    Image.new("RGB", (8, 8), "blue").save(first)
+    with pytest.raises(ImageError, match=r"me.png has changed since this run began"):
+        store.load(str(first))
 
 
 def test_nobody_answers(capsys, tmp_path):

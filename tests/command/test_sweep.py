@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 from collections import Counter
 from pathlib import Path
@@ -14,7 +13,6 @@ import pytest
 from PIL import Image
 from support import main
 
-from teacache.base.files import cache_folder
 from teacache.comparison import comparison, quality
 from teacache.inputs import conditioning, photograph_store
 from teacache.inputs import identity as faces
@@ -50,12 +48,6 @@ def calls(monkeypatch):
     for name in ("prepare", "denoise", "decode"):
         count(sampler, name)
     return counted
-
-
-@pytest.fixture
-def no_embeddings():
-    """None of earlier tests in the cache folder."""
-    shutil.rmtree(cache_folder() / "embeddings", ignore_errors=True)
 
 
 def names(folder: Path) -> list[str]:
