@@ -22,6 +22,8 @@ def prepare_environment() -> None:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         import cv2  # noqa: F401
+    except ModuleNotFoundError:
+        raise  # see `teacache.base.interruption.run_command`
     except ImportError as error:
         library = re.match(r"(\S+\.so[.\d]*): cannot open shared object file", str(error))
         if library:  # a server often lacks the graphics libraries

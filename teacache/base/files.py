@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-
-import filelock
 
 from teacache.base.errors import DeviceError
 
@@ -62,6 +61,8 @@ def locked(path: Path, wait: bool = False, always: bool = False) -> Iterator[boo
     Yields:
         whether the lock is held: False if another process holds it.
     """
+    import filelock  # late, so that a missing package is one line
+
     lock = filelock.FileLock(path, timeout=-1 if wait else 0, fallback_to_soft=always)
     try:
         lock.acquire()
@@ -91,3 +92,24 @@ def cache_folder() -> Path:
     except RuntimeError as error:
         raise DeviceError("this user has no home directory: set XDG_CACHE_HOME") from error
     return caches / "teacache-consisid"
+
+
+SAMPLED_BYTES = 2**20  # of each file, for `fingerprint`
+
+
+def fingerprint(files: list[Path], times: bool = True) -> str:
+    """A digest of the files' names, sizes, times of change and first megabytes.
+
+    To read all of 20 GB would take as long as to load them.
+
+    Args:
+        times: whether to include the times of change. Without, a copy has the same digest.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        status = path.stat()
+        changed = status.st_mtime_ns if times else ""
+        digest.update(f"{path.name} {status.st_size} {changed} ".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(SAMPLED_BYTES))
+    return digest.hexdigest()

@@ -79,7 +79,8 @@ def run_command(work: Callable[[], None], interrupted: str = "interrupted") -> i
         interrupted: the line to print after an interruption; empty if another process prints it.
 
     Returns:
-        the exit code: 0 if done, 2 for a TeaCacheError, 130 after an interruption. Any other error
+        the exit code: 0 if done, 2 for a TeaCacheError or a missing package, 130 after an
+        interruption. Any other error
         keeps its traceback, and Python exits with 1.
     """
     try:
@@ -92,6 +93,9 @@ def run_command(work: Callable[[], None], interrupted: str = "interrupted") -> i
             return 130
         if isinstance(error, TeaCacheError):
             _print_error(f"error: {error}")
+            return 2
+        if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("teacache"):
+            _print_error(f"error: {error}: pip install -r requirements.txt")
             return 2
         raise
     return 0

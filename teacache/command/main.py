@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import sys
 from typing import NoReturn
@@ -19,7 +20,6 @@ from teacache.parallel.launch import (
     run_as_rank,
     world_size,
 )
-from teacache.preflight.checks import check_ranks, preflight
 from teacache.request.arguments import parse_arguments
 from teacache.request.values import Request
 from teacache.results.output_folder import prepared_folder
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
             return code
         args.num_gpus = world_size()
     elif args.num_gpus > 1 and not args.plan:
-        return interruption.run_command(lambda: check_ranks(Request.of(args).options)) or launch(
+        return interruption.run_command(lambda: _check_ranks(args)) or launch(
             args.num_gpus, main, argv
         )
     console = Console(args.quiet)
@@ -62,6 +62,12 @@ def main(argv: list[str] | None = None) -> int:
     return interruption.run_command(work)
 
 
+def _check_ranks(args: argparse.Namespace) -> None:
+    from teacache.preflight.checks import check_ranks
+
+    check_ranks(Request.of(args).options)
+
+
 def run_and_exit() -> NoReturn:
     """Run the command, and end the process."""
     code = main()
@@ -75,6 +81,9 @@ def sample(request: Request, console: Console) -> None:
         videos = len(request.all_jobs)
         console.say(f"shard {request.shard} has nothing to do: {videos} videos in all")
         return
+    # Late, here and below, so that a missing package is one line and `--help` is fast.
+    from teacache.preflight.checks import preflight
+
     stages, photographs = Stages(console), PhotographStore()
     with prepared_folder(request.options.output_path):
         setup, shots = preflight(request, photographs, stages)

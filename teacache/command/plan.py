@@ -24,7 +24,8 @@ def show(request: Request) -> None:
     checkpoint = find_checkpoint(options.ckpts_path, complete=False)
     if checkpoint is None:
         raise CheckpointError(
-            f"--plan reads a checkpoint folder: {options.ckpts_path} is not here yet"
+            f"--plan reads a checkpoint folder, and {options.ckpts_path} is not here yet: a first "
+            "video downloads it. To plan the small checkpoint: --ckpts_path tiny"
         )
     machine, form = options.machine, options.format
     device = choose_device(machine.device)

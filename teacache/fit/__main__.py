@@ -7,22 +7,23 @@ import datetime
 import logging
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from teacache.base.console import Console, Stages
 from teacache.base.errors import ArgumentError
 from teacache.base.files import written_whole
 from teacache.base.interruption import run_command
 from teacache.base.quiet import silence_libraries
-from teacache.checkpoint.folder import read_json
 from teacache.inputs.photograph_store import PhotographStore
-from teacache.preflight.checks import preflight
-from teacache.preflight.setup import Setup, Shot
 from teacache.request import readers
 from teacache.request.arguments import OneLineParser, build_parser, choose_inputs
 from teacache.request.flags import add_flags
 from teacache.request.values import Request
 from teacache.results.output_folder import prepared_folder
 from teacache.results.record import versions, write_json
+
+if TYPE_CHECKING:
+    from teacache.preflight.setup import Setup, Shot
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,10 @@ def fit_coefficients(args: argparse.Namespace) -> None:
             f"{', '.join(map(str, sorted(numbers)))}"
         )
     steps = numbers.pop()
+    # Late, see `teacache.command.main`.
+    from teacache.checkpoint.folder import read_json
+    from teacache.preflight.checks import preflight
+
     setup, shots = preflight(request, photographs, stages)
     changes = _measure(setup, shots, photographs, stages, console)
     from teacache.fit.residuals import fit  # imports torch: not for `--help`

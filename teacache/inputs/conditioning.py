@@ -17,9 +17,9 @@ import torch
 
 from teacache.base import device as devices
 from teacache.base.errors import without_credentials
+from teacache.base.files import fingerprint
 from teacache.checkpoint.pipeline import load_pipeline
 from teacache.inputs import identity as faces
-from teacache.inputs.embedding_cache import fingerprint
 from teacache.inputs.text import EmbeddedText, embed_text
 
 if TYPE_CHECKING:

@@ -30,25 +30,6 @@ logger = logging.getLogger(__name__)
 # More than a hundred faces (7 MB each in bfloat16 at full size), or 500 prompts (2 MB each).
 MOST_BYTES = 2**30
 ENDING = ".safetensors"
-SAMPLED_BYTES = 2**20
-
-
-def fingerprint(files: list[Path], times: bool = True) -> str:
-    """A digest of the files' names, sizes, times of change and first megabytes.
-
-    To read all of 20 GB would take as long as to load them.
-
-    Args:
-        times: whether to include the times of change. Without, a copy has the same digest.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        status = path.stat()
-        changed = status.st_mtime_ns if times else ""
-        digest.update(f"{path.name} {status.st_size} {changed} ".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(SAMPLED_BYTES))
-    return digest.hexdigest()
 
 
 class EmbeddingCache:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from teacache.base.console import Stages
 from teacache.base.environment import prepare_environment
 from teacache.base.errors import ArgumentError
+from teacache.base.files import fingerprint
 from teacache.checkpoint.download import download_checkpoint
 from teacache.checkpoint.folder import (
     check_checkpoint,
@@ -25,7 +26,6 @@ from teacache.checkpoint.folder import (
 from teacache.checkpoint.size import Architecture, VideoSize, check_memory, video_size
 from teacache.core.ranks import ALONE, Ranks
 from teacache.core.rule import Schedule, schedule
-from teacache.inputs.embedding_cache import fingerprint
 from teacache.inputs.photograph_store import PhotographStore
 from teacache.parallel.division import divide
 from teacache.preflight.setup import Setup, Shot

@@ -44,7 +44,7 @@ def parse_with(parser: argparse.ArgumentParser, argv: list[str] | None) -> argpa
     if args.rel_l1_thresh is None:
         if args.schedule or args.computed_steps:
             args.rel_l1_thresh = []
-        elif args.plan:
+        elif args.plan and not args.jobs:
             args.rel_l1_thresh = list(flags.PLANNED_THRESHOLDS)
             args.computed_steps = [n for n in flags.PLANNED_STEPS if n < args.num_infer_steps]
         else:

@@ -65,6 +65,21 @@ def test_an_opencv_that_does_not_work_here(tmp_path, monkeypatch, error, said):
     assert str(raised.value) == said
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("teacache_sample_video.py", "--num_gpus", 2),
+        ("teacache_sample_video.py", "--plan"),
+        ("-m", "teacache.fit", "--output", "a.json"),
+    ],
+)
+def test_a_missing_package_is_one_line(words):
+    """Python without its packages."""
+    run = ended(*words[1:], "--ckpts_path", "tiny", program=("-S", words[0]))
+    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
+    assert run.stderr.endswith("': pip install -r requirements.txt\n")
+
+
 def test_a_user_without_a_home_directory_is_told(monkeypatch):
     """As in containers that run under some number for which /etc/passwd has no line."""
 

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import save
 from support import CPU
 
+from teacache.base.files import fingerprint
 from teacache.inputs import conditioning as module
 from teacache.inputs import identity as faces
 from teacache.inputs.conditioning import Conditioning
-from teacache.inputs.embedding_cache import EmbeddingCache, fingerprint
+from teacache.inputs.embedding_cache import EmbeddingCache
 from teacache.inputs.photograph_store import PhotographStore
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -140,6 +141,10 @@ def test_a_command_of_one_of_many_videos(tmp_path):
     [
         ("a.jsonl", '{"seed": 1}\n{"seed": }', "line 2: no JSON"),
         ("a.jsonl", '{"seed": 1}\n\n[1]', "line 3: not an object"),
+        ("a.jsonl", '[{"seed": 1}, {"seed": 2}]', "line 1: a JSON array: write one object a line"),
+        ("a.csv", "seed;prompt\n1;a man\n", "fields are separated by commas"),
+        ("a.csv", "seed\nx\n2\ny\n", "line 2: seed: 'x' is not .*; line 4: seed: 'y' is not"),
+        ("a.jsonl", "x\n" * 7, "line 5: no JSON.*; and 2 more lines$"),
         ("a.jsonl", '{"rel_l1_thresh": NaN}', "line 1: rel_l1_thresh: 'nan'"),
         ("a.jsonl", '{"image": "nowhere.png"}', "line 1: image: nowhere.png: there is no such"),
         ("a.csv", "seed\n1\nx\n", "line 3: seed: 'x'"),
@@ -155,6 +160,17 @@ def test_a_bad_line_is_named(tmp_path, name, text, complaint):
     with pytest.raises(ArgumentError, match=complaint) as error:
         jobs("--jobs", tmp_path / name)
     assert str(tmp_path / name) in str(error.value)
+
+
+def test_images_are_looked_up_beside_the_file_first(tmp_path, monkeypatch):
+    """Then from the current folder. A path that is absolute, a URL and `astronaut` stay."""
+    (tmp_path / "jobs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for path in ("jobs/a.png", "a.png", "b.png"):
+        Path(path).touch()
+    images = ["a.png", "b.png", str(tmp_path / "a.png"), "https://example.org/a.png", "astronaut"]
+    Path("jobs/all.csv").write_text("image\n" + "\n".join(images))
+    assert [job.image for job in jobs("--jobs", "jobs/all.csv")] == ["jobs/a.png", *images[1:]]
 
 
 def test_files_that_cannot_be_read(tmp_path):
