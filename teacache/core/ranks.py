@@ -46,7 +46,7 @@ class Ranks:
     def __str__(self) -> str:
         shares = (("guidance", self.halves), ("tokens", self.parts))
         shared = ", ".join(f"{what} x{number}" for what, number in shares if number > 1)
-        return f"{self.size} GPUs: {shared}"
+        return f"{self.size} ranks: {shared}"
 
     def share(self, batch: int, text: int, video: int) -> Share:
         """This rank's share of a batch with that many samples, text tokens and video tokens.

@@ -100,11 +100,17 @@ PUBLISHED = (
         "output folder, for `{seed}_{rel_l1_thresh}_{index:04d}.mp4` and `.json`",
         Path("teacache_results"),
         "./teacache_results",
-        type=read.path,
+        type=read.folder,
     ),
 )
 VIDEO = (
-    Flag("negative_prompt TEXT", "what the video should not show", "", "empty", type=read.text),
+    Flag(
+        "negative_prompt TEXT",
+        "what the video should not show",
+        "",
+        "empty",
+        type=read.negative_prompt,
+    ),
     Flag(
         "guidance_scale X",
         "scale of classifier-free guidance; 1 is without guidance, in half the time",

@@ -16,7 +16,7 @@ from teacache.request import readers
 FIELDS: dict[str, Callable[[str], object]] = {
     "image": readers.image,
     "prompt": readers.prompt,
-    "negative_prompt": readers.text,
+    "negative_prompt": readers.negative_prompt,
     "seed": readers.seed,
     "num_infer_steps": readers.positive,
     "rel_l1_thresh": readers.not_negative,

@@ -55,9 +55,16 @@ def text(value: str) -> str:
 
 
 def prompt(value: str) -> str:
-    """Text that is not blank."""
+    """Text that is not blank, and not the name of a file."""
     if not value.strip():
         raise argparse.ArgumentTypeError("is empty: say what the video shows")
+    return negative_prompt(value)
+
+
+def negative_prompt(value: str) -> str:
+    """Text that is not the name of a file."""
+    if os.path.isfile(value):
+        raise argparse.ArgumentTypeError(f'{value} is a file: use its text, "$(cat {value})"')
     return text(value)
 
 
@@ -75,6 +82,14 @@ def name(value: str) -> str:
 def path(value: str) -> Path:
     """A path; see `name`."""
     return Path(name(value))
+
+
+def folder(value: str) -> Path:
+    """A path that does not look like a video's."""
+    result = path(value)
+    if result.suffix.lower() in (".mp4", ".mov", ".mkv", ".webm", ".gif") and not result.is_dir():
+        raise argparse.ArgumentTypeError(f"{value} is the name of a video: name its folder")
+    return result
 
 
 def image(value: str) -> str:

@@ -74,7 +74,7 @@ def test_several_ranks_report_once(tmp_path):
     assert run.returncode == 0, run.stderr
     assert run.stderr.count("round 1 of 1") == 2
     report = json.loads((tmp_path / "benchmark_0000.json").read_text())
-    expected = "2 GPUs: guidance x2; the plain pipeline on one"
+    expected = "2 ranks: guidance x2; the plain pipeline on one"
     assert report["about"]["ranks"] == expected
     assert [row["steps"][0] for row in report["rows"]] == [8, 6]
     assert len(list(tmp_path.iterdir())) == 2

@@ -35,7 +35,7 @@ def check_equal(folder, alone, name):
     video, other = folder / f"{name}.mp4", alone / f"{name}.mp4"
     assert video.read_bytes() == other.read_bytes()
     record, other = (json.loads(p.with_suffix(".json").read_text()) for p in (video, other))
-    assert (record["num_gpus"], record["ranks"]) == (2, "2 GPUs: tokens x2")
+    assert (record["num_gpus"], record["ranks"]) == (2, "2 ranks: tokens x2")
     assert (other["num_gpus"], other["ranks"]) == (1, None)
     assert record["computed_steps"] == other["computed_steps"]
 
@@ -57,7 +57,7 @@ def test_torchrun_gives_the_same_bytes(tmp_path, alone):
     asked = (*TOKENS, "--seed", 1, "--output_path", tmp_path)
     run = ended(*torchrun[2:], *asked, program=torchrun[:2])
     assert run.returncode == 0, run.stderr
-    assert "on 2 GPUs: tokens x2" in run.stdout
+    assert "on 2 ranks: tokens x2" in run.stdout
     check_equal(tmp_path, alone, "1_0.2_0000")
 
 

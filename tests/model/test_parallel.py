@@ -98,8 +98,8 @@ def test_published_and_embedded_size_divide():
         divide(3, True, **real)
     with pytest.raises(ArgumentError, match=r"--num_gpus 64: .* use 32$"):
         divide(64, True, **real)
-    assert str(divide(4, True, **real)) == "4 GPUs: guidance x2, tokens x2"
-    assert str(divide(2, True, **real)) == "2 GPUs: guidance x2"
+    assert str(divide(4, True, **real)) == "4 ranks: guidance x2, tokens x2"
+    assert str(divide(2, True, **real)) == "2 ranks: guidance x2"
     # 17,776 x 3072 numbers of 2 bytes, 4 in each of 42 layers; a half of its half is sent.
     assert bytes_sent(2, 2, 2, 42, 17776, 3072) == pytest.approx(4.59e9, rel=1e-3)
     embedded = {"heads": 6, "text": 226, "video": 294}
