@@ -7,7 +7,7 @@ import json
 import weakref
 
 import psutil
-from many_jobs import measure, write_jobs
+from many_jobs import write_jobs
 from records import record_of_a_video
 from support import main
 
@@ -50,16 +50,6 @@ def test_conditions_are_made_for_a_window(capsys, tmp_path, monkeypatch, no_embe
     assert (code, len(made), output.count(".mp4")) == (0, 5, 5)
     for video in (tmp_path / "one").glob("42*.mp4"):
         assert video.read_bytes() == (tmp_path / "two" / video.name).read_bytes()
-
-
-def test_memory_does_not_grow_with_the_jobs(tmp_path):
-    """A process of its own for each. Photographs of 12 MB: ten more would add 120 MB."""
-    few, many = (tmp_path / name for name in ("few", "many"))
-    for folder, count in ((few, 2), (many, 12)):
-        folder.mkdir()
-        write_jobs(folder, count, megapixels=4)
-    peaks = [measure(folder / "jobs.jsonl", folder / "out").peak for folder in (few, many)]
-    assert peaks[1] - peaks[0] < 10 * 6 * MEBIBYTE
 
 
 def test_each_record_is_read_once(tmp_path, monkeypatch):
