@@ -16,12 +16,8 @@ from teacache.base.console import Stages
 from teacache.base.environment import prepare_environment
 from teacache.base.errors import ArgumentError
 from teacache.checkpoint.download import download_checkpoint
-from teacache.checkpoint.folder import (
-    check_checkpoint,
-    is_full_size,
-    local_checkpoint,
-    weight_files,
-)
+from teacache.checkpoint.find import local_checkpoint
+from teacache.checkpoint.folder import check_checkpoint, is_full_size, weight_files
 from teacache.checkpoint.size import Architecture, VideoSize, check_memory, video_size
 from teacache.command.jobs import Job
 from teacache.command.order import Machine, Order
