@@ -177,6 +177,13 @@ def test_a_server_that_does_not_give_an_image(url, monkeypatch, path, complaint)
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("variable", ["HTTPS_PROXY", "https_proxy", "ALL_PROXY"])
+def test_a_socks_proxy_needs_a_package(capsys, monkeypatch, variable):
+    monkeypatch.setenv(variable, f"socks5{'h' * (variable == 'ALL_PROXY')}://me:secret@127.0.0.1:9")
+    error = refused(capsys, *TINY, "https://example.com/a.jpg")
+    assert error.endswith("cannot be fetched: a SOCKS proxy needs pysocks: pip install pysocks")
+
+
 def test_nobody_answers(capsys, tmp_path):
     error = refused(capsys, *TINY, "http://me:secret@127.0.0.1:9/a.png")
     assert "cannot be fetched: connection error (connection refused)" in error
