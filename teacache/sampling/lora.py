@@ -12,7 +12,7 @@ import math
 import pickle
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -37,12 +37,9 @@ PICKLED = (".bin", ".pt", ".pth")
 OF_PIPELINE, OF_PEFT = "transformer.", "base_model.model."
 
 
-class Lora(NamedTuple):
-    """factors: LAYER.lora_A.weight, [rank, inputs], LAYER.lora_B.weight, [outputs, rank], and what
-    else peft knows, such as biases; config: of peft. Without any, each alpha is the rank."""
-
-    factors: dict[str, torch.Tensor]
-    config: dict[str, Any]
+# LAYER.lora_A.weight, [rank, inputs], LAYER.lora_B.weight, [outputs, rank], and what else peft has;
+# and peft's configuration. Without one each alpha is the rank.
+Lora = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
 
 def lora_file(source: str) -> Path:
@@ -113,13 +110,11 @@ def read_lora(source: str, path: Path) -> Lora:
         config = read_json(path.with_name("adapter_config.json"))
     factors = {n.removeprefix(OF_PIPELINE).removeprefix(OF_PEFT): t for n, t in tensors.items()}
     config = {name.removeprefix(OF_PIPELINE): value for name, value in config.items()}
-    return Lora(
-        convert_unet_state_dict_to_peft(factors),  # the names of older versions
-        {name: value for name, value in config.items() if "." not in name},  # no text encoder's
-    )
+    config = {name: value for name, value in config.items() if "." not in name}  # no text encoder's
+    return convert_unet_state_dict_to_peft(factors), config  # from names of older versions
 
 
-def _content(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _content(path: Path) -> Lora:
     """The tensors in a file, whatever its name is, and the configuration in its metadata."""
     config: object = {}
     if zipfile.is_zipfile(path):  # as torch writes
@@ -152,27 +147,27 @@ def check_lora(source: str, path: Path, checkpoint: Path) -> None:
     from peft import LoraConfig, get_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
 
-    lora = read_lora(source, path)
+    factors, config = read_lora(source, path)
     known = LoraConfig.__dataclass_fields__
-    if later := [name for name, value in lora.config.items() if value and name not in known]:
+    if later := [name for name, value in config.items() if value and name not in known]:
         logger.warning("--lora %s: this peft ignores its %s", source, ", ".join(later))
     with reading(checkpoint / "transformer"), torch.device("meta"):
-        config = ConsisIDTransformer3DModel.load_config(checkpoint / "transformer")
-        transformer = ConsisIDTransformer3DModel.from_config(config)
+        size = read_json(checkpoint / "transformer" / "config.json")
+        transformer = ConsisIDTransformer3DModel.from_config(size)
     layers = dict(transformer.named_modules())
-    for name, factor in lora.factors.items():
+    for name, factor in factors.items():
         if not hasattr(layers.get(name.rpartition(".lora_")[0]), "weight"):
             raise CheckpointError(
                 f"--lora {source} is of another model or another tool: it holds {name}, "
                 f"{list(factor.shape)}, and the transformer has no such layer"
             )
-    without_values = {name: factor.to("meta") for name, factor in lora.factors.items()}
     with reading(f"--lora {source}"):
+        without_values = {name: factor.to("meta") for name, factor in factors.items()}
         # PiSSA and others change the transformer's own weights first: without values that fails.
-        _attach(transformer, lora._replace(factors=without_values), "lora", initialise=True)
+        _attach(transformer, (without_values, config), "lora", initialise=True)
         attached = get_peft_model_state_dict(transformer, adapter_name="lora")
-        if differing := sorted(attached.keys() ^ lora.factors.keys()):
-            what = "is not used" if differing[0] in lora.factors else "is missing"
+        if differing := sorted(attached.keys() ^ factors.keys()):
+            what = "is not used" if differing[0] in factors else "is missing"
             raise ValueError(f"{differing[0]} {what}")
         scales = [m.scaling["lora"] for m in transformer.modules() if isinstance(m, LoraLayer)]
         if not all(map(math.isfinite, scales)):
@@ -207,12 +202,13 @@ def _attach(
     """
     from peft import LoraConfig
 
-    known = {n: v for n, v in lora.config.items() if n in LoraConfig.__dataclass_fields__}
-    targets = sorted({factor.rpartition(".lora_")[0] for factor in lora.factors})
+    factors, config = lora
+    known = {n: value for n, value in config.items() if n in LoraConfig.__dataclass_fields__}
+    layers = sorted({factor.rpartition(".lora_")[0] for factor in factors})
     transformer.load_lora_adapter(
-        dict(lora.factors),
+        dict(factors),
         prefix=None,
         adapter_name=name,
-        metadata={**known, "target_modules": targets} if known else None,
+        metadata={**known, "target_modules": layers} if known else None,
         low_cpu_mem_usage=not initialise,
     )
