@@ -46,44 +46,43 @@ def check_checkpoint(folder: Path) -> None:
     `teacache.checkpoint.loading.reading`.
     """
     try:
-        if not (folder / "model_index.json").is_file():
-            raise CheckpointError(
-                f"{folder} has no model_index.json: it holds {_describe_content(folder)}"
-            )
-        if pointers := _lfs_pointers(folder):
-            raise CheckpointError(
-                f"{folder} was cloned without git-lfs: run `git lfs pull` in it. Pointers are in "
-                f"place of {', '.join(pointers)}"
-            )
-        index = read_json(folder / "model_index.json")
-        kind = index.get("_class_name")
-        if kind != "ConsisIDPipeline":
-            raise CheckpointError(f"{folder} holds a {kind}, not a ConsisIDPipeline")
-        needed = _needed(folder)
-        missing = [name for name in needed if _is_missing(folder / name)]
-        short = [name for name in needed if name not in missing and not _is_whole(folder / name)]
-        others = _other_weights(folder, needed, missing)
-    except OSError as error:
+        _check_files(folder)
+        _check_models(folder)
+    except (OSError, AttributeError, TypeError) as error:  # JSON of an unexpected form
         raise CheckpointError(f"{folder} cannot be read: {reason(error)}") from error
-    if missing or short:
-        faults = {
-            "missing or empty": missing,
-            "cut short or damaged": short,
-            "of a variant, such as fp16, or pickled, and not read": others,
-        }
-        listed = [f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names]
+
+
+def _check_files(folder: Path) -> None:
+    """Raise CheckpointError unless each file is there and, as far as one sees, whole."""
+    if not (folder / "model_index.json").is_file():
+        raise CheckpointError(
+            f"{folder} has no model_index.json: it holds {_describe_content(folder)}"
+        )
+    if pointers := _lfs_pointers(folder):
+        raise CheckpointError(
+            f"{folder} was cloned without git-lfs: run `git lfs pull` in it. Pointers are in place "
+            f"of {', '.join(pointers)}"
+        )
+    kind = read_json(folder / "model_index.json").get("_class_name")
+    if kind != "ConsisIDPipeline":
+        raise CheckpointError(f"{folder} holds a {kind}, not a ConsisIDPipeline")
+    missing = lacking(folder)
+    whole = [name for name in _needed(folder) if name not in missing]
+    others = _other_weights(folder, missing)
+    faults = {
+        "missing or empty": missing,
+        "cut short or damaged": [name for name in whole if not _is_whole(folder / name)],
+        "of a variant, such as fp16, or pickled, and not read": others,
+    }
+    if listed := [f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names]:
         if others:
             listed.append("a variant is read once its index, or its one file, has the plain name")
         raise CheckpointError(f"{folder} is not whole, {'; '.join(listed)}")
-    _check_models(folder, index)
 
 
-def _check_models(folder: Path, index: dict[str, Any]) -> None:
-    """Raise CheckpointError where a model's kind is not that of ConsisID-preview's.
-
-    Args:
-        index: the content of model_index.json.
-    """
+def _check_models(folder: Path) -> None:
+    """Raise CheckpointError where a model's kind is not that of ConsisID-preview's."""
+    index = read_json(folder / "model_index.json")
     for name, classes in CLASSES.items():
         kind = (index.get(name) or [None])[-1]
         if kind not in classes:
@@ -132,17 +131,13 @@ def _lfs_pointers(folder: Path) -> list[str]:
     return sorted({str(path.relative_to(folder)) for path in read if is_lfs_pointer(path)})
 
 
-def _other_weights(folder: Path, needed: list[str], missing: list[str]) -> list[str]:
+def _other_weights(folder: Path, missing: list[str]) -> list[str]:
     """The weights that are there for models whose own are missing: a variant's, or pickled ones."""
-    models = {Path(name).parent for name in missing if Path(name).name != "config.json"}
-    weights = {
-        f"{name}/{path.name}"
-        for name in MODELS
-        if Path(name) in models
-        for path in (folder / name).glob("*")
-        if path.suffix in (".safetensors", ".bin")
-    }
-    return sorted(weights.difference(needed))
+    needed = _needed(folder)
+    models = {Path(name).parent.name for name in missing if Path(name).name != "config.json"}
+    paths = [path for name in models.intersection(MODELS) for path in (folder / name).glob("*.*")]
+    weights = [str(p.relative_to(folder)) for p in paths if p.suffix in (".safetensors", ".bin")]
+    return sorted(name for name in weights if name not in needed)
 
 
 def _tokenizer_file(folder: Path) -> str:
@@ -186,6 +181,8 @@ def _is_whole(path: Path) -> bool:
 def _describe_content(folder: Path) -> str:
     """The content, in a few words, of a folder that is not a pipeline."""
     names = {path.name for path in folder.iterdir()}
+    if "snapshots" in names:
+        return "a repository of the hub's cache: name one of its snapshots, or owner/name"
     if names & {"pytorch_lora_weights.safetensors", "adapter_config.json"}:
         return "a LoRA, which goes with a checkpoint"
     if "config.json" in names:

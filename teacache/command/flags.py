@@ -69,8 +69,8 @@ PUBLISHED = (
     ),
     Flag(
         "ckpts_path PATH",
-        "checkpoint folder; or a Hugging Face repository, from the hub's cache or downloaded into a "
-        "folder of its name; or `tiny`, a small trained checkpoint for machines without a GPU",
+        "checkpoint folder; or a Hugging Face repository, from the hub's cache or downloaded into "
+        "a folder of its name; or `tiny`, a small trained checkpoint for machines without a GPU",
         "BestWishYsh/ConsisID-preview",
         type=read.name,
     ),

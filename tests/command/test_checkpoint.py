@@ -191,6 +191,8 @@ def test_only_a_variant_is_there(capsys, saved, shards):
     ("name", "changed", "told"),
     [
         (INDEX, {"_class_name": "CogVideoXPipeline"}, "holds a CogVideoXPipeline, not a ConsisID"),
+        (INDEX, {"transformer": 3}, "cannot be read: 'int' object is not subscriptable"),
+        ("transformer/config.json", {"quantization_config": 3}, "'int' object has no attribute"),
         (INDEX, {"transformer": ["diffusers", "CogVideoX"]}, "CogVideoX as transformer, not Co"),
         (INDEX, {"scheduler": ["diffusers", "DDIM"]}, "DDIM as scheduler, not CogVideoXDPMSch"),
         ("transformer/config.json", {"patch_size_t": 2}, "as of a model on CogVideoX1.5, and"),
@@ -251,7 +253,9 @@ def test_weights_that_are_not_whole(light):
 
 def test_what_is_no_checkpoint_is_named_as_what_it_is(tmp_path, tiny):
     (tmp_path / "adapter_config.json").touch()
+    (tmp_path / "models--Own--Repo" / "snapshots").mkdir(parents=True)
     for folder, told in (
+        (tmp_path / "models--Own--Repo", "a repository of the hub's cache: name one of its snap"),
         (tmp_path, "a LoRA, which goes with a checkpoint"),
         (tiny / "transformer", "one model, ConsisIDTransformer3DModel, where"),
     ):
