@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 from pathlib import Path
@@ -42,6 +43,8 @@ def download_checkpoint(repo_id: str) -> Path:
                 shutil.rmtree(incomplete / ".cache", ignore_errors=True)
                 incomplete.rename(folder)
     except (OSError, CheckpointError) as error:
+        with contextlib.suppress(OSError):
+            folder.parent.rmdir()  # where nothing has come
         raise CheckpointError(
             f"--ckpts_path {repo_id}: there is no such folder here, and the repository of that "
             f"name could not be downloaded: {reason(error)}"

@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import pickle
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,36 +102,34 @@ def read_lora(source: str, path: Path) -> Lora:
         raise CheckpointError(f"--lora {source} is a pointer: run `git lfs pull` in its folder")
     with reading(f"--lora {source}"):
         tensors, config = _content(path)
-    for name, tensor in tensors.items():
-        if not (tensor.is_floating_point() and tensor.float().isfinite().all()):
-            raise CheckpointError(f"--lora {source}: {name} has NaN, infinite or whole numbers")
-    if any(name.startswith(OF_PEFT) for name in tensors):
-        config = read_json(path.with_name("adapter_config.json"))
-    factors = {n.removeprefix(OF_PIPELINE).removeprefix(OF_PEFT): t for n, t in tensors.items()}
-    config = {name.removeprefix(OF_PIPELINE): value for name, value in config.items()}
-    config = {name: value for name, value in config.items() if "." not in name}  # no text encoder's
-    return convert_unet_state_dict_to_peft(factors), config  # from names of older versions
+        weights = tensors.values() if isinstance(tensors, dict) else ()
+        if not weights or not all(map(torch.is_tensor, weights)):
+            raise ValueError("it holds no weights, or not only weights")
+        if not isinstance(config, dict):
+            raise ValueError("its lora_adapter_metadata is no JSON object")
+        for name, tensor in tensors.items():
+            if not (tensor.is_floating_point() and tensor.float().isfinite().all()):
+                raise ValueError(f"{name} has NaN, infinite or whole numbers")
+        if any(name.startswith(OF_PEFT) for name in tensors):
+            config = read_json(path.with_name("adapter_config.json"))
+        factors = {n.removeprefix(OF_PIPELINE).removeprefix(OF_PEFT): t for n, t in tensors.items()}
+        config = {name.removeprefix(OF_PIPELINE): value for name, value in config.items()}
+        config = {name: value for name, value in config.items() if "." not in name}  # only its own
+        return convert_unet_state_dict_to_peft(factors), config  # from names of older versions
 
 
-def _content(path: Path) -> Lora:
+def _content(path: Path) -> tuple[Any, Any]:
     """The tensors in a file, whatever its name is, and the configuration in its metadata."""
-    config: object = {}
-    if zipfile.is_zipfile(path):  # as torch writes
-        try:
-            with path.open("rb") as opened:  # by name, torch takes a .safetensors for one
-                tensors = torch.load(opened, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise ValueError("it holds more than weights, which might run code") from error
-    else:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            config = json.loads((file.metadata() or {}).get("lora_adapter_metadata") or "{}")
-    if not isinstance(config, dict):
-        raise ValueError("its lora_adapter_metadata is no JSON object")
-    named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
-    if not (tensors and named and all(map(torch.is_tensor, tensors.values()))):
-        raise ValueError("it holds no weights, or not only weights")
-    return tensors, config
+    with path.open("rb") as opened:
+        if opened.read(2) == b"PK":  # as torch writes
+            opened.seek(0)
+            try:
+                return torch.load(opened, map_location="cpu", weights_only=True), {}
+            except pickle.UnpicklingError as error:
+                raise ValueError("it holds more than weights, which might run code") from error
+    with safe_open(path, framework="pt") as file:
+        config = (file.metadata() or {}).get("lora_adapter_metadata") or "{}"
+        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(config)  # noqa: SIM118
 
 
 def check_lora(source: str, path: Path, checkpoint: Path) -> None:

@@ -156,6 +156,7 @@ def refused() -> str:
     with pytest.raises(CheckpointError) as raised:
         download_checkpoint(REPOSITORY)
     assert not Path(REPOSITORY).exists()
+    assert Path(REPOSITORY).parent.exists() == bool(brought()), "no empty folder is left"
     message = str(raised.value)
     assert message.startswith("--ckpts_path Own/Repo: there is no such folder here, and the repo")
     assert "\n" not in message
