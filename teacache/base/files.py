@@ -49,10 +49,11 @@ def with_ending(stem: Path, ending: str) -> Path:
 
 def is_lfs_pointer(path: Path) -> bool:
     """Whether a file has the few lines that git clones without git-lfs, in place of its content."""
-    if not path.is_file() or path.stat().st_size > 1024:  # git-lfs takes no larger file for one
-        return False
-    with path.open("rb") as file:
-        return file.read(24) == b"version https://git-lfs."
+    with contextlib.suppress(OSError):  # none that can be read
+        if path.is_file() and path.stat().st_size <= 1024:  # git-lfs takes no larger file for one
+            with path.open("rb") as file:
+                return file.read(24) == b"version https://git-lfs."
+    return False
 
 
 @contextlib.contextmanager
