@@ -46,6 +46,15 @@ def with_ending(stem: Path, ending: str) -> Path:
     return stem.with_name(stem.name + ending)
 
 
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file has the few lines that git clones without git-lfs, in place of its content."""
+    with contextlib.suppress(OSError):  # none that can be read
+        if path.is_file() and path.stat().st_size <= 1024:  # git-lfs takes no larger file for one
+            with path.open("rb") as file:
+                return file.read(24) == b"version https://git-lfs."
+    return False
+
+
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = False, always: bool = False) -> Iterator[bool]:
     """Hold a lock file while the block runs, then remove the file.

@@ -26,6 +26,8 @@ def silence_libraries() -> None:
     # torch warns about torchao's enumerations, and about a compiler without CUDA.
     for name in ("torch.utils._pytree", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # It logs an error that it raises as well.
+    logging.getLogger("diffusers.loaders.peft").setLevel(logging.CRITICAL)
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("warning: %(message)s"))
     own = logging.getLogger("teacache")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 from pathlib import Path
 
 from teacache.base.errors import CheckpointError, reason
 from teacache.base.files import locked
+from teacache.checkpoint.find import cached_snapshot
 from teacache.checkpoint.folder import check_checkpoint, lacking
 
 # The files that sampling needs. The repository also has tools for training data (data_process/).
@@ -41,6 +43,8 @@ def download_checkpoint(repo_id: str) -> Path:
                 shutil.rmtree(incomplete / ".cache", ignore_errors=True)
                 incomplete.rename(folder)
     except (OSError, CheckpointError) as error:
+        with contextlib.suppress(OSError):
+            folder.parent.rmdir()  # where nothing has come
         raise CheckpointError(
             f"--ckpts_path {repo_id}: there is no such folder here, and the repository of that "
             f"name could not be downloaded: {reason(error)}"
@@ -69,11 +73,18 @@ def _download(repo_id: str, folder: Path) -> None:
     except Exception as error:  # the hub's, its HTTP client's, the system's
         # A complete folder needs no hub.
         if not folder.is_dir() or lacking(folder):
-            message = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-            raise CheckpointError(f"{message}. {_advice(error, folder)}") from error
+            advice = _advice(error, repo_id, folder)
+            raise CheckpointError(f"{hub_message(error)}. {advice}") from error
 
 
-def _advice(error: Exception, folder: Path) -> str:
+def hub_message(error: Exception) -> str:
+    """What an error of the hub's client says, in one line."""
+    if isinstance(error, ImportError) and "socksio" in str(error):  # it names another package
+        return "a SOCKS proxy needs socksio: pip install socksio"
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def _advice(error: Exception, repo_id: str, folder: Path) -> str:
     """Advice for a user after a failed download.
 
     Args:
@@ -84,6 +95,11 @@ def _advice(error: Exception, folder: Path) -> str:
     answer = getattr(error, "response", None)
     if isinstance(error, errors.GatedRepoError) or getattr(answer, "status_code", 0) in (401, 403):
         return "Ask for access on its page, then log in with `hf auth login`, or set HF_TOKEN"
+    if snapshot := cached_snapshot(repo_id, whole=False):
+        try:
+            check_checkpoint(snapshot)
+        except CheckpointError as in_part:
+            return f"The hub's cache has only a part: {in_part}"
     if isinstance(error, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)):
         return (
             f"Without a connection, put these into {folder}, weights as one file or as shards "

@@ -1,10 +1,9 @@
-"""Finds and checks a checkpoint folder, without loading a model or importing torch."""
+"""Checks a checkpoint folder, without loading a model or importing torch."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from teacache.base.errors import CheckpointError, reason
+from teacache.base.files import is_lfs_pointer
 
 # The files below `face_encoder/` that diffusers' face models read. They would download the first
 # three, where one is missing, in the middle of a run.
@@ -39,37 +39,6 @@ QUANTIZERS = {
 FULL_SIZE_BYTES = 4 * 2**30
 
 
-def local_checkpoint(name: str) -> Path | None:
-    """The folder of that name, or None where the name is that of a repository to download.
-
-    Args:
-        name: a folder, or a Hugging Face repository, `owner/name`.
-
-    Raises:
-        CheckpointError: where it is neither.
-    """
-    folder = Path(name)
-    try:
-        if folder.is_dir():
-            return folder
-    except OSError as error:  # too long a name, or no permission
-        raise CheckpointError(f"--ckpts_path {name[:80]}: {error.strerror}") from error
-    if folder.exists():
-        single = (
-            " with weights" if folder.suffix in (".safetensors", ".ckpt", ".pt", ".bin") else ""
-        )
-        raise CheckpointError(
-            f"--ckpts_path {name} is a single file{single}: a checkpoint is a folder with a "
-            "model_index.json"
-        )
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith(("./", "../")):
-        raise CheckpointError(
-            f"--ckpts_path {name}: there is no such folder. "
-            "Name one, or a Hugging Face repository as owner/name, or tiny"
-        )
-    return None
-
-
 def check_checkpoint(folder: Path) -> None:
     """Raise CheckpointError unless a folder has every file of a ConsisID that sampling reads.
 
@@ -77,32 +46,43 @@ def check_checkpoint(folder: Path) -> None:
     `teacache.checkpoint.loading.reading`.
     """
     try:
-        if not (folder / "model_index.json").is_file():
-            raise CheckpointError(
-                f"{folder} has no model_index.json: it holds {_describe_content(folder)}"
-            )
-        index = read_json(folder / "model_index.json")
-        kind = index.get("_class_name")
-        if kind != "ConsisIDPipeline":
-            raise CheckpointError(f"{folder} holds a {kind}, not a ConsisIDPipeline")
-        needed = _needed(folder)
-        missing = [name for name in needed if _is_missing(folder / name)]
-        short = [name for name in needed if name not in missing and not _is_whole(folder / name)]
-    except OSError as error:
+        _check_files(folder)
+        _check_models(folder)
+    except (OSError, AttributeError, TypeError) as error:  # JSON of an unexpected form
         raise CheckpointError(f"{folder} cannot be read: {reason(error)}") from error
-    if missing or short:
-        faults = {"missing or empty": missing, "cut short or damaged": short}
-        listed = [f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names]
+
+
+def _check_files(folder: Path) -> None:
+    """Raise CheckpointError unless each file is there and, as far as one sees, whole."""
+    if not (folder / "model_index.json").is_file():
+        raise CheckpointError(
+            f"{folder} has no model_index.json: it holds {_describe_content(folder)}"
+        )
+    if pointers := _lfs_pointers(folder):
+        raise CheckpointError(
+            f"{folder} was cloned without git-lfs: run `git lfs pull` in it. Pointers are in place "
+            f"of {', '.join(pointers)}"
+        )
+    kind = read_json(folder / "model_index.json").get("_class_name")
+    if kind != "ConsisIDPipeline":
+        raise CheckpointError(f"{folder} holds a {kind}, not a ConsisIDPipeline")
+    missing = lacking(folder)
+    whole = [name for name in _needed(folder) if name not in missing]
+    others = _other_weights(folder, missing)
+    faults = {
+        "missing or empty": missing,
+        "cut short or damaged": [name for name in whole if not _is_whole(folder / name)],
+        "of a variant, such as fp16, or pickled, and not read": others,
+    }
+    if listed := [f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names]:
+        if others:
+            listed.append("a variant is read once its index, or its one file, has the plain name")
         raise CheckpointError(f"{folder} is not whole, {'; '.join(listed)}")
-    _check_models(folder, index)
 
 
-def _check_models(folder: Path, index: dict[str, Any]) -> None:
-    """Raise CheckpointError where a model's kind is not that of ConsisID-preview's.
-
-    Args:
-        index: the content of model_index.json.
-    """
+def _check_models(folder: Path) -> None:
+    """Raise CheckpointError where a model's kind is not that of ConsisID-preview's."""
+    index = read_json(folder / "model_index.json")
     for name, classes in CLASSES.items():
         kind = (index.get(name) or [None])[-1]
         if kind not in classes:
@@ -139,6 +119,33 @@ def _is_missing(path: Path) -> bool:
     return not path.is_file() or path.stat().st_size == 0
 
 
+def _lfs_pointers(folder: Path) -> list[str]:
+    """The files to be read that are pointers. Weights that are not read may be, as of a variant."""
+    weights = [path for name in MODELS for path in (folder / name).glob("*.safetensors")]
+    read = [
+        *(path for pattern in ("*.json", "*/*.json") for path in folder.glob(pattern)),
+        folder / _tokenizer_file(folder),
+        *(folder / "face_encoder").rglob("*"),
+        *(path for path in weights if len(path.suffixes) == 1),
+    ]
+    return sorted({str(path.relative_to(folder)) for path in read if is_lfs_pointer(path)})
+
+
+def _other_weights(folder: Path, missing: list[str]) -> list[str]:
+    """The weights that are there for models whose own are missing: a variant's, or pickled ones."""
+    needed = _needed(folder)
+    models = {Path(name).parent.name for name in missing if Path(name).name != "config.json"}
+    paths = [path for name in models.intersection(MODELS) for path in (folder / name).glob("*.*")]
+    weights = [str(p.relative_to(folder)) for p in paths if p.suffix in (".safetensors", ".bin")]
+    return sorted(name for name in weights if name not in needed)
+
+
+def _tokenizer_file(folder: Path) -> str:
+    """The tokenizer's file: of `save_pretrained`, which transformers prefers, or the original."""
+    saved = "tokenizer/tokenizer.json"
+    return saved if (folder / saved).is_file() else "tokenizer/spiece.model"
+
+
 def _needed(folder: Path) -> list[str]:
     """The files that sampling reads, as paths below the checkpoint."""
     models = [folder / name for name in MODELS]
@@ -146,7 +153,7 @@ def _needed(folder: Path) -> list[str]:
     return [
         "model_index.json",
         "scheduler/scheduler_config.json",
-        "tokenizer/spiece.model",
+        _tokenizer_file(folder),
         *(f"face_encoder/{name}" for name in FACE_FILES),
         *(f"{model.name}/config.json" for model in models),
         *weights,
@@ -163,17 +170,19 @@ def _is_whole(path: Path) -> bool:
         start = file.read(2)
     if path.suffix in (".pth", ".pt") and start == b"PK":
         return zipfile.is_zipfile(path)
-    if path.suffix != ".safetensors":
-        return True
     try:
-        return bool(weight_shapes(path))
-    except SafetensorError:
+        if path.suffix == ".json":
+            read_json(path)
+        return path.suffix != ".safetensors" or bool(weight_shapes(path))
+    except (CheckpointError, SafetensorError):
         return False
 
 
 def _describe_content(folder: Path) -> str:
     """The content, in a few words, of a folder that is not a pipeline."""
     names = {path.name for path in folder.iterdir()}
+    if "snapshots" in names:
+        return "a repository of the hub's cache: name one of its snapshots, or owner/name"
     if names & {"pytorch_lora_weights.safetensors", "adapter_config.json"}:
         return "a LoRA, which goes with a checkpoint"
     if "config.json" in names:
@@ -201,7 +210,7 @@ def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 def weight_files(component: Path) -> list[Path]:
     """The safetensors files of a model: the shards in its index, or a single file."""
     for index in component.glob("*.safetensors.index.json"):
-        shards = set(read_json(index)["weight_map"].values())
+        shards = set(read_json(index).get("weight_map", {}).values())
         return [component / shard for shard in sorted(shards)]
     single = "model" if component.name == "text_encoder" else "diffusion_pytorch_model"
     return [component / f"{single}.safetensors"]
@@ -215,6 +224,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no JSON object")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
     return content

@@ -21,7 +21,7 @@ MOST_CHARACTERS = 200  # of a library's message; some list every weight
 
 
 @contextlib.contextmanager
-def reading(folder: Path) -> Iterator[None]:
+def reading(folder: Path | str) -> Iterator[None]:
     """Turn any error of the block, which reads models from a folder, into a CheckpointError.
 
     Each library has its own errors for files that are damaged or do not fit together. Errors with

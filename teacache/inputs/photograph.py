@@ -116,6 +116,8 @@ def fetch(url: str) -> bytes:
 
 def _kind(error: Exception) -> str:
     """The kind of an error in words, `connection error`, and the system's message."""
+    if "SOCKS support" in str(error):
+        return "a SOCKS proxy needs pysocks: pip install pysocks"
     words = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=SSL)", " ", type(error).__name__).lower()
     reason = re.search(r"\[Errno -?\d+\] ([\w ]+)", str(error))
     return f"{words} ({reason[1].lower()})" if reason else words

@@ -17,12 +17,8 @@ from teacache.base.environment import prepare_environment
 from teacache.base.errors import ArgumentError
 from teacache.base.files import fingerprint
 from teacache.checkpoint.download import download_checkpoint
-from teacache.checkpoint.folder import (
-    check_checkpoint,
-    is_full_size,
-    local_checkpoint,
-    weight_files,
-)
+from teacache.checkpoint.find import local_checkpoint
+from teacache.checkpoint.folder import check_checkpoint, is_full_size, weight_files
 from teacache.checkpoint.size import Architecture, VideoSize, check_memory, video_size
 from teacache.core.ranks import ALONE, Ranks
 from teacache.core.rule import Schedule, schedule

@@ -69,8 +69,8 @@ PUBLISHED = (
     ),
     Flag(
         "ckpts_path PATH",
-        "checkpoint folder; or a Hugging Face repository, which is downloaded into a folder of its "
-        "name; or `tiny`, a small trained checkpoint for machines without a GPU",
+        "checkpoint folder; or a Hugging Face repository, from the hub's cache or downloaded into "
+        "a folder of its name; or `tiny`, a small trained checkpoint for machines without a GPU",
         "BestWishYsh/ConsisID-preview",
         type=read.name,
     ),
@@ -127,8 +127,8 @@ VIDEO = (
     Flag("width N", "width in pixels", shown="the checkpoint's own, 720", type=read.positive),
     Flag(
         "lora LORA[:SCALE]",
-        "LoRA of the transformer in diffusers' format (a file, a folder or a Hugging Face "
-        "repository) and its scale; can be repeated; needs `pip install peft==0.21.2`",
+        "LoRA of the transformer, as diffusers or peft saves it (a file, a folder or a Hugging "
+        "Face repository) and its scale; can be repeated; needs `pip install peft==0.21.2`",
         [],
         action="append",
         type=read.lora,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from teacache.base.errors import ArgumentError
+from teacache.base.files import is_lfs_pointer
 from teacache.core.rule import UNBOUNDED, Coefficients
 
 DEGREE = 4  # of the rescaling polynomial
@@ -106,6 +107,8 @@ def image(value: str) -> str:
             raise argparse.ArgumentTypeError(f"{source} is a folder, not an image")
         if not os.path.exists(source):
             raise argparse.ArgumentTypeError(f"{source[:80]}: there is no such file")
+        if is_lfs_pointer(Path(source)):
+            raise argparse.ArgumentTypeError(f"{source} is a pointer: run `git lfs pull`")
     return source
 
 

@@ -11,10 +11,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
 from safetensors.torch import load_file, save_file
-from support import CPU, edit, main, refused, replace
+from support import CPU, edit, encoded, main, refused, replace
 
 from teacache.base.errors import ArgumentError, CheckpointError
-from teacache.checkpoint.folder import check_checkpoint, local_checkpoint
+from teacache.base.quiet import no_progress_bars
+from teacache.checkpoint.find import local_checkpoint
+from teacache.checkpoint.folder import check_checkpoint
 from teacache.checkpoint.pipeline import load_pipeline
 from teacache.checkpoint.size import check_num_frames, video_size
 from teacache.embedded import build, cached
@@ -24,6 +26,7 @@ from teacache.inputs.identity import load_face_models
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
+FACES = "face_encoder/models/antelopev2/glintr100.onnx"
 
 
 def command(capsys, folder, *arguments):
@@ -107,10 +110,89 @@ def test_all_that_is_wrong_is_said_at_once(capsys, light):
     )
 
 
+def pointer(path):
+    path.unlink(missing_ok=True)
+    path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{0:064}\nsize 9\n")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["tokenizer/spiece.model"],
+        ["face_encoder/parsing_bisenet.pth"],
+        ["transformer/config.json", TRANSFORMER],
+        [f"{TRANSFORMER}.index.json"],
+        [
+            *("face_encoder/EVA02_CLIP_L_336_psz14_s6B.pt", FACES, INDEX, SCHEDULER),
+            *("text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"),
+        ],
+    ],
+)
+def test_pointers_of_git_lfs_are_named_together(capsys, light, names):
+    for name in names:
+        pointer(light / name)
+    assert command(capsys, light) == (
+        f"error: {light} was cloned without git-lfs: run `git lfs pull` in it. Pointers are in "
+        f"place of {', '.join(names)}"
+    )
+
+
+def test_pointers_in_place_of_what_is_not_read(light):
+    """`git lfs pull --include` fetches what one needs, and leaves the others."""
+    for name in ("vae/diffusion_pytorch_model.fp16.safetensors", "README.md", "vae/old.bin"):
+        pointer(light / name)
+    check_checkpoint(light)
+
+
+@pytest.fixture
+def saved(make_pipe, light, tmp_path):
+    """Saves the checkpoint by diffusers, whose tokenizer has no spiece.model."""
+
+    def save(**options):
+        with no_progress_bars():
+            make_pipe().save_pretrained(tmp_path / "saved", **options)
+        (light / "face_encoder").rename(tmp_path / "saved" / "face_encoder")
+        return tmp_path / "saved"
+
+    return save
+
+
+def test_one_that_diffusers_has_saved_makes_the_same_video(capsys, saved, tiny, tmp_path):
+    """Also in shards, each with an index."""
+    folder = saved(max_shard_size="2MB")
+    assert not (folder / "tokenizer" / "spiece.model").exists()
+    assert len(list(folder.glob("*/*.index.json"))) > 1
+    asked = ("--image", "astronaut", "--num_frames", 1, "--num_infer_steps", 1, "--output_path")
+    for name, checkpoint in (("theirs", folder), ("ours", tiny)):
+        assert main(capsys, "--ckpts_path", checkpoint, *asked, tmp_path / name)[0] == 0
+    ours, theirs = (encoded(tmp_path / name / "42_0.1_0000.mp4") for name in ("ours", "theirs"))
+    assert ours == theirs
+
+
+def test_a_tokenizer_of_transformers_that_is_cut_short(capsys, saved):
+    folder = saved()
+    half(folder / "tokenizer" / "tokenizer.json")
+    assert command(capsys, folder).endswith("cut short or damaged: tokenizer/tokenizer.json")
+
+
+@pytest.mark.parametrize("shards", ["10GB", "9MB"])
+def test_only_a_variant_is_there(capsys, saved, shards):
+    folder = saved(variant="fp16", max_shard_size=shards)
+    error = command(capsys, folder)
+    assert f"missing or empty: text_encoder/model.safetensors, {TRANSFORMER}, vae/" in error
+    assert "; of a variant, such as fp16, or pickled, and not read: text_encoder/model.fp" in error
+    assert error.endswith("a variant is read once its index, or its one file, has the plain name")
+    for path in [*folder.glob("*/*.index.fp16.json"), *folder.glob("*/*.fp16.safetensors")]:
+        path.rename(path.with_name(path.name.replace(".fp16", "")))
+    check_checkpoint(folder)
+
+
 @pytest.mark.parametrize(
     ("name", "changed", "told"),
     [
         (INDEX, {"_class_name": "CogVideoXPipeline"}, "holds a CogVideoXPipeline, not a ConsisID"),
+        (INDEX, {"transformer": 3}, "cannot be read: 'int' object is not subscriptable"),
+        ("transformer/config.json", {"quantization_config": 3}, "'int' object has no attribute"),
         (INDEX, {"transformer": ["diffusers", "CogVideoX"]}, "CogVideoX as transformer, not Co"),
         (INDEX, {"scheduler": ["diffusers", "DDIM"]}, "DDIM as scheduler, not CogVideoXDPMSch"),
         ("transformer/config.json", {"patch_size_t": 2}, "as of a model on CogVideoX1.5, and"),
@@ -171,7 +253,9 @@ def test_weights_that_are_not_whole(light):
 
 def test_what_is_no_checkpoint_is_named_as_what_it_is(tmp_path, tiny):
     (tmp_path / "adapter_config.json").touch()
+    (tmp_path / "models--Own--Repo" / "snapshots").mkdir(parents=True)
     for folder, told in (
+        (tmp_path / "models--Own--Repo", "a repository of the hub's cache: name one of its snap"),
         (tmp_path, "a LoRA, which goes with a checkpoint"),
         (tiny / "transformer", "one model, ConsisIDTransformer3DModel, where"),
     ):
@@ -246,7 +330,7 @@ def configured(**changed):
 @pytest.mark.parametrize(
     ("name", "damage", "told"),
     [
-        ("face_encoder/models/antelopev2/glintr100.onnx", half, "face_encoder cannot be read"),
+        (FACES, half, "face_encoder cannot be read"),
         ("face_encoder/EVA02_CLIP_L_336_psz14_s6B.pt", noise, "face_encoder cannot be read"),
         ("text_encoder/model.safetensors", without_a_tensor, "text_encoder lacks 1 of the"),
         ("tokenizer/spiece.model", noise, "cannot be read: "),

@@ -17,12 +17,16 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import close_session, constants
+from processes import SAMPLE, ended
+from support import ROOT
 
 from teacache.base.errors import CheckpointError
 from teacache.checkpoint.download import download_checkpoint
+from teacache.checkpoint.find import local_checkpoint
 from teacache.checkpoint.folder import check_checkpoint
 from teacache.command.main import main
+from teacache.sampling.lora import lora_file
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY = "Own/Repo"
@@ -152,6 +156,7 @@ def refused() -> str:
     with pytest.raises(CheckpointError) as raised:
         download_checkpoint(REPOSITORY)
     assert not Path(REPOSITORY).exists()
+    assert Path(REPOSITORY).parent.exists() == bool(brought()), "no empty folder is left"
     message = str(raised.value)
     assert message.startswith("--ckpts_path Own/Repo: there is no such folder here, and the repo")
     assert "\n" not in message
@@ -251,6 +256,99 @@ def test_without_a_connection_the_last_files_may_be_brought_by_hand(hub, here, m
 def test_refusals_are_one_line(hub, here, error, told):
     hub.error = error
     assert told in refused()
+
+
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "all_proxy"])
+def test_a_socks_proxy_needs_a_package(hub, here, monkeypatch, variable):
+    """For a checkpoint, and for a LoRA."""
+    monkeypatch.setenv(variable, "socks5://127.0.0.1:9")
+    close_session()  # the hub's client has read the environment
+    told = "a SOCKS proxy needs socksio: pip install socksio"
+    try:
+        assert told in refused()
+        with pytest.raises(CheckpointError, match=f"^--lora Own/Style is no file here.*{told}"):
+            lora_file("Own/Style")
+    finally:
+        close_session()
+
+
+@pytest.fixture
+def cache(hub, here, monkeypatch):
+    """A whole snapshot in the hub's cache, of links to blobs, as the hub's client makes it."""
+    folder = here.parent / "hub" / "models--Own--Repo"
+    snapshot = folder / "snapshots" / COMMIT
+    for number, path in enumerate(path for path in hub.folder.rglob("*") if path.is_file()):
+        link, blob = snapshot / path.relative_to(hub.folder), folder / "blobs" / str(number)
+        for made in (link, blob):
+            made.parent.mkdir(parents=True, exist_ok=True)
+        os.link(path, blob)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder.parent))
+    return snapshot
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_whole_snapshot_in_the_hubs_cache_is_used(hub, here, cache, start, monkeypatch, offline):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    before = sorted(cache.rglob("*"))
+    process, said = start()
+    process.join(300)
+    assert process.exitcode == 0, said.read_text()
+    assert not hub.transfers
+    assert [path.name for path in here.iterdir()] == ["teacache_results"]
+    assert sorted(cache.rglob("*")) == before, "nothing is written to it"
+
+
+def test_a_snapshot_in_part_is_completed_and_offline_it_is_named(hub, here, cache, monkeypatch):
+    """One link leads nowhere, another was not made; what is there is not fetched again."""
+    lost = ("face_encoder/parsing_bisenet.pth", "vae/diffusion_pytorch_model.safetensors")
+    (cache / lost[0]).resolve().unlink()
+    (cache / lost[1]).rename(cache / "vae" / "diffusion_pytorch_model.fp16.safetensors")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    told = f"The hub's cache has only a part: {cache} is not whole, missing or empty: "
+    assert (
+        f"{told}{', '.join(lost)}; of a variant, such as fp16, or pickled, and not read: "
+        "vae/diffusion_pytorch_model.fp16.safetensors"
+    ) in refused()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    check_checkpoint(download_checkpoint(REPOSITORY))
+    assert set(hub.transfers) == set(lost)
+
+
+@pytest.mark.parametrize("main", ["f" * 40, None])
+def test_a_snapshot_of_another_revision_is_taken_with_a_warning(cache, caplog, main):
+    """Where the one that main points to is not there, or not whole."""
+    refs = cache.parent.parent / "refs" / "main"
+    refs.unlink()
+    if main:
+        refs.write_text(main)
+        (cache.parent / main).mkdir()
+    assert local_checkpoint(REPOSITORY) == cache
+    assert f"Own/Repo: revision {COMMIT}, not main's, is taken from the hub's cache" in caplog.text
+    if main:
+        shutil.copytree(cache, cache.parent / main, symlinks=True, dirs_exist_ok=True)
+        assert local_checkpoint(REPOSITORY) == cache.parent / main
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_CACHE", "HF_HOME"])
+def test_the_environment_says_where_the_hubs_cache_is(here, cache, variable):
+    folder = here.parent if variable == "HF_HOME" else here.parent / "hub"
+    words = ("--ckpts_path", REPOSITORY, "--plan", "--device", "cpu")
+    environment = {variable: str(folder), "HF_HUB_OFFLINE": "1"}
+    result = ended(*words, program=(ROOT / SAMPLE[0],), cwd=here, env=environment)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_lora_of_a_repository_whatever_its_name(hub, here, cache, monkeypatch):
+    """Later without a connection."""
+    shutil.rmtree(cache.parent.parent)
+    (hub.folder / "my style.safetensors").write_bytes(b"weights")
+    path = lora_file(REPOSITORY)
+    assert path.read_bytes() == b"weights"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert lora_file(REPOSITORY) == path
 
 
 def test_a_repository_that_lacks_a_file_is_named(hub, here):

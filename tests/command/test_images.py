@@ -56,11 +56,23 @@ def test_broken_files(capsys, tmp_path, photo, name, content, complaint):
     assert complaint in error
 
 
-@pytest.mark.parametrize("what", ["missing.png", "folder", "ftp://host/face.png", "http:///x.png"])
+@pytest.mark.parametrize(
+    "what", ["missing.png", "folder", "pointer.png", "ftp://host/face.png", "http:///x.png"]
+)
 def test_refused_as_an_argument(capsys, tmp_path, what):
     (tmp_path / "folder").mkdir()
+    (tmp_path / "pointer.png").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0"
+    )
     source = what if "://" in what else tmp_path / what
     assert refused(capsys, *TINY, source).startswith("error: argument --image: ")
+
+
+@pytest.mark.parametrize("variable", ["HTTPS_PROXY", "https_proxy", "ALL_PROXY"])
+def test_a_socks_proxy_needs_a_package(capsys, monkeypatch, variable):
+    monkeypatch.setenv(variable, f"socks5{'h' * (variable == 'ALL_PROXY')}://me:secret@127.0.0.1:9")
+    error = refused(capsys, *TINY, "https://example.com/a.jpg")
+    assert error.endswith("cannot be fetched: a SOCKS proxy needs pysocks: pip install pysocks")
 
 
 def test_a_picture_too_large_is_refused_by_its_header(capsys, tmp_path, monkeypatch):
