@@ -26,7 +26,7 @@ from teacache.core.handle import TeaCacheHandle
 from teacache.inputs.conditioning import Conditioning
 from teacache.inputs.embedding_cache import EmbeddingCache
 from teacache.inputs.identity import Identity, load_analyser
-from teacache.inputs.text import TEXT_TOKENS, Text
+from teacache.inputs.text import Text
 from teacache.results.record import Record, summary
 from teacache.results.slot import claimed_slot
 from teacache.sampling import acceleration, sampler
@@ -265,8 +265,8 @@ def condition(
     with stages.stage("text"):
         embedded = conditioning.embed_texts([text for _, text in prompts])
     for flag, text in prompts:
-        if lost := embedded[text].lost:
-            logger.warning("--%s is longer than %d tokens: without %r", flag, TEXT_TOKENS, lost)
+        if complaint := embedded[text].complaint:
+            logger.warning("--%s %s", flag, complaint)
     return identities, {
         job: Text(
             embedded[job.prompt].embeds,

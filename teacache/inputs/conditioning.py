@@ -87,18 +87,20 @@ class Conditioning:
         keys = {text: self.text_key(text) for text in texts}
         embedded = {}
         for text, key in keys.items():
-            if entry := self.cache.get(key, ("embeds", "lost")):
-                lost = bytes(entry["lost"].tolist()).decode()
-                embedded[text] = EmbeddedText(entry["embeds"].to(self.device), lost)
+            if entry := self.cache.get(key, EmbeddedText._fields):
+                embeds = entry.pop("embeds").to(self.device)
+                unread = {name: bytes(each.tolist()).decode() for name, each in entry.items()}
+                embedded[text] = EmbeddedText(embeds, **unread)
         missing = [text for text in keys if text not in embedded]
         if missing:
             pipe = load_pipeline(
                 self.checkpoint, self.device, self.dtype, self.offload, parts=("text_encoder",)
             )
             for text in missing:
-                embeds, lost = embedded[text] = embed_text(pipe, text)
-                as_bytes = torch.tensor(list(lost.encode()), dtype=torch.uint8)
-                self.cache.put(keys[text], {"embeds": embeds, "lost": as_bytes})
+                embeds, *words = embedded[text] = embed_text(pipe, text)
+                as_bytes = [torch.tensor(list(each.encode()), dtype=torch.uint8) for each in words]
+                fields = zip(EmbeddedText._fields, (embeds, *as_bytes), strict=True)
+                self.cache.put(keys[text], dict(fields))
             del pipe
             devices.free_cached_memory(self.device)
         return embedded
