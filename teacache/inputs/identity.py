@@ -154,15 +154,14 @@ def find_identity(
     box = recognised[0]["bbox"] if recognised else alignable[0]
     side = _sides(box).min()
     if side < SMALL_FACE_PIXELS:
-        height, width, _ = picture.shape
+        reduced = image.width / picture.shape[1]
         logger.warning(
             "%s: the face is %d pixels wide or high, in a picture of %dx%d. Below %d pixels a face "
             "is hardly recognised: crop the picture to the face",
             name,
-            side,
-            width,
-            height,
-            SMALL_FACE_PIXELS,
+            side * reduced,
+            *image.size,
+            SMALL_FACE_PIXELS * reduced,
         )
     return aligned_identity(picture, recognised, alignable, models, device, dtype)
 
