@@ -120,6 +120,14 @@ VIDEO = (
     Flag("height N", "height in pixels", shown="the checkpoint's own, 480", type=read.positive),
     Flag("width N", "width in pixels", shown="the checkpoint's own, 720", type=read.positive),
     Flag(
+        "quality X",
+        "quality of the mp4, 0 to 10, as of diffusers' `export_to_video`; 10 has no loss but that "
+        "of 4:2:0 colour, and browsers do not play it",
+        5.0,
+        "5, as published",
+        type=read.quality,
+    ),
+    Flag(
         "lora LORA[:SCALE]",
         "LoRA of the transformer in diffusers' format (a file, a folder or a Hugging Face "
         "repository) and its scale; can be repeated; needs `pip install peft==0.21.2`",

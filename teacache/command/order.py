@@ -17,12 +17,13 @@ from teacache.core.rule import Coefficients, Limits
 
 @dataclass(frozen=True)
 class Format:
-    """Size and guidance of the videos. None is the checkpoint's own size."""
+    """Size, guidance and encoding of the videos. None is the checkpoint's own size."""
 
     width: int | None
     height: int | None
     num_frames: int | None
     guidance_scale: float
+    quality: float
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,8 @@ def preflight(order: Order, stages: Stages) -> Ready:
 
         check_lora(source, lora_file(source), checkpoint)
     ranks = ranks_of(order, checkpoint, size)
-    check_space(order.output_path, size.width * size.height, size.num_frames, len(order.jobs))
+    frame_pixels = size.width * size.height
+    check_space(order.output_path, frame_pixels, size.num_frames, len(order.jobs), form.quality)
     with stages.stage("schedule"):
         from teacache.checkpoint.distances import scheduler_name
 

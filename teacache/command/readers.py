@@ -105,6 +105,11 @@ def positive(text: str) -> int:
     return _number(text, int, lambda n: n >= 1, "a whole number, 1 or more")
 
 
+def quality(text: str) -> float:
+    """The quality of an mp4: a number from 0 to 10."""
+    return _number(text, float, lambda x: 0 <= x <= 10, "a number from 0 to 10")
+
+
 def seed(text: str) -> int:
     """A seed for torch: a whole number from 0 to 2^63 - 1."""
     return _number(text, int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 - 1")

@@ -59,6 +59,7 @@ def settings_of(job: Job, order: Order, ready: Ready) -> Settings:
         num_gpus=machine.num_gpus,
         ranks=str(ready.ranks) if machine.num_gpus > 1 else None,
         lora=[f"{source}:{scale:g}" for source, scale in order.loras],
+        mp4_quality=order.format.quality,
         checkpoint_sha256=ready.checkpoint_sha256,
     )
 

@@ -194,7 +194,7 @@ class Session:
             with own.stage("decoding"), models.memory.to_decode(last):
                 frames = sampler.decode(models.pipe, latents)
             with own.stage("writing"):
-                slot.write(frames)
+                slot.write(frames, record.settings.mp4_quality)
             record = completed(record, job, order, ready, own, slot.video)
             slot.finish(record)
         if self.comparison:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from teacache.base.errors import OutputError, reason
 from teacache.base.files import locked, with_ending
+from teacache.results.video import QUALITY
 
 LATENTS_ENDING = ".latents.safetensors"
 ENDINGS = (".mp4", ".json", ".md", ".png", LATENTS_ENDING)  # of all files that a name may have
@@ -33,16 +34,20 @@ def prepare_folder(folder: Path) -> None:
         raise OutputError(f"--output_path {folder} cannot be written to")
 
 
-def check_space(folder: Path, frame_pixels: int, num_frames: int, videos: int) -> None:
+def check_space(
+    folder: Path, frame_pixels: int, num_frames: int, videos: int, quality: float = QUALITY
+) -> None:
     """Raise OutputError where the disk has too little free space for a run.
 
-    An mp4 takes less than a tenth of its frames' bytes. All other files together (latents, record,
+    An mp4 takes less than a tenth of its frames' bytes; above the published quality less than six
+    tenths, as 4:2:0 colour has half of the bytes. All other files together (latents, record,
     figure, side-by-side video) take less than one more video.
 
     Args:
         frame_pixels: width x height of a frame.
     """
-    video = frame_pixels * 3 * num_frames // 10 + 2**20
+    tenths = 1 if quality <= QUALITY else 6
+    video = frame_pixels * 3 * num_frames * tenths // 10 + 2**20
     needed, free = video * (videos + 1), shutil.disk_usage(folder).free
     if free < needed:
         raise OutputError(

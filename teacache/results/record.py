@@ -16,6 +16,7 @@ from typing import Any, TypedDict
 
 from teacache import __version__
 from teacache.base.files import written_whole
+from teacache.results.video import QUALITY
 
 
 class Figures(TypedDict):
@@ -84,6 +85,7 @@ class Settings:
     num_gpus: int = 1
     ranks: str | None = None  # how a denoising step is divided
     lora: list[str] = field(default_factory=list)
+    mp4_quality: float = QUALITY  # `--quality`; the record's `quality` are the figures
     checkpoint_sha256: str | None = field(default=None, compare=False)
 
     @property

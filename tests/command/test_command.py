@@ -249,6 +249,7 @@ def test_every_other_argument_has_its_effect(capsys, tmp_path, photograph):
         ("--image", tmp_path / "other.png"),
         ("--dtype", "bfloat16"),
         ("--vae_tiling",),
+        ("--quality", 0),
     ):
         assert not np.array_equal(frames(*arguments), plain), arguments
 
