@@ -79,7 +79,7 @@ def record_of(
         reused_steps=list(done.reused_steps),
         distances=finite(done.distances),
         rescaled=finite(done.rescaled),
-        extrapolated_steps=list(done.extrapolated_steps),
+        steps_outside_fitted_range=list(done.steps_outside_fitted_range),
         why_nothing_was_reused=done.why_nothing_was_reused(),
         computed_step_seconds=median_seconds(step_seconds, done.computed_steps),
         reused_step_seconds=median_seconds(step_seconds, done.reused_steps),

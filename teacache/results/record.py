@@ -18,6 +18,9 @@ from teacache import __version__
 from teacache.base.files import written_whole
 from teacache.results.video import QUALITY
 
+# Keys of records of earlier versions, and their names.
+RENAMED = {"extrapolated_steps": "steps_outside_fitted_range"}
+
 
 class Figures(TypedDict):
     """A figure of quality; null for a frame without one."""
@@ -111,9 +114,9 @@ class Settings:
 class Record:
     """The settings and measurements of a video.
 
-    distances: None where they are not finite, since JSON has no NaN; these steps are among the
-    `extrapolated_steps`. computed_step_seconds, reused_step_seconds: medians. command: makes the
-    video again.
+    distances: None where they are not finite, since JSON has no NaN. steps_outside_fitted_range:
+    those whose distances the coefficients do not cover, these among them. computed_step_seconds,
+    reused_step_seconds: medians. command: makes the video again.
     """
 
     settings: Settings
@@ -121,7 +124,7 @@ class Record:
     reused_steps: list[int]
     distances: list[float | None]
     rescaled: list[float | None]
-    extrapolated_steps: list[int]
+    steps_outside_fitted_range: list[int]
     why_nothing_was_reused: str | None
     computed_step_seconds: float | None
     reused_step_seconds: float | None
@@ -147,11 +150,12 @@ class Record:
 
     @classmethod
     def from_json(cls, data: Any) -> Record:
-        """The inverse of `as_json`. Other keys are ignored.
+        """The inverse of `as_json`. Other keys are ignored, earlier names of keys are known.
 
         Raises:
             TypeError: where keys are missing.
         """
+        data = {RENAMED.get(key, key): value for key, value in dict(data).items()}
         settings, own = (
             {f.name: data[f.name] for f in fields(kind) if f.name in data}
             for kind in (Settings, cls)

@@ -6,14 +6,17 @@ import importlib.util
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 
 import pytest
 from support import ROOT
 
+import teacache
 from teacache.cluster.__main__ import RAY
 from teacache.command.arguments import build_parser
 from teacache.command.flags import FLAGS, table
+from teacache.core.rule import Limits
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ROOMS = {path: path.read_text(encoding="utf-8") for path in (ROOT / "teacache").glob("*/README.md")}
@@ -66,6 +69,17 @@ def test_optional_packages_are_those_that_are_tested():
     assert packages == {"peft", "pillow-heif", "ray", "torchao"}
     assert named <= set(tested)
     assert RAY in named
+
+
+def test_the_names_of_the_package():
+    """Each is what its module has of that name; importing the package imports none of them."""
+    for name in teacache.__all__:
+        assert getattr(teacache, name).__module__.startswith("teacache.") or name == "COGVIDEOX_5B"
+    assert {"Limits", "Coefficients", "Schedule", "apply_teacache"} <= set(teacache.__all__)
+    assert teacache.Limits(max_reuse=2) == Limits(1, 1, 2)
+    code = "import teacache, sys; print([name for name in sys.modules if 'teacache.' in name])"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    assert (run.stdout, run.stderr) == ("[]\n", "")
 
 
 PROGRAM = r"python3 (-m teacache[.\w]*|teacache_sample_video\.py)((?:\\\n|[^\n`;&])*)"
