@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 EVA_CLIP = "EVA02-CLIP-L-14-336"  # the model; `face_encoder/` may hold its configuration, a .json
 HIDDEN_STATES = 5  # ConsisID reads as many of EVA-CLIP's 24 layers
 # The names of the tensors of `as_tensors`.
-TENSORS = ("id_cond", *(f"id_vit_hidden_{n}" for n in range(HIDDEN_STATES)), "face", "kps")
+HIDDEN = tuple(f"id_vit_hidden_{n}" for n in range(HIDDEN_STATES))
+TENSORS = ("id_cond", *HIDDEN, "face", "kps", "embedding")
 SMALL_FACE_PIXELS = 64
 UPSTREAM_PIXELS = 1024
 
@@ -41,12 +42,15 @@ class Identity(NamedTuple):
     face: the aligned face, 512x512, the condition of the first frame.
     kps: [5, 2], key points: eyes, nose and corners of the mouth, in pixels of the image after its
         longer side is reduced to 1024.
+    embedding: [512], float32, ArcFace's embedding of the photograph's face. `id_cond` has it in the
+        dtype of the models.
     """
 
     id_cond: torch.Tensor
     id_vit_hidden: list[torch.Tensor]
     face: Image.Image
     kps: np.ndarray
+    embedding: np.ndarray
 
 
 class FaceModels(NamedTuple):
@@ -62,12 +66,12 @@ class FaceModels(NamedTuple):
 
 def as_tensors(identity: Identity) -> dict[str, torch.Tensor]:
     """An identity as named tensors, for a safetensors file."""
-    hidden = {f"id_vit_hidden_{n}": tensor for n, tensor in enumerate(identity.id_vit_hidden)}
     return {
         "id_cond": identity.id_cond,
-        **hidden,
+        **dict(zip(HIDDEN, identity.id_vit_hidden, strict=True)),
         "face": torch.from_numpy(np.array(identity.face)),  # [512, 512, 3], uint8
         "kps": torch.from_numpy(np.array(identity.kps)),
+        "embedding": torch.from_numpy(np.array(identity.embedding)),
     }
 
 
@@ -75,9 +79,10 @@ def from_tensors(tensors: dict[str, torch.Tensor], device: torch.device) -> Iden
     """The inverse of `as_tensors`, with the embeddings on the device."""
     return Identity(
         id_cond=tensors["id_cond"].to(device),
-        id_vit_hidden=[tensors[f"id_vit_hidden_{n}"].to(device) for n in range(HIDDEN_STATES)],
+        id_vit_hidden=[tensors[name].to(device) for name in HIDDEN],
         face=Image.fromarray(tensors["face"].numpy()),
         kps=tensors["kps"].numpy(),
+        embedding=tensors["embedding"].numpy(),
     )
 
 
@@ -196,7 +201,11 @@ def aligned_identity(
             picture,
             is_align_face=True,
         )
-    return Identity(id_cond, id_vit_hidden, face, kps)
+    if recognised:
+        embedding = recognised[0]["embedding"]
+    else:
+        (embedding,) = models.recogniser.get_feat(models.aligner.cropped_faces[0])
+    return Identity(id_cond, id_vit_hidden, face, kps, embedding)
 
 
 def _choose_face(

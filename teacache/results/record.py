@@ -23,17 +23,19 @@ RENAMED = {"extrapolated_steps": "steps_outside_fitted_range"}
 
 
 class Figures(TypedDict):
-    """A figure of quality; null for a frame without one."""
+    """A figure of quality; null for a frame without one. worst_frame: index, counted from 0."""
 
     mean: float | None
     worst: float | None
+    worst_frame: int | None
     per_frame: list[float | None]
 
 
 class IdentityFigures(Figures):
-    """ArcFace's similarity, and the number of frames without a face."""
+    """ArcFace's similarity in the frames with a face; the number and the share of frames."""
 
     frames_without_face: int
+    face_share: float
 
 
 class Quality(TypedDict, total=False):
@@ -221,7 +223,8 @@ def summary(video: Path, record: Record) -> str:
         lines.append(f"            on {record.settings.ranks}")
     psnr = (record.quality or {}).get("psnr")
     if psnr and psnr["mean"] is not None:
-        lines.append(f"PSNR        {psnr['mean']:.1f} dB, worst frame {psnr['worst']:.1f}")
+        worst = f"{psnr['worst']:.1f} in frame {psnr['worst_frame']}"
+        lines.append(f"PSNR        {psnr['mean']:.1f} dB, worst {worst}")
     return "\n".join(
         [
             *lines,

@@ -117,6 +117,7 @@ def test_sweep(capsys, tmp_path, calls, no_embeddings):
     identity = near["identity"]
     assert len(identity["per_frame"]) == 1
     assert identity["frames_without_face"] == identity["per_frame"].count(None)
+    assert identity["face_share"] == 1 - identity["frames_without_face"]
 
     # The figure and the videos side by side.
     with Image.open(tmp_path / "sweep" / "sweep_42_0000.png") as figure:

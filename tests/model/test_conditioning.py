@@ -55,6 +55,7 @@ def test_what_is_kept_equals_what_was_computed(tiny, cache, loads):
         assert all(torch.equal(a, b) for a, b in pairs)
         assert first[0].face.tobytes() == second[0].face.tobytes()
         assert (first[0].kps == second[0].kps).all()
+        assert (first[0].embedding == second[0].embedding).all()
         for text in texts:
             assert torch.equal(first[1][text].embeds, second[1][text].embeds)
             assert first[1][text][1:] == second[1][text][1:]
