@@ -97,7 +97,8 @@ PUBLISHED = (
     Flag("num_infer_steps N", "denoising steps", 50, type=read.positive),
     Flag(
         "output_path DIR",
-        "output folder, for `{seed}_{rel_l1_thresh}_{index:04d}.mp4` and `.json`",
+        "output folder, for `{seed}_{rel_l1_thresh}_{index:04d}.mp4` and `.json`; other choices of "
+        "steps are named, `42_forecast12_0000.mp4`, `42_0.15_max_reuse2_0000.mp4`",
         Path("teacache_results"),
         "./teacache_results",
         type=read.path,
@@ -245,8 +246,9 @@ SEVERAL = (
     Flag(
         "jobs FILE",
         "sample a video for each line of a CSV or JSON Lines file, with any of `image`, `prompt`, "
-        "`negative_prompt`, `seed`, `num_infer_steps`, and `rel_l1_thresh` or `computed_steps`; "
-        "other values are those of the command line",
+        "`negative_prompt`, `seed`, `num_infer_steps`, `rel_l1_thresh` or `computed_steps`, "
+        "`reuse`, `retain_first`, `retain_last`, `max_reuse`; other values are those of the "
+        "command line",
         type=read.path,
     ),
     Flag(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from teacache.command.jobs import CHOICES, FIELDS, Job, read_jobs
 from teacache.command.readers import Shard
 from teacache.command.shards import part_of
-from teacache.core.rule import Coefficients, Limits
+from teacache.core.rule import PUBLISHED, Coefficients, Limits
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,6 @@ class Order:
     format: Format
     machine: Machine
     coefficients: Coefficients
-    limits: Limits
     scheduler: str | None
     ckpts_path: str
     output_path: Path
@@ -82,7 +81,6 @@ class Order:
             format=Format(**_fields_of(Format, args)),
             machine=Machine(**_fields_of(Machine, args)),
             coefficients=args.coefficients,
-            limits=Limits(**_fields_of(Limits, args)),
             scheduler=args.scheduler,
             ckpts_path=args.ckpts_path,
             output_path=args.output_path,
@@ -136,12 +134,16 @@ def _jobs_of(args: argparse.Namespace) -> tuple[Job, ...]:
         values = {
             name: line.get(name, getattr(args, name)) for name in FIELDS if name not in CHOICES
         }
+        limits = Limits(**{name: values.pop(name) for name in vars(PUBLISHED)})
+        reuse = values.pop("reuse")
         seeds = [line["seed"]] if "seed" in line else args.seed
         own = [{name: line[name]} for name in CHOICES if name in line]
         for seed, choice in itertools.product(seeds, own or choices):
-            default = "forecast" if "computed_steps" in choice else "residual"
-            reuse = args.reuse or default
-            if choice.get("rel_l1_thresh") == 0:  # no step is reused
-                reuse = "residual"
-            jobs.append(Job(**{**values, "seed": seed, **choice, "reuse": reuse}))
+            how = reuse or ("forecast" if "computed_steps" in choice else "residual")
+            job = Job(**{**values, "seed": seed, **choice, "reuse": how, "limits": limits})
+            if job.rel_l1_thresh == 0:  # no step is reused
+                job = replace(job, reuse="residual", limits=PUBLISHED)
+            elif job.steps is not None:  # whatever the limits
+                job = replace(job, limits=PUBLISHED)
+            jobs.append(job)
     return tuple(dict.fromkeys(jobs))

@@ -225,7 +225,7 @@ def plan_jobs(
             step_distances(*fixed, job.num_infer_steps),
             job.rel_l1_thresh,
             order.coefficients,
-            order.limits,
+            job.limits,
             reuse=job.reuse,
             computed_steps=job.steps if job.computed_steps is None else job.computed_steps,
         )

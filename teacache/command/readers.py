@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from teacache.base.errors import ArgumentError
-from teacache.core.rule import UNBOUNDED, Coefficients
+from teacache.core.rule import REUSES, UNBOUNDED, Coefficients
 
 DEGREE = 4  # of the rescaling polynomial
 # Keys that `teacache.fit` writes beside the coefficients. The sampler ignores them.
@@ -118,6 +118,13 @@ def seed(text: str) -> int:
 def seed_or_random(text: str) -> int | str:
     """A seed, or `random`."""
     return text if text == "random" else seed(text)
+
+
+def reuse(text: str) -> str:
+    """One of `teacache.core.rule.REUSES`."""
+    if text not in REUSES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {' or '.join(REUSES)}")
+    return text
 
 
 def lora(text: str) -> tuple[str, float]:

@@ -14,7 +14,7 @@ class Row(TypedDict):
     group: number of a group of videos; the videos of one group differ only in their schedule.
     differs_in: the differences of the group from the others, in a few words.
     rel_l1_thresh: None for a video without threshold.
-    schedule: the name of its steps, `listed 22`; None for a video with a threshold.
+    schedule: its name, `listed 22`, `0.15, max_reuse 2`; None for a video by the published rule.
     latency: seconds of denoising and decoding.
     speedup: over the video of the group with threshold 0; None without such a video.
     """
@@ -89,7 +89,9 @@ def _differences(settings: Settings, differing: list[bool], ambiguous: bool) -> 
 
 def name(row: Row) -> str:
     """The setting of a video: `threshold 0.15`, `listed 22`."""
-    return row["schedule"] or f"threshold {row['rel_l1_thresh']:g}"
+    if row["rel_l1_thresh"] is None:
+        return str(row["schedule"])
+    return f"threshold {row['schedule'] or format(row['rel_l1_thresh'], 'g')}"
 
 
 def title(row: Row) -> str:

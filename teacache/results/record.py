@@ -82,7 +82,8 @@ class Settings:
     retain_first: int = 1
     retain_last: int = 1
     max_reuse: int | None = None
-    # Without a threshold: the name of the schedule, `listed 22`, and its computed steps.
+    # Without the published rule, the name of the schedule: `listed 22`, `0.15, max_reuse 2`; and
+    # without a threshold its computed steps.
     schedule: str | None = None
     selected_steps: list[int] | None = None
     reuse: str = "residual"
@@ -95,9 +96,9 @@ class Settings:
 
     @property
     def prefix(self) -> str:
-        """The prefix of file names: `{seed}_{rel_l1_thresh}`, or `{seed}_forecast12`."""
-        which = self.schedule.replace(" ", "") if self.schedule else self.rel_l1_thresh
-        return f"{self.seed}_{which}"
+        """The prefix of file names: `{seed}_{rel_l1_thresh}`, `42_0.15_max_reuse2`."""
+        named = (self.schedule or "").replace(", ", "_").replace(" ", "")
+        return f"{self.seed}_{named or self.rel_l1_thresh}"
 
     @property
     def name(self) -> str:
