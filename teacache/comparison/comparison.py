@@ -123,8 +123,8 @@ class Comparison:
 
         def write_videos(path: Path) -> None:
             frames = [video.read_frames() for video in videos]
-            quality = max(record.settings.mp4_quality for record in records)
-            write_grid(frames, [tables.label(row) for row in rows], path, quality)
+            best = max(record.settings.mp4_quality for record in records)
+            write_grid(frames, [tables.label(row) for row in rows], path, best)
 
         content = {"rows": rows, "videos": [record.as_json() for record in records]}
         markdown = tables.sweep_markdown(rows)

@@ -135,7 +135,7 @@ def _eight_bits(numbers: np.ndarray) -> np.ndarray:
     """
     import numpy as np
 
-    least, mean, most = (float(f(numbers.astype(np.float64))) for f in (np.min, np.mean, np.max))
+    least, most, mean = numbers.min(), numbers.max(), numbers.mean(dtype=np.float64)
     floating = numbers.dtype.kind == "f"
     margin = 1.1 if floating else 1.0
     whites = (1, *FULL_SCALES) if floating else FULL_SCALES

@@ -99,14 +99,11 @@ def check_encoder() -> None:
         if not imageio_ffmpeg.get_ffmpeg_version():
             raise RuntimeError("it is no ffmpeg")
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        if own := os.environ.get("IMAGEIO_FFMPEG_EXE"):
-            raise OutputError(
-                f"IMAGEIO_FFMPEG_EXE={own} does not run here ({reason(error)}): set it to an "
-                "ffmpeg, or unset it"
-            ) from error
+        own = os.environ.get("IMAGEIO_FFMPEG_EXE")
+        which = f"IMAGEIO_FFMPEG_EXE={own}" if own else "the ffmpeg that imageio-ffmpeg brings"
         raise OutputError(
-            "ffmpeg, which imageio-ffmpeg brings, does not run here: reinstall that package, or "
-            f"set IMAGEIO_FFMPEG_EXE to another ffmpeg ({type(error).__name__})"
+            f"{which} does not run here ({reason(error)}): set IMAGEIO_FFMPEG_EXE to an ffmpeg, or "
+            "unset it and reinstall imageio-ffmpeg"
         ) from error
 
 

@@ -238,6 +238,7 @@ def test_killed_while_decoding(capsys, tmp_path, monkeypatch, whole):
 @pytest.mark.parametrize(
     ("program", "why"),
     [
+        ("", "No ffmpeg exe could be found"),
         ("/none", "No such file or directory"),
         (__file__, "Permission denied"),
         ("/bin/true", "it is no ffmpeg"),
@@ -245,19 +246,13 @@ def test_killed_while_decoding(capsys, tmp_path, monkeypatch, whole):
     ],
 )
 def test_an_encoder_of_ones_own_that_does_not_run(capsys, tmp_path, monkeypatch, program, why):
+    """Nor the package's own, where there is none."""
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", program)
+    monkeypatch.setattr(imageio_ffmpeg._utils, "_get_ffmpeg_exe", lambda: None)
     error = refused(capsys, *TINY, "--output_path", tmp_path / "out")
-    assert error.startswith(f"error: IMAGEIO_FFMPEG_EXE={program} does not run here (")
+    which = f"IMAGEIO_FFMPEG_EXE={program}" if program else "the ffmpeg that imageio-ffmpeg brings"
+    assert error.startswith(f"error: {which} does not run here (")
     assert why in error
-
-
-def test_a_missing_encoder_is_found_before_loading(capsys, tmp_path, monkeypatch):
-    def none():
-        raise RuntimeError("No ffmpeg exe could be found")
-
-    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_version", none)
-    error = refused(capsys, *TINY, "--output_path", tmp_path / "out")
-    assert error.startswith("error: ffmpeg, which imageio-ffmpeg brings, does not run here: ")
 
 
 @pytest.fixture
