@@ -96,7 +96,9 @@ def check_encoder() -> None:
     import imageio_ffmpeg
 
     try:
-        if not imageio_ffmpeg.get_ffmpeg_version():
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-version"]
+        told = subprocess.check_output(command, stderr=subprocess.DEVNULL)
+        if not told.startswith(b"ffmpeg version"):
             raise RuntimeError("it is no ffmpeg")
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         own = os.environ.get("IMAGEIO_FFMPEG_EXE")

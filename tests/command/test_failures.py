@@ -242,6 +242,7 @@ def test_killed_while_decoding(capsys, tmp_path, monkeypatch, whole):
         ("/none", "No such file or directory"),
         (__file__, "Permission denied"),
         ("/bin/true", "it is no ffmpeg"),
+        ("/bin/bash", "it is no ffmpeg"),
         ("/bin/false", "non-zero exit status 1"),
     ],
 )
