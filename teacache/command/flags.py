@@ -97,8 +97,7 @@ PUBLISHED = (
     Flag("num_infer_steps N", "denoising steps", 50, type=read.positive),
     Flag(
         "output_path DIR",
-        "output folder, for `{seed}_{rel_l1_thresh}_{index:04d}.mp4` and `.json`; other choices of "
-        "steps are named, `42_forecast12_0000.mp4`, `42_0.15_max_reuse2_0000.mp4`",
+        "output folder, for `{seed}_{rel_l1_thresh}_{index:04d}.mp4` and `.json`",
         Path("teacache_results"),
         "./teacache_results",
         type=read.path,
@@ -122,8 +121,7 @@ VIDEO = (
     Flag("width N", "width in pixels", shown="the checkpoint's own, 720", type=read.positive),
     Flag(
         "quality X",
-        "quality of the mp4, 0 to 10, as of diffusers' `export_to_video`; 10 has no loss but that "
-        "of 4:2:0 colour, and browsers do not play it",
+        "quality of the mp4, 0 to 10, as in `export_to_video`; browsers do not play one of 10",
         5.0,
         "5, as published",
         type=read.quality,
@@ -247,8 +245,7 @@ SEVERAL = (
         "jobs FILE",
         "sample a video for each line of a CSV or JSON Lines file, with any of `image`, `prompt`, "
         "`negative_prompt`, `seed`, `num_infer_steps`, `rel_l1_thresh` or `computed_steps`, "
-        "`reuse`, `retain_first`, `retain_last`, `max_reuse`; other values are those of the "
-        "command line",
+        "`reuse`, `retain_first`, `retain_last`, `max_reuse`; other values: the command line's",
         type=read.path,
     ),
     Flag(

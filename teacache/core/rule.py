@@ -194,8 +194,7 @@ class Schedule:
         distances: of each step; None for the first.
         computed_steps: rising step indices.
         rel_l1_thresh: the threshold; None if the steps do not follow from one.
-        coefficients: the polynomial that rescales the distances.
-        limits: limits on reuse.
+        coefficients, limits: the polynomial that rescales the distances; limits on reuse.
         reuse: one of `REUSES`.
     """
 
