@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from teacache.core.forward import apply_teacache as apply_teacache
     from teacache.core.rule import COGVIDEOX_5B as COGVIDEOX_5B
     from teacache.core.rule import Coefficients as Coefficients
+    from teacache.core.rule import Limits as Limits
     from teacache.core.rule import Schedule as Schedule
     from teacache.inputs.identity import find_identity as find_identity
     from teacache.inputs.identity import load_face_models as load_face_models
@@ -22,6 +23,7 @@ __version__ = "1.0.0"
 _MODULES = {
     "COGVIDEOX_5B": "core.rule",
     "Coefficients": "core.rule",
+    "Limits": "core.rule",
     "Schedule": "core.rule",
     "apply_teacache": "core.forward",
     "find_identity": "inputs.identity",

@@ -67,7 +67,7 @@ def sample(dtype: torch.dtype, guidance_scale: float, how: str, join=lambda tran
         return torch.randn(*shape, generator=generator).to(dtype)
 
     hidden = [random(1, 577, config.LFE_vit_dim) for _ in range(5)]
-    identity = Identity(random(1, config.LFE_id_dim), hidden, None, np.zeros((5, 2)))
+    identity = Identity(random(1, config.LFE_id_dim), hidden, None, np.zeros((5, 2)), np.zeros(512))
     state = torch.Generator().manual_seed(2).get_state()
     start = sampler.Start(identity, random(1, 7, 16, 12, 12), random(1, 7, 16, 12, 12), state)
     texts = [random(1, TEXT, config.text_embed_dim) for _ in range(2)]

@@ -94,7 +94,8 @@ def random_material(name: str, device: torch.device, dtype: torch.dtype) -> Mate
     )
     pipe.set_progress_bar_config(disable=True)
     size = VideoSize(config.sample_width * 8, config.sample_height * 8, config.sample_frames)
-    return Material(pipe, Identity(id_cond, hidden, face, np.zeros((5, 2))), text, size)
+    identity = Identity(id_cond, hidden, face, np.zeros((5, 2)), np.zeros(512))
+    return Material(pipe, identity, text, size)
 
 
 def spread(computed_steps: int, num_infer_steps: int) -> list[int]:

@@ -60,6 +60,6 @@ def describe(schedules: list[tuple[str, Schedule]]) -> str:
             ]
         )
     remarks = ["speed-up: denoising, relative to threshold 0, if a reused step takes no time"]
-    if any(schedule.extrapolated_steps and schedule.rel_l1_thresh for _, schedule in schedules):
+    if any(plan.steps_outside_fitted_range and plan.rel_l1_thresh for _, plan in schedules):
         remarks.append("some distances are outside the range of the coefficients: computed")
     return "\n".join([aligned(lines), "", *remarks])

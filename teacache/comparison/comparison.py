@@ -80,8 +80,8 @@ class Comparison:
         pixels = np.stack([np.array(frame) for frame in frames])
         video = Finished(place, path, record, pixels)
         figures = self._compare(video)
-        reference = identity.id_cond[0, :512].float().cpu().numpy()  # ArcFace's part
-        figures["identity"] = quality.identity_similarity(pixels, reference, self._analyser())
+        reference, analyser = identity.embedding, self._analyser()
+        figures["identity"] = quality.identity_similarity(pixels, reference, analyser)
         video.record = dataclasses.replace(record, quality=figures)
         try:
             video.record.replace_at(path.with_suffix(".json"))
@@ -123,7 +123,8 @@ class Comparison:
 
         def write_videos(path: Path) -> None:
             frames = [video.read_frames() for video in videos]
-            write_grid(frames, [tables.label(row) for row in rows], path)
+            best = max(record.settings.mp4_quality for record in records)
+            write_grid(frames, [tables.label(row) for row in rows], path, best)
 
         content = {"rows": rows, "videos": [record.as_json() for record in records]}
         markdown = tables.sweep_markdown(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,7 +52,8 @@ def _draw_schedules(axes: Axes, rows: list[Row], records: list[Record]) -> None:
         for step in range(row["steps"]):
             colour = COMPUTED if step in computed else REUSED
             axes.add_patch(Rectangle((step, y + 0.12), 1, 0.76, fc=colour, ec=EDGE, lw=0.6))
-        number = "" if row["schedule"] else f": {row['computed']}"  # a schedule's name has it
+        # The name of a schedule without a threshold has it.
+        number = "" if row["rel_l1_thresh"] is None else f": {row['computed']}"
         names.append(title(row) + number)
     steps = max(row["steps"] for row in rows)
     axes.set_xlim(0, steps)
@@ -78,7 +80,7 @@ def _draw_curve(axes: Axes, rows: list[Row], x: Sequence[float], y: Sequence[flo
     """A point for each video. A line joins the videos of one group and one kind of schedule."""
     lines: dict[tuple[int, str], list[tuple[float, float]]] = {}
     for row, across, up in zip(rows, x, y, strict=True):
-        kind = name(row).split()[0]
+        kind = re.sub(r"[ ,]*\b\d[\d.]*", "", name(row), count=1).strip(" ,")
         if up is not None:
             lines.setdefault((row["group"], kind), []).append((across, up))
     kinds = {kind for _, kind in lines}

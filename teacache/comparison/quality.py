@@ -24,7 +24,8 @@ def compare(frames: np.ndarray, baseline: np.ndarray) -> Quality:
         frames, baseline: [frames, height, width, 3], uint8.
 
     Returns:
-        for each figure the `mean` and `worst` of the frames, and `per_frame`. The PSNR of a frame
+        for each figure the `mean` and `worst` of the frames, the index of the `worst_frame`, and
+        `per_frame`. The PSNR of a frame
         that equals the baseline's is null, and does not count. LPIPS is null where it cannot be
         computed; `lpips_missing` is the reason.
     """
@@ -56,7 +57,8 @@ def identity_similarity(
         analyser: insightface's detector and recogniser in one.
 
     Returns:
-        `mean`, `worst`, `per_frame` (null for a frame without a face), and `frames_without_face`.
+        `mean`, `worst` and `worst_frame` of the frames with a face, `per_frame` (null for a frame
+        without one), `frames_without_face`, and `face_share`: the share of frames with a face.
     """
     similarities = []
     for frame in frames:
@@ -69,7 +71,11 @@ def identity_similarity(
         norms = np.linalg.norm(face.embedding) * np.linalg.norm(reference)
         similarities.append(float(face.embedding @ reference / norms))
     without = sum(map(math.isnan, similarities))
-    return {**_figures(similarities, worst=min), "frames_without_face": without}
+    return {
+        **_figures(similarities, worst=min),
+        "frames_without_face": without,
+        "face_share": 1 - without / len(frames),
+    }
 
 
 def lpips_missing() -> str | None:
@@ -101,5 +107,6 @@ def _figures(values: list[float], worst: Callable[[list[float]], float]) -> Figu
     return {
         "mean": float(np.mean(known)) if known else None,
         "worst": float(worst(known)) if known else None,
+        "worst_frame": values.index(worst(known)) if known else None,
         "per_frame": [None if math.isnan(value) else float(value) for value in values],
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from teacache.results.video import write_video
+from teacache.results.video import QUALITY, write_video
 
 # In pixels. A grid of very many videos may become wider, to keep the smallest cell.
 GRID_WIDTH = 1920
@@ -16,13 +16,16 @@ SMALL_VIDEO_WIDTH, SMALLEST_CELL = 320, 160  # narrower videos are enlarged to t
 CAPTION_HEIGHT = 48
 
 
-def write_grid(videos: list[np.ndarray], labels: list[str], path: Path) -> None:
+def write_grid(
+    videos: list[np.ndarray], labels: list[str], path: Path, quality: float = QUALITY
+) -> None:
     """Write videos side by side, each below its label.
 
     Args:
         videos: each [frames, height, width, 3], uint8, of the same size. The last frame of a
             shorter video stays.
         labels: one for each video, of one or two lines.
+        quality: of the mp4, 0 to 10.
     """
     columns = math.ceil(math.sqrt(len(videos)))
     lines = math.ceil(len(videos) / columns)
@@ -43,7 +46,7 @@ def write_grid(videos: list[np.ndarray], labels: list[str], path: Path) -> None:
             cell = frame.resize((cell_width, cell_height), Image.Resampling.LANCZOS)
             page[top : top + cell_height, left : left + cell_width] = np.array(cell)
         frames.append(Image.fromarray(page))
-    write_video(frames, path)
+    write_video(frames, path, quality)
 
 
 def _caption(label: str, width: int) -> np.ndarray:

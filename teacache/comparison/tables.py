@@ -14,7 +14,7 @@ class Row(TypedDict):
     group: number of a group of videos; the videos of one group differ only in their schedule.
     differs_in: the differences of the group from the others, in a few words.
     rel_l1_thresh: None for a video without threshold.
-    schedule: the name of its steps, `listed 22`; None for a video with a threshold.
+    schedule: its name, `listed 22`, `0.15, max_reuse 2`; None for a video by the published rule.
     latency: seconds of denoising and decoding.
     speedup: over the video of the group with threshold 0; None without such a video.
     """
@@ -89,7 +89,9 @@ def _differences(settings: Settings, differing: list[bool], ambiguous: bool) -> 
 
 def name(row: Row) -> str:
     """The setting of a video: `threshold 0.15`, `listed 22`."""
-    return row["schedule"] or f"threshold {row['rel_l1_thresh']:g}"
+    if row["rel_l1_thresh"] is None:
+        return str(row["schedule"])
+    return f"threshold {row['schedule'] or format(row['rel_l1_thresh'], 'g')}"
 
 
 def title(row: Row) -> str:
@@ -128,7 +130,8 @@ def sweep_markdown(rows: list[Row]) -> str:
         "Seconds are those of denoising and decoding, and the speed-up is by them: other work on "
         "the machine shows in both. PSNR, SSIM and LPIPS compare each frame with the video of "
         "threshold 0, before compression. Identity is ArcFace's cosine similarity between each "
-        "frame and the photograph. Each figure is the mean over the frames, then the worst frame."
+        "frame and the photograph, in those frames in which a face is found: their share follows. "
+        "Each figure is the mean over the frames, then the worst frame."
     )
     return (
         "\n".join(["# Sweep", "", markdown_table(_cells(rows)), "", explanation, *_remarks(rows)])
@@ -148,9 +151,6 @@ def _remarks(rows: list[Row]) -> list[str]:
     figures = [row["quality"] for row in rows]
     missing = {reason for quality in figures if (reason := quality.get("lpips_missing"))}
     remarks = [f"No LPIPS: {reason}." for reason in sorted(missing)]
-    identities = [quality["identity"] for quality in figures if "identity" in quality]
-    if identities and all(identity["mean"] is None for identity in identities):
-        remarks.append("No identity: the detector finds no face in any frame.")
     if any(quality.get("decoded") for quality in figures):
         remarks.append(
             "Some frames were decoded from an earlier mp4: the figures include the losses of its "
@@ -172,8 +172,7 @@ def _cells(rows: list[Row]) -> list[list[str]]:
         "PSNR (worst)": [_figure(row, "psnr", ".1f") for row in rows],
         "SSIM (worst)": [_figure(row, "ssim", ".3f") for row in rows],
         "LPIPS (worst)": [_figure(row, "lpips", ".3f") for row in rows],
-        "identity (worst)": [_figure(row, "identity", ".3f") for row in rows],
-        "no face in": [_faceless(row) for row in rows],
+        "identity (worst)": [_identity(row) for row in rows],
         "which": [row["differs_in"] or "-" for row in rows],
         "video": [row["video"] for row in rows],
     }
@@ -190,8 +189,10 @@ def _figure(row: Row, name: Literal["psnr", "ssim", "lpips", "identity"], form: 
     return f"{figures['mean']:{form}} ({figures['worst']:{form}})"
 
 
-def _faceless(row: Row) -> str:
-    identity = row["quality"].get("identity")
-    if not identity:
+def _identity(row: Row) -> str:
+    """The figure, and of how many frames it is: those with a face."""
+    if "identity" not in row["quality"]:
         return "-"
-    return f"{identity['frames_without_face']} of {len(identity['per_frame'])}"
+    per_frame = row["quality"]["identity"]["per_frame"]
+    found, frames = len(per_frame) - per_frame.count(None), len(per_frame)
+    return f"{_figure(row, 'identity', '.3f')} in {found} of {frames} frames, {found / frames:.0%}"

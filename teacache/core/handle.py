@@ -23,6 +23,7 @@ from teacache.core.rule import (
     check_threshold,
     distances_between,
     schedule,
+    whole_number,
 )
 from teacache.core.state import VideoState, embed_timestep, is_at
 
@@ -94,9 +95,15 @@ class TeaCacheHandle:
         Args:
             steps: a schedule; or the steps to compute, to which the first and the last are added;
                 or their number, see `teacache.core.rule.spread_steps`.
+
+        Raises:
+            ArgumentError: if a step or the number is not a whole one.
         """
-        several = not (steps is None or isinstance(steps, (Schedule, int)))
-        self._followed = tuple(steps) if several else steps  # type: ignore[arg-type, assignment]
+        if isinstance(steps, Iterable):
+            steps = tuple(whole_number(step, "a computed step") for step in steps)
+        elif steps is not None and not isinstance(steps, Schedule):
+            steps = whole_number(steps, "computed_steps")
+        self._followed = steps
 
     @property
     def schedule(self) -> Schedule | None:
@@ -238,11 +245,11 @@ class TeaCacheHandle:
             raise ArgumentError(
                 f"a schedule of {plan.num_steps} steps cannot be followed in {len(timesteps)}"
             )
-        self._warn_of_extrapolation(plan)
+        self._warn_of_distances(plan)
         return plan
 
-    def _warn_of_extrapolation(self, plan: Schedule) -> None:
-        inner = [step for step in plan.extrapolated_steps if step < plan.num_steps - 1]
+    def _warn_of_distances(self, plan: Schedule) -> None:
+        inner = [step for step in plan.steps_outside_fitted_range if step < plan.num_steps - 1]
         # Threshold 0 and listed steps do not depend on the coefficients.
         if inner and plan.rel_l1_thresh and not self._warned:
             self._warned = True

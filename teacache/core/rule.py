@@ -18,7 +18,8 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
 
 from teacache.base.errors import ArgumentError
 
@@ -31,6 +32,7 @@ REUSES = ("residual", "forecast")
 # corrects them; and a power above 1, for more computed steps early, which determine the content.
 RETAINED = 3
 DENSITY = 1.2
+UNBOUNDED = (0.0, math.inf)  # a fitted range
 
 
 def threshold_steps(
@@ -83,17 +85,20 @@ def spread_steps(num_steps: int, count: int, limits: Limits) -> tuple[int, ...]:
     return tuple(computed)
 
 
-UNBOUNDED = (0.0, math.inf)
+def whole_number(value: Any, name: str) -> int:
+    """The value as an int. Raise ArgumentError if it is none, or a bool, as in a mask of steps."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ArgumentError(f"{name} must be a whole number: found {value!r}")
+    return int(value)
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """The polynomial that rescales a relative L1 distance.
+    """The polynomial that rescales a relative L1 distance, and its source.
 
     Args:
         values: the coefficients, highest power first.
         fitted_range: the distances that the fit covers; outside, p may be negative.
-        source: origin of the coefficients.
     """
 
     values: tuple[float, ...]
@@ -118,8 +123,7 @@ class Coefficients:
         return {"values": list(self.values), "fitted_range": fitted_range, "source": self.source}
 
 
-# TeaCache's coefficients for CogVideoX-5B, fitted at 50 steps. TeaCache uses them for ConsisID too,
-# which was trained from CogVideoX-5B: ali-vilab/TeaCache,
+# TeaCache uses them for ConsisID too, which was trained from CogVideoX-5B: ali-vilab/TeaCache,
 # TeaCache4ConsisID/teacache_sample_video.py, line 82. In this range the polynomial is positive.
 COGVIDEOX_5B = Coefficients(
     values=(-1.53880483e03, 8.43202495e02, -1.34363087e02, 7.97131516e00, -5.23162339e-02),
@@ -142,9 +146,9 @@ class Limits:
     max_reuse: int | None = None
 
     def __post_init__(self) -> None:
-        """Raise ArgumentError if a number is below 1."""
+        """Raise ArgumentError if a number is not whole, or below 1."""
         for name, value in vars(self).items():
-            if value is not None and value < 1:
+            if value is not None and whole_number(value, name) < 1:
                 raise ArgumentError(f"{name} must be 1 or more: found {value}")
 
     def forbid(self, step: int, num_steps: int, last_computed: int) -> bool:
@@ -160,21 +164,17 @@ PUBLISHED = Limits()
 def relative_l1(embedding: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
     """Relative distance of two timestep embeddings: mean(|e_t - e_(t-1)|) / mean(|e_(t-1)|).
 
+    It is a scalar in their dtype: the rounding of bfloat16 is part of the published rule.
+
     Args:
         embedding: [batch, time_embed_dim], the output of `time_embedding` at this step.
         previous: the same at the step before, computed or reused.
-
-    Returns:
-        a scalar on the tensors' device, in their dtype: the rounding of bfloat16 is part of the
-        published rule.
     """
     return (embedding - previous).abs().mean() / previous.abs().mean()
 
 
 def distances_between(embeddings: Sequence[torch.Tensor]) -> tuple[float | None, ...]:
-    """The relative L1 distance of each step to the one before; None for the first.
-
-    One read from the device for all of them, so one synchronisation.
+    """The distance of each step to the one before; None for the first. One synchronisation.
 
     Args:
         embeddings: of each denoising step, [batch, time_embed_dim].
@@ -191,11 +191,10 @@ class Schedule:
     """The computed steps of one video, and how the others are reused.
 
     Attributes:
-        distances: one entry for each step; None for the first.
+        distances: of each step; None for the first.
         computed_steps: rising step indices.
         rel_l1_thresh: the threshold; None if the steps do not follow from one.
-        coefficients: the polynomial that rescales the distances.
-        limits: limits on reuse.
+        coefficients, limits: the polynomial that rescales the distances; limits on reuse.
         reuse: one of `REUSES`.
     """
 
@@ -223,7 +222,7 @@ class Schedule:
         return tuple(x if x is None else self.coefficients.rescale(x) for x in self.distances)
 
     @property
-    def extrapolated_steps(self) -> tuple[int, ...]:
+    def steps_outside_fitted_range(self) -> tuple[int, ...]:
         """The steps whose distances the coefficients do not cover."""
         covers, known = self.coefficients.covers, enumerate(self.distances)
         return tuple(step for step, x in known if x is not None and not covers(x))
@@ -274,7 +273,7 @@ def schedule(
             their indices, to which the first and the last are added.
 
     Raises:
-        ArgumentError: if the threshold is negative or not finite, or a step is out of range.
+        ArgumentError: if the threshold is negative or not finite, or a step is none of the video's.
     """
     known, num_steps = tuple(distances), len(distances)
     if computed_steps is None:
@@ -283,10 +282,11 @@ def schedule(
         rescaled = [rescale(x) if x is not None and covers(x) else None for x in known]
         steps = threshold_steps(rescaled, rel_l1_thresh, limits)
         return Schedule(known, steps, rel_l1_thresh, coefficients, limits, reuse or "residual")
-    if isinstance(computed_steps, int):
-        steps = spread_steps(num_steps, computed_steps, limits)
+    if not isinstance(computed_steps, Iterable):
+        steps = spread_steps(num_steps, whole_number(computed_steps, "computed_steps"), limits)
         return Schedule(known, steps, None, coefficients, limits, reuse or "forecast")
-    steps = tuple(sorted({0, num_steps - 1, *computed_steps}))
+    listed = (whole_number(step, "a computed step") for step in computed_steps)
+    steps = tuple(sorted({0, num_steps - 1, *listed}))
     for step in steps:
         if not 0 <= step < num_steps:
             raise ArgumentError(f"step {step} cannot be computed: the video has {num_steps} steps")

@@ -84,18 +84,20 @@ class Conditioning:
         keys = {text: self.text_key(text) for text in texts}
         embedded = {}
         for text, key in keys.items():
-            if entry := self.cache.get(key, ("embeds", "lost")):
-                lost = bytes(entry["lost"].tolist()).decode()
-                embedded[text] = EmbeddedText(entry["embeds"], lost)
+            if entry := self.cache.get(key, EmbeddedText._fields):
+                embeds = entry.pop("embeds")
+                unread = {name: bytes(each.tolist()).decode() for name, each in entry.items()}
+                embedded[text] = EmbeddedText(embeds, **unread)
         if missing := [text for text in keys if text not in embedded]:
             pipe = load_pipeline(
                 self.checkpoint, self.device, self.dtype, self.offload, parts=("text_encoder",)
             )
             for text in missing:
-                embeds, lost = embed_text(pipe, text)
-                embedded[text] = EmbeddedText(embeds.cpu(), lost)
-                as_bytes = torch.tensor(list(lost.encode()), dtype=torch.uint8)
-                self.cache.put(keys[text], {"embeds": embedded[text].embeds, "lost": as_bytes})
+                embeds, *words = embed_text(pipe, text)
+                embedded[text] = EmbeddedText(embeds.cpu(), *words)
+                as_bytes = [torch.tensor(list(each.encode()), dtype=torch.uint8) for each in words]
+                fields = zip(EmbeddedText._fields, (embeds, *as_bytes), strict=True)
+                self.cache.put(keys[text], dict(fields))
             del pipe
             devices.free_cached_memory(self.device)
         return embedded

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 EVA_CLIP = "EVA02-CLIP-L-14-336"  # the model; `face_encoder/` may hold its configuration, a .json
 HIDDEN_STATES = 5  # ConsisID reads as many of EVA-CLIP's 24 layers
 # The names of the tensors of `as_tensors`.
-TENSORS = ("id_cond", *(f"id_vit_hidden_{n}" for n in range(HIDDEN_STATES)), "face", "kps")
+HIDDEN = tuple(f"id_vit_hidden_{n}" for n in range(HIDDEN_STATES))
+TENSORS = ("id_cond", *HIDDEN, "face", "kps", "embedding")
 SMALL_FACE_PIXELS = 64
 UPSTREAM_PIXELS = 1024
 
@@ -41,12 +42,15 @@ class Identity(NamedTuple):
     face: the aligned face, 512x512, the condition of the first frame.
     kps: [5, 2], key points: eyes, nose and corners of the mouth, in pixels of the image after its
         longer side is reduced to 1024.
+    embedding: [512], float32, ArcFace's embedding of the photograph's face. `id_cond` has it in the
+        dtype of the models.
     """
 
     id_cond: torch.Tensor
     id_vit_hidden: list[torch.Tensor]
     face: Image.Image
     kps: np.ndarray
+    embedding: np.ndarray
 
 
 class FaceModels(NamedTuple):
@@ -62,12 +66,12 @@ class FaceModels(NamedTuple):
 
 def as_tensors(identity: Identity) -> dict[str, torch.Tensor]:
     """An identity as named tensors on the host, for a safetensors file."""
-    hidden = {f"id_vit_hidden_{n}": each.cpu() for n, each in enumerate(identity.id_vit_hidden)}
     return {
         "id_cond": identity.id_cond.cpu(),
-        **hidden,
+        **{name: each.cpu() for name, each in zip(HIDDEN, identity.id_vit_hidden, strict=True)},
         "face": torch.from_numpy(np.array(identity.face)),  # [512, 512, 3], uint8
         "kps": torch.from_numpy(np.array(identity.kps)),
+        "embedding": torch.from_numpy(np.array(identity.embedding)),
     }
 
 
@@ -75,9 +79,10 @@ def from_tensors(tensors: dict[str, torch.Tensor], device: torch.device) -> Iden
     """The inverse of `as_tensors`, with the embeddings on the device."""
     return Identity(
         id_cond=tensors["id_cond"].to(device),
-        id_vit_hidden=[tensors[f"id_vit_hidden_{n}"].to(device) for n in range(HIDDEN_STATES)],
+        id_vit_hidden=[tensors[name].to(device) for name in HIDDEN],
         face=Image.fromarray(tensors["face"].numpy()),
         kps=tensors["kps"].numpy(),
+        embedding=tensors["embedding"].numpy(),
     )
 
 
@@ -154,15 +159,14 @@ def find_identity(
     box = recognised[0]["bbox"] if recognised else alignable[0]
     side = _sides(box).min()
     if side < SMALL_FACE_PIXELS:
-        height, width, _ = picture.shape
+        reduced = image.width / picture.shape[1]
         logger.warning(
             "%s: the face is %d pixels wide or high, in a picture of %dx%d. Below %d pixels a face "
             "is hardly recognised: crop the picture to the face",
             name,
-            side,
-            width,
-            height,
-            SMALL_FACE_PIXELS,
+            side * reduced,
+            *image.size,
+            SMALL_FACE_PIXELS * reduced,
         )
     return aligned_identity(picture, recognised, alignable, models, device, dtype)
 
@@ -197,7 +201,11 @@ def aligned_identity(
             picture,
             is_align_face=True,
         )
-    return Identity(id_cond, id_vit_hidden, face, kps)
+    if recognised:
+        embedding = recognised[0]["embedding"]
+    else:
+        (embedding,) = models.recogniser.get_feat(models.aligner.cropped_faces[0])
+    return Identity(id_cond, id_vit_hidden, face, kps, embedding)
 
 
 def _choose_face(

@@ -106,7 +106,8 @@ def shots_of(jobs: Sequence[Job], setup: Setup, photographs: PhotographStore) ->
     Raises:
         TeaCacheError: as `PhotographStore.look_at` and `plan`; if the disk has too little space.
     """
-    check_space(setup.options.output_path, setup.size, len(jobs))
+    form = setup.options.format
+    check_space(setup.options.output_path, setup.size, len(jobs), form.quality)
     schedules = plan(jobs, setup.options, setup.checkpoint, setup.device, setup.dtype)
     return [
         Shot(job, photographs.look_at(job.image).sha256, schedule)
@@ -211,7 +212,7 @@ def plan(
             step_distances(*fixed, job.num_infer_steps),
             job.rel_l1_thresh,
             options.coefficients,
-            options.limits,
+            job.limits,
             reuse=job.reuse,
             computed_steps=job.steps if job.computed_steps is None else job.computed_steps,
         )

@@ -126,6 +126,13 @@ VIDEO = (
     Flag("height N", "height in pixels", shown="the checkpoint's own, 480", type=read.positive),
     Flag("width N", "width in pixels", shown="the checkpoint's own, 720", type=read.positive),
     Flag(
+        "quality X",
+        "quality of the mp4, 0 to 10, as in `export_to_video`; browsers do not play one of 10",
+        5.0,
+        "5, as published",
+        type=read.quality,
+    ),
+    Flag(
         "lora LORA[:SCALE]",
         "LoRA of the transformer, as diffusers or peft saves it (a file, a folder or a Hugging "
         "Face repository) and its scale; can be repeated; needs `pip install peft==0.21.2`",
@@ -243,8 +250,8 @@ SEVERAL = (
     Flag(
         "jobs FILE",
         "sample a video for each line of a CSV or JSON Lines file, with any of `image`, `prompt`, "
-        "`negative_prompt`, `seed`, `num_infer_steps`, and `rel_l1_thresh` or `computed_steps`; "
-        "other values are those of the command line",
+        "`negative_prompt`, `seed`, `num_infer_steps`, `rel_l1_thresh` or `computed_steps`, "
+        "`reuse`, `retain_first`, `retain_last`, `max_reuse`; other values: the command line's",
         type=read.path,
     ),
     Flag(

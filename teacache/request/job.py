@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from teacache.core.rule import PUBLISHED, Limits
+
 
 @dataclass(frozen=True)
 class Job:
@@ -14,6 +16,7 @@ class Job:
         computed_steps: number of computed steps.
         steps: indices of computed steps, to which the first and the last are added.
         reuse: how the other steps are reused, one of `teacache.core.rule.REUSES`.
+        limits: on reuse, also for `computed_steps`; `steps` have none.
     """
 
     image: str
@@ -25,23 +28,29 @@ class Job:
     computed_steps: int | None = None
     steps: tuple[int, ...] | None = None
     reuse: str = "residual"
+    limits: Limits = PUBLISHED
 
     @property
     def schedule(self) -> str | None:
-        """Name of its schedule: `forecast 12`, `listed 9`; None for the published rule."""
+        """Its schedule's name: `forecast 12`, `0.15, max_reuse 2`; None for the published rule."""
+        how = "" if self.reuse == "residual" else f" {self.reuse}"
         if self.computed_steps is not None:
-            return f"{self.reuse} {self.computed_steps}"
-        name = None
-        if self.steps is not None:
-            name = f"listed {len({0, self.num_infer_steps - 1, *self.steps})}"
-        if self.reuse == "residual":
-            return name
-        return f"{name or f'{self.rel_l1_thresh:g}'} {self.reuse}"
+            name = f"{self.reuse} {self.computed_steps}"
+        elif self.steps is not None:
+            name = f"listed {len({0, self.num_infer_steps - 1, *self.steps})}{how}"
+        elif how or self.limits != PUBLISHED:
+            name = f"{self.rel_l1_thresh:g}{how}"
+        else:
+            return None
+        published = vars(PUBLISHED)
+        changed = ((n, value) for n, value in vars(self.limits).items() if value != published[n])
+        return ", ".join([name, *(f"{n} {value}" for n, value in changed)])
 
     @property
     def which(self) -> str:
         """Name of its schedule, or its threshold: `rel_l1_thresh 0.15`."""
-        return self.schedule or f"rel_l1_thresh {self.rel_l1_thresh}"
+        named = self.schedule or str(self.rel_l1_thresh)
+        return named if self.rel_l1_thresh is None else f"rel_l1_thresh {named}"
 
     @property
     def group(self) -> tuple[str, str, str, int, int]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from teacache.base.errors import ArgumentError
+from teacache.core.rule import PUBLISHED
 from teacache.request import readers
 
 # The fields of a jobs file. Each has the reader of the argument of that name.
@@ -21,6 +22,8 @@ FIELDS: dict[str, Callable[[str], object]] = {
     "num_infer_steps": readers.positive,
     "rel_l1_thresh": readers.not_negative,
     "computed_steps": readers.positive,
+    "reuse": readers.reuse,
+    **dict.fromkeys(vars(PUBLISHED), readers.positive),
 }
 # The fields that determine the computed steps.
 CHOICES = ("rel_l1_thresh", "computed_steps")

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from teacache.base.errors import ArgumentError
 from teacache.base.files import is_lfs_pointer
-from teacache.core.rule import UNBOUNDED, Coefficients
+from teacache.core.rule import REUSES, UNBOUNDED, Coefficients
 
 DEGREE = 4  # of the rescaling polynomial
 # Keys that `teacache.fit` writes beside the coefficients. The sampler ignores them.
@@ -123,6 +123,11 @@ def positive(text: str) -> int:
     return _number(text, int, lambda n: n >= 1, "a whole number, 1 or more")
 
 
+def quality(text: str) -> float:
+    """The quality of an mp4: a number from 0 to 10."""
+    return _number(text, float, lambda x: 0 <= x <= 10, "a number from 0 to 10")
+
+
 def seed(text: str) -> int:
     """A seed for torch: a whole number from 0 to 2^63 - 1."""
     return _number(text, int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2^63 - 1")
@@ -131,6 +136,13 @@ def seed(text: str) -> int:
 def seed_or_random(text: str) -> int | str:
     """A seed, or `random`."""
     return text if text == "random" else seed(text)
+
+
+def reuse(text: str) -> str:
+    """One of `teacache.core.rule.REUSES`."""
+    if text not in REUSES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {' or '.join(REUSES)}")
+    return text
 
 
 def lora(text: str) -> tuple[str, float]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from teacache.core.rule import Coefficients, Limits
+from teacache.core.rule import PUBLISHED, Coefficients, Limits
 from teacache.request.job import Job
 from teacache.request.jobs_file import CHOICES, FIELDS, read_jobs
 from teacache.request.readers import Shard
@@ -17,12 +17,13 @@ from teacache.request.shards import part_of
 
 @dataclass(frozen=True)
 class Format:
-    """Size and guidance of the videos. None is the checkpoint's own size."""
+    """Size, guidance and encoding of the videos. None is the checkpoint's own size."""
 
     width: int | None
     height: int | None
     num_frames: int | None
     guidance_scale: float
+    quality: float
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,6 @@ class Options:
     machine: Machine
     scheduler: str | None
     coefficients: Coefficients
-    limits: Limits
     loras: tuple[tuple[str, float], ...]
 
 
@@ -86,7 +86,6 @@ class Request:
             machine=Machine(**_fields_of(Machine, args)),
             scheduler=args.scheduler,
             coefficients=args.coefficients,
-            limits=Limits(**_fields_of(Limits, args)),
             loras=tuple(args.lora),
         )
         own = tuple(part_of(jobs, args.shard)) if args.shard else jobs
@@ -115,12 +114,16 @@ def _jobs_of(args: argparse.Namespace) -> tuple[Job, ...]:
         values = {
             name: line.get(name, getattr(args, name)) for name in FIELDS if name not in CHOICES
         }
+        limits = Limits(**{name: values.pop(name) for name in vars(PUBLISHED)})
+        reuse = values.pop("reuse")
         seeds = [line["seed"]] if "seed" in line else args.seed
         own = [{name: line[name]} for name in CHOICES if name in line]
         for seed, choice in itertools.product(seeds, own or choices):
-            default = "forecast" if "computed_steps" in choice else "residual"
-            reuse = args.reuse or default
-            if choice.get("rel_l1_thresh") == 0:  # no step is reused
-                reuse = "residual"
-            jobs.append(Job(**{**values, "seed": seed, **choice, "reuse": reuse}))
+            how = reuse or ("forecast" if "computed_steps" in choice else "residual")
+            job = Job(**{**values, "seed": seed, **choice, "reuse": how, "limits": limits})
+            if job.rel_l1_thresh == 0:  # no step is reused
+                job = replace(job, reuse="residual", limits=PUBLISHED)
+            elif job.steps is not None:  # whatever the limits
+                job = replace(job, limits=PUBLISHED)
+            jobs.append(job)
     return tuple(dict.fromkeys(jobs))

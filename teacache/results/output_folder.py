@@ -13,6 +13,7 @@ from pathlib import Path
 
 from teacache.base.errors import OutputError, reason
 from teacache.base.files import locked, with_ending
+from teacache.results.video import QUALITY
 
 LATENTS_ENDING = ".latents.safetensors"
 ENDINGS = (".mp4", ".json", ".md", ".png", LATENTS_ENDING)  # of all files that a name may have
@@ -42,16 +43,20 @@ def prepared_folder(folder: Path) -> Iterator[None]:
                 path.rmdir()
 
 
-def check_space(folder: Path, size: tuple[int, int, int], videos: int) -> None:
+def check_space(
+    folder: Path, size: tuple[int, int, int], videos: int, quality: float = QUALITY
+) -> None:
     """Raise OutputError where the disk has too little free space for a run.
 
-    An mp4 takes less than a tenth of its frames' bytes. All other files together (latents, record,
+    An mp4 takes less than a tenth of its frames' bytes; above the published quality less than six
+    tenths, as 4:2:0 colour has half of the bytes. All other files together (latents, record,
     figure, side-by-side video) take less than one more video.
 
     Args:
         size: width and height in pixels, and number of frames.
     """
-    video = math.prod(size) * 3 // 10 + 2**20
+    tenths = 1 if quality <= QUALITY else 6
+    video = math.prod(size) * 3 * tenths // 10 + 2**20
     needed, free = video * (videos + 1), shutil.disk_usage(folder).free
     if free < needed:
         raise OutputError(

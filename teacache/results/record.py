@@ -16,20 +16,26 @@ from typing import Any, TypedDict
 
 from teacache import __version__
 from teacache.base.files import written_whole
+from teacache.results.video import QUALITY
+
+# Keys of records of earlier versions, and their names.
+RENAMED = {"extrapolated_steps": "steps_outside_fitted_range"}
 
 
 class Figures(TypedDict):
-    """A figure of quality; null for a frame without one."""
+    """A figure of quality; null for a frame without one. worst_frame: index, counted from 0."""
 
     mean: float | None
     worst: float | None
+    worst_frame: int | None
     per_frame: list[float | None]
 
 
 class IdentityFigures(Figures):
-    """ArcFace's similarity, and the number of frames without a face."""
+    """ArcFace's similarity in the frames with a face; the number and the share of frames."""
 
     frames_without_face: int
+    face_share: float
 
 
 class Quality(TypedDict, total=False):
@@ -76,7 +82,8 @@ class Settings:
     retain_first: int = 1
     retain_last: int = 1
     max_reuse: int | None = None
-    # Without a threshold: the name of the schedule, `listed 22`, and its computed steps.
+    # Without the published rule, the name of the schedule: `listed 22`, `0.15, max_reuse 2`; and
+    # without a threshold its computed steps.
     schedule: str | None = None
     selected_steps: list[int] | None = None
     reuse: str = "residual"
@@ -84,13 +91,14 @@ class Settings:
     num_gpus: int = 1
     ranks: str | None = None  # how a denoising step is divided
     lora: list[str] = field(default_factory=list)
+    mp4_quality: float = QUALITY  # `--quality`; the record's `quality` are the figures
     checkpoint_sha256: str | None = field(default=None, compare=False)
 
     @property
     def prefix(self) -> str:
-        """The prefix of file names: `{seed}_{rel_l1_thresh}`, or `{seed}_forecast12`."""
-        which = self.schedule.replace(" ", "") if self.schedule else self.rel_l1_thresh
-        return f"{self.seed}_{which}"
+        """The prefix of file names: `{seed}_{rel_l1_thresh}`, `42_0.15_max_reuse2`."""
+        named = (self.schedule or "").replace(", ", "_").replace(" ", "")
+        return f"{self.seed}_{named or self.rel_l1_thresh}"
 
     @property
     def name(self) -> str:
@@ -109,9 +117,9 @@ class Settings:
 class Record:
     """The settings and measurements of a video.
 
-    distances: None where they are not finite, since JSON has no NaN; these steps are among the
-    `extrapolated_steps`. computed_step_seconds, reused_step_seconds: medians. command: makes the
-    video again. video_bytes: size of the mp4.
+    distances: None where they are not finite, since JSON has no NaN. steps_outside_fitted_range:
+    those whose distances the coefficients do not cover, these among them. computed_step_seconds,
+    reused_step_seconds: medians. command: makes the video again. video_bytes: size of the mp4.
     """
 
     settings: Settings
@@ -119,7 +127,7 @@ class Record:
     reused_steps: list[int]
     distances: list[float | None]
     rescaled: list[float | None]
-    extrapolated_steps: list[int]
+    steps_outside_fitted_range: list[int]
     why_nothing_was_reused: str | None
     computed_step_seconds: float | None
     reused_step_seconds: float | None
@@ -146,11 +154,12 @@ class Record:
 
     @classmethod
     def from_json(cls, data: Any) -> Record:
-        """The inverse of `as_json`. Other keys are ignored.
+        """The inverse of `as_json`. Other keys are ignored, earlier names of keys are known.
 
         Raises:
             TypeError: where keys are missing.
         """
+        data = {RENAMED.get(key, key): value for key, value in dict(data).items()}
         settings, own = (
             {f.name: data[f.name] for f in fields(kind) if f.name in data}
             for kind in (Settings, cls)
@@ -216,7 +225,8 @@ def summary(video: Path, record: Record) -> str:
         lines.append(f"            on {record.settings.ranks}")
     psnr = (record.quality or {}).get("psnr")
     if psnr and psnr["mean"] is not None:
-        lines.append(f"PSNR        {psnr['mean']:.1f} dB, worst frame {psnr['worst']:.1f}")
+        worst = f"{psnr['worst']:.1f} in frame {psnr['worst_frame']}"
+        lines.append(f"PSNR        {psnr['mean']:.1f} dB, worst {worst}")
     return "\n".join(
         [
             *lines,

@@ -69,9 +69,9 @@ class Slot:
         if self._latents:
             self.latents_note = f"The latents are kept in {self._latents}, try again with --resume"
 
-    def write(self, frames: list[Image.Image]) -> int:
-        """Encode the frames into the temporary mp4; return its size in bytes."""
-        write_video(frames, self._mp4)
+    def write(self, frames: list[Image.Image], quality: float) -> int:
+        """Encode the frames into the temporary mp4, with a quality of 0 to 10; return its bytes."""
+        write_video(frames, self._mp4, quality)
         return self._mp4.stat().st_size
 
     def finish(self, record: Record) -> None:
@@ -124,7 +124,7 @@ def claimed_slot(folder: Path, prefix: str, latents: Path | None = None) -> Iter
 def find_latents(folder: Path, settings: Settings) -> Iterator[tuple[Path, Record]]:
     """The files that `Slot.keep` has written for these settings, each with the record in it.
 
-    `vae_tiling` may differ, since latents do not depend on it.
+    Tiles of the VAE and the mp4's quality may differ, since latents do not depend on them.
     """
     for where in (folder, Path(tempfile.gettempdir())):
         for path in sorted(where.glob(f"{settings.prefix}_*{LATENTS_ENDING}")):
@@ -132,5 +132,6 @@ def find_latents(folder: Path, settings: Settings) -> Iterator[tuple[Path, Recor
             with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError, ValueError):
                 with safe_open(path, framework="pt") as file:
                     record = Record.from_json(json.loads(file.metadata()["record"]))
-                if settings == dataclasses.replace(record.settings, vae_tiling=settings.vae_tiling):
+                later = {name: getattr(settings, name) for name in ("vae_tiling", "mp4_quality")}
+                if settings == dataclasses.replace(record.settings, **later):
                     yield path, record

@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from teacache.base.errors import OutputError
+from teacache.base.errors import OutputError, reason
 from teacache.base.quiet import silent_programs
 
 if TYPE_CHECKING:
@@ -19,6 +19,14 @@ if TYPE_CHECKING:
     from PIL import Image
 
 FPS = 8  # frames a second, as in the training of the model
+QUALITY = 5.0  # of 0 to 10, as published: x264's crf 25
+# ffmpeg converts sRGB to YUV by the matrix of BT.601 in limited range. The published mp4 does not
+# say so, and some players take that of BT.709. Written into the stream, it changes no pixel;
+# ffmpeg's own options would have the frames converted by what they name.
+COLOURS = (
+    "h264_metadata=matrix_coefficients=6:video_full_range_flag=0"
+    ":colour_primaries=1:transfer_characteristics=13"
+)
 FULL_BYTES = 2**16  # with less free space, a full disk is reported as the cause
 
 
@@ -29,18 +37,36 @@ class DecodedVideo(NamedTuple):
     fps: float
 
 
-def write_video(frames: list[Image.Image], path: Path) -> None:
+def write_video(frames: list[Image.Image], path: Path, quality: float = QUALITY) -> None:
     """Encode frames as H.264 in yuv420p, with the encoder settings of the published sampler.
+
+    Players can begin before they have the whole file, and know its colours.
+
+    Args:
+        quality: 0 to 10, as of diffusers' `export_to_video`.
 
     Raises:
         OSError: where the file lacks frames, for instance on a full disk; with the encoder's last
             line. The encoder itself may report success.
     """
-    from diffusers.utils import export_to_video
+    import imageio
+    import numpy as np
 
+    options = ["-movflags", "+faststart", "-bsf:v", COLOURS]
+    if quality < 1:  # imageio refuses it; by its own formula
+        options += ["-crf", str(int((1 - quality / 10) * 51))]
     with silent_programs() as last_line:
-        with contextlib.suppress(OSError):  # a broken pipe: the encoder's output says more
-            export_to_video(frames, _absolute(path), fps=FPS)
+        with (
+            contextlib.suppress(OSError),  # a broken pipe: the encoder's output says more
+            imageio.get_writer(
+                _absolute(path),
+                fps=FPS,
+                quality=None if quality < 1 else quality,
+                output_params=options,
+            ) as writer,
+        ):
+            for frame in frames:
+                writer.append_data(np.array(frame))
         written = count_frames(path)
         if written != len(frames):
             # Without ffmpeg's prefix: [out#0/mp4 @ 0x55d0c8a1] ...
@@ -70,11 +96,16 @@ def check_encoder() -> None:
     import imageio_ffmpeg
 
     try:
-        imageio_ffmpeg.get_ffmpeg_version()
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-version"]
+        told = subprocess.check_output(command, stderr=subprocess.DEVNULL)
+        if not told.startswith(b"ffmpeg version"):
+            raise RuntimeError("it is no ffmpeg")
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        own = os.environ.get("IMAGEIO_FFMPEG_EXE")
+        which = f"IMAGEIO_FFMPEG_EXE={own}" if own else "the ffmpeg that imageio-ffmpeg brings"
         raise OutputError(
-            "ffmpeg, which imageio-ffmpeg brings, does not run here: reinstall that package, or "
-            f"set IMAGEIO_FFMPEG_EXE to another ffmpeg ({type(error).__name__})"
+            f"{which} does not run here ({reason(error)}): set IMAGEIO_FFMPEG_EXE to an ffmpeg, or "
+            "unset it and reinstall imageio-ffmpeg"
         ) from error
 
 

@@ -17,7 +17,7 @@ from teacache.inputs.conditioning import Conditioning
 from teacache.inputs.embedding_cache import EmbeddingCache
 from teacache.inputs.identity import Identity, from_tensors
 from teacache.inputs.photograph_store import PhotographStore
-from teacache.inputs.text import TEXT_TOKENS, Text
+from teacache.inputs.text import Text
 from teacache.preflight.setup import Setup, Shot
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ class Conditions:
         with self._stages.stage("text"):
             texts = self._models.embed_texts([text for _, text in prompts])
         for flag, text in dict.fromkeys(prompts):
-            if (lost := texts[text].lost) and (flag, text) not in self._warned:
-                logger.warning("--%s is longer than %d tokens: without %r", flag, TEXT_TOKENS, lost)
+            if (complaint := texts[text].complaint) and (flag, text) not in self._warned:
+                logger.warning("--%s %s", flag, complaint)
                 self._warned.add((flag, text))
         return [
             Condition(

@@ -127,7 +127,7 @@ def _sample(
         with stages.stage("decoding"):
             frames = session.decode(latents, condition, last)
         with stages.stage("writing"):
-            video_bytes = slot.write(frames)
+            video_bytes = slot.write(frames, record.settings.mp4_quality)
         record = completed(record, shot, setup, stages, slot.video, video_bytes)
         slot.finish(record)
     return FinishedVideo(shot.job, slot.video, record, frames, condition.identity(CPU))

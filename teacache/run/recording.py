@@ -9,7 +9,7 @@ from teacache.base.console import Stages
 from teacache.base.device import device_name, dtype_name, peak_memory_bytes, peak_reserved_bytes
 from teacache.base.errors import without_credentials
 from teacache.preflight.setup import Setup, Shot
-from teacache.request.repeat import command_of
+from teacache.request.repeat import coefficients_of, command_of
 from teacache.results.record import Record, Settings, finite, median_seconds, versions
 from teacache.sampling import attention
 
@@ -44,8 +44,8 @@ def settings_of(shot: Shot, setup: Setup) -> Settings:
         compile=machine.compile,
         quantize=machine.quantize,
         approximations=approximations,
-        coefficients=options.coefficients.as_json(),
-        **vars(options.limits),
+        coefficients=coefficients_of(job, options).as_json(),
+        **vars(job.limits),
         schedule=job.schedule,
         selected_steps=list(shot.schedule.computed_steps) if job.rel_l1_thresh is None else None,
         reuse=job.reuse,
@@ -53,6 +53,7 @@ def settings_of(shot: Shot, setup: Setup) -> Settings:
         num_gpus=machine.num_gpus,
         ranks=str(setup.ranks) if machine.num_gpus > 1 else None,
         lora=[f"{source}:{scale:g}" for source, scale in options.loras],
+        mp4_quality=options.format.quality,
         checkpoint_sha256=setup.checkpoint_sha256,
     )
 
@@ -70,7 +71,7 @@ def record_of(shot: Shot, setup: Setup, step_seconds: list[float], stages: Stage
         reused_steps=list(done.reused_steps),
         distances=finite(done.distances),
         rescaled=finite(done.rescaled),
-        extrapolated_steps=list(done.extrapolated_steps),
+        steps_outside_fitted_range=list(done.steps_outside_fitted_range),
         why_nothing_was_reused=done.why_nothing_was_reused(),
         computed_step_seconds=median_seconds(step_seconds, done.computed_steps),
         reused_step_seconds=median_seconds(step_seconds, done.reused_steps),

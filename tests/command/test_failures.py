@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import diffusers.utils
+import imageio
 import imageio_ffmpeg
 import numpy as np
 import psutil
@@ -23,7 +24,7 @@ from processes import SAMPLE, start
 from safetensors.torch import load_file
 from support import CPU, PROMPT, ROOT, SIZE, handlers_given_back, main, refused
 
-from teacache.base.errors import SamplingError
+from teacache.base.errors import OutputError, SamplingError
 from teacache.checkpoint.pipeline import load_pipeline
 from teacache.command.main import main as command
 from teacache.comparison.comparison import Comparison
@@ -169,7 +170,7 @@ def test_an_interruption_that_gets_lost_is_found_again(capsys, tmp_path, monkeyp
 )
 def test_out_of_memory(capsys, tmp_path, monkeypatch, where, error, said):
     """As torch says it of a GPU, to which the flags would apply, and of the host."""
-    prompt = ("--prompt", f"none that is kept from other tests: {where[1]}")
+    prompt = ("--prompt", f"none that is kept from other tests {where[1]}".replace("_", " "))
     monkeypatch.setattr(*where, fails(error))
     code, _, told = main(capsys, *TINY, *prompt, "--output_path", tmp_path)
     assert (code, told) == (2, f"error: out of memory while {said}\n")
@@ -202,9 +203,9 @@ def test_out_of_memory_while_decoding_keeps_the_latents(capsys, tmp_path, monkey
             assert [path for path in out.iterdir() if path.name[0] != "."] == [kept]
             assert (f"latents     {kept}" in output.splitlines()) == bool(more)
     pipe = load_pipeline(tiny, CPU, torch.float32, vae_tiling=True, parts=("vae",))
-    video.write_video(sampler.decode(pipe, load_file(kept)["latents"]), tmp_path / "tiled.mp4")
+    video.write_video(sampler.decode(pipe, load_file(kept)["latents"]), tmp_path / "tiled.mp4", 7)
     monkeypatch.setattr(sampler, "denoise", fails(ON_A_GPU))
-    code, output, error = main(capsys, *asked, "--vae_tiling", "--resume")
+    code, output, error = main(capsys, *asked, "--vae_tiling", "--quality", 7, "--resume")
     assert (code, error) == (0, "")
     (made,) = out.glob("*.mp4")
     assert made.read_bytes() == (tmp_path / "tiled.mp4").read_bytes() != whole.read_bytes()
@@ -212,7 +213,7 @@ def test_out_of_memory_while_decoding_keeps_the_latents(capsys, tmp_path, monkey
     first, second = (json.loads(path.with_suffix(".json").read_text()) for path in (whole, made))
     same = ("seed", "rel_l1_thresh", "prompt", "computed_steps", "distances", "image_sha256")
     assert {key: first[key] for key in same} == {key: second[key] for key in same}
-    assert second["vae_tiling"] is True
+    assert (second["vae_tiling"], second["mp4_quality"]) == (True, 7)
     assert second["seconds"].keys() == first["seconds"].keys(), "with what the first try took"
 
 
@@ -238,10 +239,25 @@ def test_killed_while_decoding(capsys, tmp_path, monkeypatch, whole):
     assert not list(tmp_path.glob(".*")), "nothing is left of the killed process"
 
 
-def test_a_missing_encoder_is_found_before_loading(capsys, tmp_path, monkeypatch):
-    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "none"))
+@pytest.mark.parametrize(
+    ("program", "why"),
+    [
+        ("", "No ffmpeg exe could be found"),
+        ("/none", "No such file or directory"),
+        (__file__, "Permission denied"),
+        ("/bin/true", "it is no ffmpeg"),
+        ("/bin/bash", "it is no ffmpeg"),
+        ("/bin/false", "non-zero exit status 1"),
+    ],
+)
+def test_an_encoder_of_ones_own_that_does_not_run(capsys, tmp_path, monkeypatch, program, why):
+    """Nor the package's own, where there is none."""
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", program)
+    monkeypatch.setattr(imageio_ffmpeg._utils, "_get_ffmpeg_exe", lambda: None)
     error = refused(capsys, *TINY, "--output_path", tmp_path / "out")
-    assert error.startswith("error: ffmpeg, which imageio-ffmpeg brings, does not run here: ")
+    which = f"IMAGEIO_FFMPEG_EXE={program}" if program else "the ffmpeg that imageio-ffmpeg brings"
+    assert error.startswith(f"error: {which} does not run here (")
+    assert why in error
 
 
 @pytest.fixture
@@ -306,10 +322,15 @@ def frames():
 
 def test_an_encoder_that_leaves_half_a_video_is_noticed(tmp_path, monkeypatch, frames):
     """It ends as if all were well: only the file tells."""
-    export = diffusers.utils.export_to_video
-    monkeypatch.setattr(
-        diffusers.utils, "export_to_video", lambda frames, *a, **k: export(frames[:3], *a, **k)
-    )
+    get_writer = imageio.get_writer
+
+    def of_three_frames(*args, **kwargs):
+        writer = get_writer(*args, **kwargs)
+        append, numbers = writer.append_data, itertools.count()
+        writer.append_data = lambda frame: append(frame) if next(numbers) < 3 else None
+        return writer
+
+    monkeypatch.setattr(imageio, "get_writer", of_three_frames)
     with pytest.raises(OSError, match="wrote 3 of 5 frames"):
         video.write_video(frames, tmp_path / "video.mp4")
 
@@ -321,6 +342,8 @@ def test_no_room_is_found_before_loading(capsys, tmp_path, monkeypatch):
     assert error == f"error: --output_path {tmp_path} has 1 MiB free, and the run may write 2 MiB"
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**30))
     check_space(tmp_path, SIZE, videos=100)
+    with pytest.raises(OutputError, match="has 1024 MiB free"):
+        check_space(tmp_path, (720, 480, 49), videos=40, quality=9)
 
 
 @pytest.mark.parametrize("step", [0, 3])

@@ -6,6 +6,8 @@ import contextlib
 import http.server
 import io
 import json
+import re
+import sys
 import threading
 import time
 from collections import Counter
@@ -40,20 +42,59 @@ def photo():
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8))
 
 
+IPHONE = b"\0\0\0\x1cftypheic\0\0\0\0mif1heic"
+
+
 @pytest.mark.parametrize(
-    ("name", "content", "complaint"),
+    ("content", "complaint"),
     [
-        ("empty.jpg", b"", "is no image that can be read"),
-        ("iphone.png", b"\0\0\0\x20ftypheic\0\0\0\0mif1heic", "JPEG or PNG, not as HEIC"),
-        ("half.png", None, "truncated"),
+        (b"", "cannot be read, it is no image: save it as JPEG or PNG"),
+        (IPHONE, "it is HEIC: pip install pillow-heif==1.8.1, or convert it: heif-convert"),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0miafavif", "it is AVIF: save it as JPEG or PNG"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "it is JPEG XL: save it as JPEG or PNG"),
+        (b"\xff\x0a\xfa\x1f", "it is JPEG XL"),
+        (b"%PDF-1.7\n", "it is PDF"),
+        (b"\xef\xbb\xbf<?xml version='1.0'?>\n<!-- made by hand -->\n<svg width='9'>", "it is SVG"),
+        (b"<!DOCTYPE html><html><svg></svg></html>", "it is a web page"),
+        (b"\0\0\0\x18ftypcrx \0\0\0\1crx isom", "it is a camera's RAW file"),
+        (b"II*\0\x10\0\0\0CR\2" + bytes(20), "it is a camera's RAW file"),
+        (b"\0\0\0\x18ftypmp42\0\0\0\0isommp42", "it is a video"),
     ],
 )
-def test_broken_files(capsys, tmp_path, photo, name, content, complaint):
+def test_no_image(tmp_path, monkeypatch, content, complaint):
+    """Whatever its name says, and where nothing but Pillow is installed."""
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    path = tmp_path / "IMG_0001.jpg"
+    path.write_bytes(content)
+    with pytest.raises(ImageError, match=re.escape(complaint)) as raised:
+        load_image(str(path))
+    assert str(raised.value).startswith(f"--image {path} cannot be read, ")
+
+
+def test_half_a_file_and_a_thumbnail(capsys, tmp_path, photo):
+    """What a phone and a camera write as DNG and NEF begins with a small TIFF."""
     whole = encoded(photo, "PNG")
-    (tmp_path / name).write_bytes(whole[: len(whole) // 2] if content is None else content)
-    error = refused(capsys, *TINY, tmp_path / name)
-    assert error.startswith(f"error: --image {tmp_path / name} ")
-    assert complaint in error
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    assert "truncated" in refused(capsys, *TINY, tmp_path / "half.png")
+    for tags in ({50706: b"\1\4\0\0"}, {254: 1}):
+        photo.save(tmp_path / "me.dng", "TIFF", tiffinfo=tags)
+        assert "it is a camera's RAW file" in refused(capsys, *TINY, tmp_path / "me.dng")
+
+
+def test_heic(tmp_path, photo):
+    """Turned as a phone turns it, and named as mail programs do."""
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    smooth = photo.resize((8, 6)).resize((320, 240), Image.Resampling.BICUBIC)
+    smooth.save(tmp_path / "IMG_0001.jpg", "HEIF", quality=90, exif=exif.tobytes())
+    found, expected = load_image(str(tmp_path / "IMG_0001.jpg")), smooth.rotate(-90, expand=True)
+    assert found.size == (240, 320)
+    # HEVC at quality 90 and 4:2:0 colour move smooth pixels by a few levels.
+    assert np.abs(np.asarray(found) - np.asarray(expected).astype(float)).mean() < 4
+    (tmp_path / "half.heic").write_bytes((tmp_path / "IMG_0001.jpg").read_bytes()[:500])
+    with pytest.raises(ImageError, match="heic cannot be read"):
+        load_image(str(tmp_path / "half.heic"))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +135,7 @@ def test_pictures_of_every_kind(tmp_path, photo, caplog):
     palette = Image.new("P", photo.size)
     palette.putpalette([200, 0, 0, 0, 200, 0])
     grey = photo.convert("L")
-    sixteen = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    numbers = np.asarray(grey).astype(np.uint16)
     white = Image.new("RGB", photo.size, "white")
     frames = [palette.convert("RGB"), photo]
     for name, picture, options, expected in (
@@ -102,17 +143,45 @@ def test_pictures_of_every_kind(tmp_path, photo, caplog):
         ("veiled.png", veiled, {}, white),
         ("half.png", half, {}, on_white),
         ("palette.png", palette, {"transparency": 0}, white),
-        ("sixteen.png", sixteen, {}, grey.convert("RGB")),
+        ("sixteen.png", Image.fromarray(numbers * 257), {}, grey),
+        ("sixteen.tif", Image.fromarray((numbers * 257).astype(">u2")), {}, grey),
+        ("twelve.tif", Image.fromarray(numbers * 257 >> 4), {}, grey),
+        ("one.tif", Image.fromarray((numbers / 255).astype(np.float32)), {}, grey),
+        ("bytes.tif", Image.fromarray(numbers.astype(np.float32)), {}, grey),
+        (
+            "overshoot.tif",
+            Image.fromarray((numbers / 250).astype(np.float32)),
+            {},
+            grey.point(lambda x: min(255, x * 255 / 250)),
+        ),
+        ("grey.png", grey.convert("LA"), {}, grey),
+        ("palette.tif", grey.convert("P").convert("PA"), {}, grey),
         ("moving.gif", white, {"save_all": True, "append_images": frames}, white),
+        ("moving.webp", white, {"save_all": True, "append_images": frames}, white),
         ("print.tif", photo.convert("CMYK"), {}, photo.convert("CMYK").convert("RGB")),
     ):
         picture.save(tmp_path / name, **options)
         found = load_image(str(tmp_path / name))
         assert found.mode == "RGB"
-        # Half transparent pixels are rounded to whole numbers.
-        most = 1 if name == "half.png" else 0
-        assert np.abs(np.asarray(found) - np.asarray(expected).astype(float)).max() <= most, name
-    assert "moving.gif has 3 frames: the first is taken" in caplog.text
+        if not isinstance(expected, np.ndarray):
+            expected = np.asarray(expected.convert("RGB"))
+        # Other scales, and half transparent pixels, are rounded to whole numbers.
+        most = 1 if name.startswith(("half", "twelve", "one", "overshoot")) else 0
+        assert np.abs(np.asarray(found) - expected.astype(float)).max() <= most, name
+    for name in ("moving.gif", "moving.webp"):
+        assert f"{name} has 3 frames: the first is taken" in caplog.text
+
+
+@pytest.mark.parametrize("change", [
+    lambda x: x * 10, lambda x: x * 1e6, lambda x: np.where(x > 0.99, 200, x * 3),
+    lambda x: x - 0.5, lambda x: x * [[np.nan]], lambda x: (x * 2**30).astype(np.int32),
+])  # fmt: skip
+def test_numbers_of_no_usual_scale_are_not_read_as_black(tmp_path, change):
+    """Of light, of depth, of measurements: who has them knows what is white in them."""
+    values = change(np.linspace(0, 1, 4800, dtype=np.float32).reshape(60, 80))
+    Image.fromarray(values).save(tmp_path / "light.tif")
+    with pytest.raises(ImageError, match="are of no usual scale: save it with 8 bits"):
+        load_image(str(tmp_path / "light.tif"))
 
 
 class Handler(http.server.BaseHTTPRequestHandler):

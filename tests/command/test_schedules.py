@@ -89,6 +89,39 @@ def test_another_scheduler_or_reuse_is_another_video(capsys, tmp_path):
     assert repeated.read_bytes() == made["ddim"].read_bytes()
 
 
+def test_limits_and_reuse_tell_the_videos_of_a_sweep_apart(capsys, tmp_path):
+    """In names, table, figure and records; each is found again, and made again by its command."""
+    settings = ("", "max_reuse 1", "retain_first 3", "retain_last 2, max_reuse 1")
+    lines = [dict(pair.split() for pair in each.split(", ") if pair) for each in settings]
+    lines = [{"rel_l1_thresh": 0.5, **line} for line in lines]
+    lines += [{"rel_l1_thresh": 0.5, "reuse": "forecast"}, {"rel_l1_thresh": 0, "max_reuse": 1}]
+    (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    out = tmp_path / "out"
+    asked = (*SMALL, "--jobs", tmp_path / "jobs.jsonl", "--output_path", out, "--resume")
+    code, output, _ = main(capsys, *asked)
+    assert code == 0
+    shown = ["threshold 0.5", *(f"threshold 0.5, {each}" for each in settings[1:])]
+    shown += ["threshold 0.5 forecast", "threshold 0"]
+    names = ["0.5", "0.5_max_reuse1", "0.5_retain_first3", "0.5_retain_last2_max_reuse1"]
+    names = [f"42_{name}_0000" for name in (*names, "0.5forecast", "0.0")]
+    rows = json.loads((out / "sweep_42_0000.json").read_text())["rows"]
+    assert [row["video"] for row in rows] == names
+    markdown = (out / "sweep_42_0000.md").read_text()
+    for name, words in zip(names, shown, strict=True):
+        assert f"{words}  " in output
+        assert f"| {words} |" in markdown
+        assert name in output
+    records = [json.loads((out / f"{name}.json").read_text()) for name in names]
+    assert [record["max_reuse"] for record in records] == [None, 1, None, 1, None, None]
+    assert records[3]["schedule"] == "0.5, retain_last 2, max_reuse 1"
+    assert len({tuple(record["computed_steps"]) for record in records}) > 3
+    assert all("psnr" in row["quality"] for row in rows[:-1])
+    assert main(capsys, *asked)[1].count("done before") == len(names)
+    again(capsys, out / f"{names[3]}.mp4", tmp_path / "again")
+    copies = (folder / f"{names[3]}.mp4" for folder in (out, tmp_path / "again"))
+    assert len({encoded(path) for path in copies}) == 1
+
+
 def test_a_forecast_needs_a_scheduler_that_predicts_v(capsys, tmp_path, light):
     edit(light / "scheduler" / "scheduler_config.json", prediction_type="epsilon")
     arguments = (*SMALL, "--ckpts_path", light, "--image", "astronaut")

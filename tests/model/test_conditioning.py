@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 import torch
 from safetensors.torch import save
-from support import CPU
+from support import CPU, main
 
 from teacache.base.files import fingerprint
 from teacache.inputs import conditioning as module
@@ -40,7 +41,7 @@ def make(tiny, cache, dtype=torch.float32):
 
 def test_what_is_kept_equals_what_was_computed(tiny, cache, loads):
     images = ["astronaut"], PhotographStore()
-    texts = ["she laughs", "rain " * 300, ""]
+    texts = ["she laughs", "rain " * 300, "", "in ὄνος 雨"]
     for dtype in (torch.float32, torch.bfloat16):
         loads.clear()
         computed = make(tiny, cache, dtype)
@@ -54,8 +55,30 @@ def test_what_is_kept_equals_what_was_computed(tiny, cache, loads):
         assert first[0]["id_cond"].dtype == second[0]["id_cond"].dtype == dtype
         for text in texts:
             assert torch.equal(first[1][text].embeds, second[1][text].embeds)
-            assert first[1][text].lost == second[1][text].lost
+            assert first[1][text][1:] == second[1][text][1:]
         assert "rain" in second[1]["rain " * 300].lost
+        assert second[1]["in ὄνος 雨"].unknown == "ὄνος 雨"
+
+
+LONG = "is longer than 226 tokens: without"
+UNREAD = "has what the text encoder cannot read, write it in English"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "negative", "lines"),
+    [
+        ("一个女孩在海边微笑", "", [f"prompt {UNREAD}: '一个女孩在海边微笑'"]),
+        ("🚀 man, 笑 🚀", "}", [f"prompt {UNREAD}: '🚀 笑'", f"negative_prompt {UNREAD}: '}}'"]),
+        (f"Ω{' rain' * 225} Ж", "", [f"prompt {LONG} '[^Ω]*Ж'; and it {UNREAD}: 'Ω'"]),
+    ],
+)  # fmt: skip
+def test_what_the_video_does_not_follow_is_named(capsys, tmp_path, prompt, negative, lines):
+    """A line for each prompt, also where its embedding is that of an earlier run."""
+    quick = ("--ckpts_path", "tiny", "--num_infer_steps", 1, "--output_path", tmp_path)
+    for _ in range(2):
+        code, _, error = main(capsys, *quick, "--prompt", prompt, "--negative_prompt", negative)
+        assert code == 0
+        assert re.fullmatch("".join(f"warning: --{line}\n" for line in lines), error), error
 
 
 def test_only_what_is_missing_is_computed(tiny, cache, monkeypatch):

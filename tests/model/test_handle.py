@@ -122,6 +122,13 @@ def test_a_loop_of_ones_own(pipe, sample):
     assert pipe.transformer.forward == plain
 
 
+def test_steps_that_are_no_whole_numbers_are_refused_at_once(pipe):
+    """And nothing is patched: the second one is not refused as such."""
+    for steps in ({"schedule": [1.5]}, {"computed_steps": 12.5}):
+        with pytest.raises(ArgumentError, match="must be a whole number: found 1"):
+            apply_teacache(pipe, **steps)
+
+
 def test_a_copy_is_refused_in_words(pipe):
     for duplicate in (copy.deepcopy, lambda model: torch.save(model, io.BytesIO())):
         with apply_teacache(pipe), pytest.raises(ArgumentError, match="apply TeaCache to the copy"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,7 @@ def test_where_the_detectors_find_different_faces(tmp_path, tiny, caplog):
     assert np.array_equal(identity.kps, models.aligner.all_landmarks_5[0])
     recognised = models.recogniser.get_feat(models.aligner.cropped_faces[0])
     assert np.array_equal(identity.id_cond[:, :512].numpy(), recognised)
+    assert np.array_equal(identity.embedding, recognised[0])
 
 
 def test_a_small_face(models, caplog):
@@ -135,16 +137,36 @@ def test_a_small_face(models, caplog):
     assert not caplog.text
     find(astronaut.resize((160, 160), Image.Resampling.LANCZOS), models)
     assert "pixels wide or high, in a picture of 160x160. Below 64 pixels a face is" in caplog.text
+    caplog.clear()
+    # A face of 80 pixels, reduced to a third before the detectors see it.
+    large = Image.new("RGB", (2000, 3072), "grey")
+    large.paste(astronaut, (700, 1000))
+    find(large, models)
+    told = re.search(r"the face is (\d+) pixels .* of 2000x3072\. Below 192 ", caplog.text)
+    assert abs(int(told[1]) - 80) <= NEAR
 
 
 def test_identity_by_the_real_recogniser(models, identity):
     astronaut = np.array(pictures.load_image("astronaut"))
     frames = np.stack([astronaut, np.roll(astronaut, (0, 50), (0, 1)), np.zeros_like(astronaut)])
-    reference = identity.id_cond[0, :512].numpy()
-    found = quality.identity_similarity(frames, reference, models.analyser)
+    found = quality.identity_similarity(frames, identity.embedding, models.analyser)
     same, moved, nobody = found["per_frame"]
     assert same == pytest.approx(1.0, abs=1e-5)  # float32, of 512 products
     assert 0.5 < moved <= 1.0
     assert nobody is None
-    assert found["frames_without_face"] == 1
-    assert found["worst"] == min(same, moved)
+    assert (found["frames_without_face"], found["face_share"]) == (1, pytest.approx(2 / 3))
+    assert (found["worst"], found["worst_frame"]) == (min(same, moved), int(moved < same))
+    found = quality.identity_similarity(frames[2:], identity.embedding, models.analyser)
+    assert (found["mean"], found["worst_frame"], found["face_share"]) == (None, None, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_reference_is_not_rounded_with_the_models(tiny, identity, dtype):
+    """It is the photograph's in float32, whatever the video is conditioned on."""
+    rounded = faces.find_identity(
+        pictures.load_image("astronaut"), faces.load_face_models(tiny, CPU, dtype), CPU, dtype
+    )
+    assert rounded.id_cond.dtype == dtype
+    assert np.array_equal(rounded.embedding, identity.embedding)
+    assert rounded.embedding.dtype == np.float32
+    assert np.array_equal(identity.embedding, identity.id_cond[0, :512].numpy())

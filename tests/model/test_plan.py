@@ -66,7 +66,7 @@ def test_plan_equals_the_run(
             assert handle.schedule == schedule(known, threshold, COGVIDEOX_5B)
             assert handle.schedule.reused_steps
             if steps == 50:
-                assert not handle.schedule.extrapolated_steps
+                assert not handle.schedule.steps_outside_fitted_range
                 published = published_schedule(pipe, steps, threshold)
                 assert handle.schedule.computed_steps == tuple(published)
                 counts.add(len(published))

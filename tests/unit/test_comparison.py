@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from teacache.comparison import quality
 from teacache.comparison.figure import draw_sweep
 from teacache.comparison.side_by_side import write_grid
 from teacache.comparison.tables import sweep_markdown, sweep_rows, terminal_table
+from teacache.results.record import summary
 from teacache.results.video import read_video
 
 
@@ -33,13 +36,15 @@ def test_psnr_by_its_definition(noise):
     assert found["psnr"]["per_frame"][1:] == pytest.approx(expected, rel=1e-9)
     assert found["psnr"]["mean"] == pytest.approx(np.mean(expected), rel=1e-9)
     assert found["psnr"]["worst"] == pytest.approx(expected[1], rel=1e-9)
+    assert [found[name]["worst_frame"] for name in ("psnr", "ssim")] == [2, 2]
     assert found["ssim"]["per_frame"][0] == pytest.approx(1.0)
     assert found["ssim"]["worst"] == min(found["ssim"]["per_frame"]) < 1
 
 
 def test_the_same_video_is_called_identical(noise):
     found = quality.compare(noise, noise)
-    assert found["psnr"] == {"mean": None, "worst": None, "per_frame": [None] * 3}
+    none = {"mean": None, "worst": None, "worst_frame": None}
+    assert found["psnr"] == {**none, "per_frame": [None] * 3}
     record = record_of_a_video(rel_l1_thresh=0.1, quality=found)
     assert "identical" in terminal_table(sweep_rows([("x", record)]))
 
@@ -63,6 +68,31 @@ def test_lpips_where_it_is_missing_and_where_it_is_there(monkeypatch, tmp_path, 
     assert same == 0
     assert min(others) > 0
     assert found["lpips"]["worst"] == max(others)
+    assert found["lpips"]["worst_frame"] == 1 + others.index(max(others))
+
+
+@pytest.mark.parametrize(
+    ("per_frame", "shown"),
+    [
+        ([0.9, *[None] * 12], "0.900 (0.900) in 1 of 13 frames, 8%"),
+        ([0.7, 0.5, 0.6], "0.600 (0.500) in 3 of 3 frames, 100%"),
+        ([None] * 13, "- in 0 of 13 frames, 0%"),
+    ],
+)
+def test_identity_says_of_how_many_frames_it_is(per_frame, shown):
+    """So that a face that is hardly ever found does not look better; also of an old record."""
+    known = [value for value in per_frame if value]
+    mean, worst = (sum(known) / len(known), min(known)) if known else (None, None)
+    old = {"mean": mean, "worst": worst, "per_frame": per_frame, "frames_without_face": 0}
+    rows = sweep_rows([("x", record_of_a_video(quality={"identity": old}))])
+    assert f" {shown} " in terminal_table(rows)
+    assert f"| {shown} |" in sweep_markdown(rows)
+
+
+def test_the_summary_names_the_worst_frame():
+    found = {"psnr": {"mean": 40.04, "worst": 31.66, "worst_frame": 7, "per_frame": []}}
+    told = summary(Path("x.mp4"), record_of_a_video(quality=found))
+    assert "PSNR        40.0 dB, worst 31.7 in frame 7" in told.splitlines()
 
 
 def test_figure_and_markdown_of_one_video_alone(tmp_path):

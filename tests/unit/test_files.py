@@ -141,17 +141,52 @@ def test_where_there_are_no_locks_nothing_is_held_back(tmp_path, monkeypatch):
         assert ours
 
 
-def test_video_there_and_back(tmp_path):
-    """Smooth frames survive the codec: what is read is what was written, a little blurred."""
-    column, row = np.meshgrid(np.arange(96), np.arange(64))
-    frames = [
-        Image.fromarray(np.stack([column * 2, row * 3, 0 * row + 20 * n], -1).astype(np.uint8))
-        for n in range(9)
-    ]
-    write_video(frames, tmp_path / "video.mp4")
-    video = read_video(tmp_path / "video.mp4")
-    assert video.frames.shape == (9, 64, 96, 3)
-    assert video.fps == 8
-    expected = np.stack([np.array(frame) for frame in frames]).astype(float)
-    # Quality 5 of x264 and 4:2:0 colour: a few grey levels on gradients.
-    assert np.abs(video.frames - expected).mean() < 5
+def raw(path):
+    """The frames as the stream has them: [frames, height x 1.5, width] in YUV, 4:2:0."""
+    import imageio_ffmpeg
+
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", path]
+    command += ["-f", "rawvideo", "-pix_fmt", "yuv420p", "-"]
+    return subprocess.run(command, check=True, capture_output=True).stdout
+
+
+def test_the_mp4_is_the_published_one_and_says_its_colours(tmp_path):
+    """Frame by frame, and with its index before the frames. Red is (81, 90, 240) in BT.601."""
+    import imageio_ffmpeg
+    from diffusers.utils import export_to_video
+
+    noise = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
+    frames = [Image.fromarray(noise).resize((96, 64)), Image.new("RGB", (96, 64), (255, 0, 0))] * 3
+    published, ours = tmp_path / "published.mp4", tmp_path / "ours.mp4"
+    export_to_video(frames, str(published), fps=8)
+    write_video(frames, ours)
+    assert raw(ours) == raw(published)
+    assert (read_video(ours).frames == read_video(published).frames).all()
+    red = np.frombuffer(raw(ours), np.uint8).reshape(6, 96, 96)[-1]
+    assert [red[10, 10], red[70, 10], red[90, 10]] == [81, 90, 240]
+    content = ours.read_bytes()
+    assert content.index(b"moov") < content.index(b"mdat")
+    shown = subprocess.run(
+        [imageio_ffmpeg.get_ffmpeg_exe(), "-i", ours], capture_output=True, text=True
+    ).stderr
+    assert "yuv420p(tv, smpte170m/bt709/iec61966-2-1, progressive)" in shown
+
+
+def test_a_higher_quality_is_nearer_to_the_frames(tmp_path):
+    """Also of the lowest, which imageio refuses; and as diffusers reads the number."""
+    from diffusers.utils import export_to_video
+
+    noise = np.random.default_rng(0).integers(0, 256, (64, 96), np.uint8)
+    frames = [Image.fromarray(noise).convert("RGB")] * 2
+    errors = []
+    for quality in (0, 0.9, 1, 2.5, 5, 10):
+        write_video(frames, tmp_path / "video.mp4", quality)
+        video = read_video(tmp_path / "video.mp4")
+        assert (video.frames.shape, video.fps) == ((2, 64, 96, 3), 8)
+        errors.append(np.abs(video.frames.astype(float) - np.array(frames[0])).mean())
+        if quality >= 1:
+            export_to_video(frames, str(tmp_path / "other.mp4"), fps=8, quality=quality)
+            assert raw(tmp_path / "other.mp4") == raw(tmp_path / "video.mp4")
+    assert errors == sorted(errors, reverse=True)
+    assert len(set(errors)) == len(errors)
+    assert errors[-1] < 1, "no loss but the rounding to 220 levels, as grey has no colour to lose"

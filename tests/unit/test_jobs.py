@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from teacache.base.errors import ArgumentError, without_credentials
-from teacache.core.rule import schedule
+from teacache.core.rule import Limits, schedule
 from teacache.preflight.setup import Shot
 from teacache.request.arguments import parse_arguments
 from teacache.request.job import Job
@@ -88,6 +88,27 @@ def test_a_line_that_says_what_is_computed_takes_nothing_else(tmp_path):
     ]
 
 
+def test_limits_and_reuse_have_names_where_they_change_something(tmp_path):
+    """In a line, else those of the command line."""
+    file = tmp_path / "jobs.csv"
+    file.write_text(
+        "rel_l1_thresh,computed_steps,reuse,retain_first,max_reuse\n0.2,,,,\n0.2,,,1,\n0.2,,,3,2\n"
+        "0.2,,forecast,1,2\n,12,,1,\n,12,,3,\n0,,forecast,3,2\n,,,,\n0.2,,residual,3,2\n"
+    )
+    found = jobs("--jobs", file, "--retain_first", 5)
+    assert [job.which for job in found] == [
+        "rel_l1_thresh 0.2, retain_first 5",
+        "rel_l1_thresh 0.2",
+        "rel_l1_thresh 0.2, retain_first 3, max_reuse 2",
+        "rel_l1_thresh 0.2 forecast, max_reuse 2",
+        *("forecast 12", "forecast 12, retain_first 3", "rel_l1_thresh 0.0"),
+    ]
+    assert [job.limits.retain_first for job in found] == [5, 1, 3, 1, 1, 3, 1]
+    (tmp_path / "list.json").write_text("[1, 2]")
+    (listed,) = jobs("--schedule", tmp_path / "list.json", "--retain_last", 3)
+    assert (listed.which, listed.limits) == ("listed 4", Limits())
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -148,6 +169,8 @@ def test_a_command_of_one_of_many_videos(tmp_path):
         ("a.jsonl", '{"rel_l1_thresh": NaN}', "line 1: rel_l1_thresh: 'nan'"),
         ("a.jsonl", '{"image": "nowhere.png"}', "line 1: image: nowhere.png: there is no such"),
         ("a.csv", "seed\n1\nx\n", "line 3: seed: 'x'"),
+        ("a.csv", "reuse\nhope\n", "line 2: reuse: 'hope' is not residual or forecast"),
+        ("a.jsonl", '{"max_reuse": 0}', "line 1: max_reuse: '0' is not a whole number, 1 or more"),
         ("a.jsonl", '{"image": "", "seed": 1}', "line 1: image: is empty"),
         ("a.jsonl", "{}\n{}\n", "holds no jobs"),
         ("a.csv", "seed\n1,2\n", "line 2: more fields than the header"),

@@ -6,12 +6,15 @@ import importlib.util
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 
 import pytest
 from support import ROOT
 
+import teacache
 from teacache.cluster.__main__ import RAY
+from teacache.core.rule import Limits
 from teacache.request.arguments import build_parser
 from teacache.request.flags import FLAGS, table
 
@@ -61,10 +64,19 @@ def test_the_script_names_the_packages_of_requirements():
 
 def test_optional_packages_are_those_that_are_tested():
     tested = (ROOT / "tests" / "requirements.txt").read_text(encoding="utf-8").split()
-    named = set(re.findall(r"pip install ([a-z]+==[\d.]+)", COMMANDS))
-    assert {package.partition("==")[0] for package in named} == {"peft", "ray", "torchao"}
+    named = set(re.findall(r"pip install ([a-z-]+==[\d.]+)", COMMANDS))
+    packages = {package.partition("==")[0] for package in named}
+    assert packages == {"peft", "pillow-heif", "ray", "torchao"}
     assert named <= set(tested)
     assert RAY in named
+
+
+def test_the_names_of_the_package():
+    """Each is there; importing the package imports none of their modules."""
+    assert all(hasattr(teacache, name) for name in teacache.__all__)
+    assert teacache.Limits(max_reuse=2) == Limits(1, 1, 2)
+    code = "import teacache, sys; assert not [name for name in sys.modules if 'teacache.' in name]"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 PROGRAM = r"python3 (-m teacache[.\w]*|teacache_sample_video\.py)((?:\\\n|[^\n`;&])*)"

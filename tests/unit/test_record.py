@@ -17,7 +17,7 @@ def test_holds_distances_that_json_does_not(tmp_path):
     record = dataclasses.replace(
         record_of_a_video(prompt="naïve"),
         distances=finite(planned.distances),
-        extrapolated_steps=list(planned.extrapolated_steps),
+        steps_outside_fitted_range=list(planned.steps_outside_fitted_range),
     )
     record.write(tmp_path / "record.json")
     text = (tmp_path / "record.json").read_text(encoding="utf-8")
@@ -25,7 +25,7 @@ def test_holds_distances_that_json_does_not(tmp_path):
     assert text.count("\n") == len(data) + 2, "a line for each key"
     assert data["prompt"] == "naïve"
     assert data["distances"] == [None, None, None, 0.03]
-    assert data["extrapolated_steps"] == [1, 2]
+    assert data["steps_outside_fitted_range"] == [1, 2]
     assert "quality" not in data
     assert read_record(tmp_path / "record.json") == record
 
@@ -52,9 +52,10 @@ def test_what_is_no_record_of_ours(tmp_path):
 
 def test_a_record_with_other_keys_is_read(tmp_path):
     """As earlier versions have written it."""
-    record = record_of_a_video()
+    record = record_of_a_video(steps_outside_fitted_range=[1, 4])
     old = {**record.as_json(), "keep_loaded": True, "calibration": None, "extrapolate": False}
-    for limit in ("retain_first", "retain_last", "max_reuse"):
-        del old[limit]
+    old["extrapolated_steps"] = old.pop("steps_outside_fitted_range")
+    for lacking in ("retain_first", "retain_last", "max_reuse", "mp4_quality"):
+        del old[lacking]
     (tmp_path / "old.json").write_text(json.dumps(old))
     assert read_record(tmp_path / "old.json") == record

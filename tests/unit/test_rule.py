@@ -111,6 +111,25 @@ def test_why_nothing_was_reused_and_wrong_limits():
             Limits(**wrong)
 
 
+@pytest.mark.parametrize(
+    "steps", [[1.5], [0, 2.0], "012", [True, False], np.array([True]), [None], 2.5, np.float32(2)]
+)
+def test_steps_that_are_no_whole_numbers_are_refused(steps):
+    with pytest.raises(ArgumentError, match="must be a whole number: found"):
+        schedule([None, *[0.03] * 4], None, computed_steps=steps)
+    with pytest.raises(ArgumentError, match="max_reuse must be a whole number: found"):
+        Limits(max_reuse=steps)
+
+
+@pytest.mark.parametrize("kind", [np.array, set, iter])
+def test_steps_of_any_library(kind):
+    distances = (None, *[0.03] * 5)
+    expected = schedule(distances, None, computed_steps=[2, 3])
+    assert schedule(distances, None, computed_steps=kind([2, 3])) == expected
+    count = schedule(distances, None, computed_steps=np.int64(4))
+    assert count == schedule(distances, None, computed_steps=4)
+
+
 @pytest.mark.parametrize("limits", [Limits(), Limits(1, 2, 3)])
 def test_a_higher_threshold_computes_no_more(limits):
     distances = [None, *np.random.default_rng(0).uniform(0.02, 0.2, 49).tolist()]
@@ -142,7 +161,7 @@ def test_outside_the_fitted_range_is_computed_and_starts_anew(outside):
     found = planned([0.03, outside, 0.03, 0.03, 0.03, 0.03], 0.15)
     # p(0.03) is 0.0874: one fits below 0.15, two do not, unless the sum starts anew in between.
     assert found.computed_steps == (0, 2, 4, 6)
-    assert found.extrapolated_steps == (2,)
+    assert found.steps_outside_fitted_range == (2,)
 
 
 def test_listed_steps_are_computed_with_the_first_and_the_last():
