@@ -34,8 +34,8 @@ class FinishedVideos:
         """A complete video with these settings and its record, or None.
 
         Args:
-            settings: an empty `image_sha256` means that the image was not read. Then the image's
-                source is compared, and the newest video is returned.
+            settings: an empty `image_sha256` means that the image was not read. Then its source is
+                compared, and the newest video is returned.
         """
         for path in self._files.pop(settings.prefix, []):
             if record := read_record(path):
@@ -44,7 +44,7 @@ class FinishedVideos:
         if settings.image_sha256:
             videos = [each for each in videos if each[1].settings == settings]
         else:
-            videos = videos[::-1]
+            videos = [each for each in videos[::-1] if each[1].settings.image == settings.image]
         return next((each for each in videos if _is_complete(*each)), None)
 
 

@@ -56,14 +56,14 @@ class Settings:
     Equal settings make the same video.
     """
 
-    image: str
+    image: str = field(compare=False)  # its pixels count, and so do the checkpoint's files
     prompt: str
     negative_prompt: str
     seed: int
     num_infer_steps: int
     rel_l1_thresh: float | None
     image_sha256: str
-    ckpts_path: str
+    ckpts_path: str = field(compare=False)
     output_path: str = field(compare=False)
     guidance_scale: float
     width: int
@@ -92,7 +92,7 @@ class Settings:
     ranks: str | None = None  # how a denoising step is divided
     lora: list[str] = field(default_factory=list)
     mp4_quality: float = QUALITY  # `--quality`; the record's `quality` are the figures
-    checkpoint_sha256: str | None = field(default=None, compare=False)
+    checkpoint_sha256: str | None = None
 
     @property
     def prefix(self) -> str:

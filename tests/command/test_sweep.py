@@ -214,6 +214,22 @@ def test_resume_redoes_what_differs(capsys, tmp_path, calls):
     assert calls["denoise"] == 5
 
 
+def test_resume_does_not_redo_what_cannot_differ(capsys, tmp_path, calls, tiny):
+    """The same pixels and files under other names; settings of reuse where nothing is reused."""
+    pictures.load_image("astronaut").save(tmp_path / "face.png")
+    (tmp_path / "own.json").write_text('{"values": [0, 0, 0, 0, 1]}')
+    first = (*SHORT, "--rel_l1_thresh", 0, "--resume", "--output_path", tmp_path)
+    for more in (
+        (),
+        ("--image", tmp_path / "face.png"),
+        ("--ckpts_path", tiny),
+        ("--coefficients", tmp_path / "own.json", "--reuse", "forecast"),
+        ("--retain_first", 3, "--retain_last", 2, "--max_reuse", 1),
+    ):
+        assert main(capsys, *first, "--image", "astronaut", "--prompt", "a man", *more)[0] == 0
+        assert calls["denoise"] == 1, more
+
+
 def test_a_video_that_is_no_more_whole_is_sampled_again(capsys, tmp_path, calls):
     sweep = (*SHORT, "--rel_l1_thresh", 0, 0.1, "--resume", "--output_path", tmp_path)
     main(capsys, *sweep)
