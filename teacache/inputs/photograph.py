@@ -25,7 +25,7 @@ MOST_BYTES = 50 * 10**6  # of a download
 MOST_PIXELS = 100 * 10**6  # of any image; decoded, they take 300 MB
 # What files that people take for photographs begin with; the first match counts.
 HEAD_BYTES = 4096
-HEIC, RAW = "HEIC", "a camera's RAW file"
+HEIC, RAW, UNKNOWN = "HEIC", "a camera's RAW file", "no image that can be read"
 KINDS = {
     rb".{4}ftyp(.{4}){,9}(avif|avis)": "AVIF",
     rb".{4}ftyp(.{4}){,9}(hei[cxms]|hev[cmsx]|mif1|msf1)": HEIC,
@@ -64,7 +64,7 @@ def load_image(source: str, content: bytes | None = None, warn: bool = True) -> 
     name = f"--image {without_credentials(source)}"
     if content is None and "://" in source:
         content = fetch(source)
-    kind = "no image"
+    kind = UNKNOWN
     try:
         with Path(source).open("rb") if content is None else io.BytesIO(content) as file:
             kind = _kind_of(file)
@@ -86,7 +86,7 @@ def load_image(source: str, content: bytes | None = None, warn: bool = True) -> 
         how = "save it as JPEG or PNG"
         if kind == HEIC and importlib.util.find_spec("pillow_heif") is None:
             how = "pip install pillow-heif==1.8.1, or convert it: heif-convert IN.heic OUT.jpg"
-        raise ImageError(f"{name} cannot be read, it is {kind}: {how}") from error
+        raise ImageError(f"{name} is {kind}: {how}") from error
     except Exception as error:  # of a damaged file: each format raises errors of its own
         raise ImageError(f"{name} cannot be read as an image: {reason(error)}") from error
 
@@ -99,7 +99,7 @@ def _kind_of(file: BinaryIO) -> str:
     head = file.read(HEAD_BYTES)
     file.seek(0)
     matching = (kind for start, kind in KINDS.items() if re.match(start, head, re.DOTALL))
-    kind = next(matching, "no image")
+    kind = next(matching, UNKNOWN)
     if kind == HEIC:
         with contextlib.suppress(ImportError):
             import pillow_heif  # optional

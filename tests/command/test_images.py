@@ -48,17 +48,17 @@ IPHONE = b"\0\0\0\x1cftypheic\0\0\0\0mif1heic"
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (b"", "cannot be read, it is no image: save it as JPEG or PNG"),
-        (IPHONE, "it is HEIC: pip install pillow-heif==1.8.1, or convert it: heif-convert"),
-        (b"\0\0\0\x1cftypmif1\0\0\0\0miafavif", "it is AVIF: save it as JPEG or PNG"),
-        (b"\0\0\0\x0cJXL \r\n\x87\n", "it is JPEG XL: save it as JPEG or PNG"),
-        (b"\xff\x0a\xfa\x1f", "it is JPEG XL"),
-        (b"%PDF-1.7\n", "it is PDF"),
-        (b"\xef\xbb\xbf<?xml version='1.0'?>\n<!-- made by hand -->\n<svg width='9'>", "it is SVG"),
-        (b"<!DOCTYPE html><html><svg></svg></html>", "it is a web page"),
-        (b"\0\0\0\x18ftypcrx \0\0\0\1crx isom", "it is a camera's RAW file"),
-        (b"II*\0\x10\0\0\0CR\2" + bytes(20), "it is a camera's RAW file"),
-        (b"\0\0\0\x18ftypmp42\0\0\0\0isommp42", "it is a video"),
+        (b"", "is no image that can be read: save it as JPEG or PNG"),
+        (IPHONE, "is HEIC: pip install pillow-heif==1.8.1, or convert it: heif-convert"),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0miafavif", "is AVIF: save it as JPEG or PNG"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "is JPEG XL: save it as JPEG or PNG"),
+        (b"\xff\x0a\xfa\x1f", "is JPEG XL"),
+        (b"%PDF-1.7\n", "is PDF"),
+        (b"\xef\xbb\xbf<?xml version='1.0'?>\n<!-- made by hand -->\n<svg width='9'>", "is SVG"),
+        (b"<!DOCTYPE html><html><svg></svg></html>", "is a web page"),
+        (b"\0\0\0\x18ftypcrx \0\0\0\1crx isom", "is a camera's RAW file"),
+        (b"II*\0\x10\0\0\0CR\2" + bytes(20), "is a camera's RAW file"),
+        (b"\0\0\0\x18ftypmp42\0\0\0\0isommp42", "is a video"),
     ],
 )
 def test_no_image(tmp_path, monkeypatch, content, complaint):
@@ -68,7 +68,7 @@ def test_no_image(tmp_path, monkeypatch, content, complaint):
     path.write_bytes(content)
     with pytest.raises(ImageError, match=re.escape(complaint)) as raised:
         load_image(str(path))
-    assert str(raised.value).startswith(f"--image {path} cannot be read, ")
+    assert str(raised.value).startswith(f"--image {path} is ")
 
 
 def test_half_a_file_and_a_thumbnail(capsys, tmp_path, photo):
@@ -78,7 +78,7 @@ def test_half_a_file_and_a_thumbnail(capsys, tmp_path, photo):
     assert "truncated" in refused(capsys, *TINY, tmp_path / "half.png")
     for tags in ({50706: b"\1\4\0\0"}, {254: 1}):
         photo.save(tmp_path / "me.dng", "TIFF", tiffinfo=tags)
-        assert "it is a camera's RAW file" in refused(capsys, *TINY, tmp_path / "me.dng")
+        assert "is a camera's RAW file" in refused(capsys, *TINY, tmp_path / "me.dng")
 
 
 def test_heic(tmp_path, photo):
@@ -93,7 +93,7 @@ def test_heic(tmp_path, photo):
     # HEVC at quality 90 and 4:2:0 colour move smooth pixels by a few levels.
     assert np.abs(np.asarray(found) - np.asarray(expected).astype(float)).mean() < 4
     (tmp_path / "half.heic").write_bytes((tmp_path / "IMG_0001.jpg").read_bytes()[:500])
-    with pytest.raises(ImageError, match="heic cannot be read"):
+    with pytest.raises(ImageError, match=r"heic (is HEIC: save|cannot be read)"):
         load_image(str(tmp_path / "half.heic"))
 
 
