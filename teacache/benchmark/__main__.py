@@ -19,7 +19,14 @@ from teacache.command import readers
 from teacache.command.arguments import OneLineParser
 from teacache.command.flags import FLAGS, add_flags
 from teacache.comparison.tables import markdown_table
-from teacache.parallel.launch import is_one_of_several, launch, rank, run_as_rank, world_size
+from teacache.parallel.launch import (
+    check_variables,
+    is_one_of_several,
+    launch,
+    rank,
+    run_as_rank,
+    world_size,
+)
 from teacache.results.output_folder import claimed_stem, prepare_folder
 from teacache.results.record import versions, write_json
 
@@ -45,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the benchmark. Returns its exit code, as the sampler's command does."""
     args = _parse(argv)
     if is_one_of_several():
+        if code := run_command(check_variables):
+            return code
         args.num_gpus = world_size()
     elif args.num_gpus > 1:
         # `-m` runs this file as `__main__`, which another process cannot import.
