@@ -1,24 +1,23 @@
-"""Measures the plain pipeline, TeaCache and its accelerations in turn, in one run.
+"""Measures steps, decoding and a whole video on random weights: `python3 -m teacache.benchmark`.
 
-`python3 -m teacache.benchmark --help`. With `--random_weights` it needs no checkpoint.
+`teacache.benchmark.everything` measures more, by this command and others.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
 
 from teacache.base.environment import prepare_environment
-from teacache.base.files import written_whole
 from teacache.base.interruption import run_command
 from teacache.base.quiet import silence_libraries
+from teacache.benchmark.table import Row, Table
 from teacache.command import readers
 from teacache.command.arguments import OneLineParser
 from teacache.command.flags import FLAGS, add_flags
-from teacache.comparison.tables import markdown_table
 from teacache.parallel.launch import (
     check_variables,
     is_one_of_several,
@@ -28,24 +27,13 @@ from teacache.parallel.launch import (
     world_size,
 )
 from teacache.results.output_folder import claimed_stem, prepare_folder
-from teacache.results.record import versions, write_json
 
 if TYPE_CHECKING:
-    from teacache.benchmark.timing import Bench, Measured, Variant
+    from teacache.benchmark.timing import Bench
 
-# The columns of the table, and their units.
-COLUMNS = {
-    "computed step": "s",
-    "reused step": "ms",
-    "denoising": "s",
-    "encoding": "s",
-    "decoding": "s",
-    "writing": "s",
-    "whole video": "s",
-    "peak memory": "GiB",
-}
-UNITS = {"s": 1.0, "ms": 1e-3, "GiB": 2.0**30}
-RATIOS = ("computed step", "whole video")  # columns that also show the first row's over this row's
+# In the order in which they are measured.
+ROWS = ("ceilings", "attention", "plain", "exact", "decoding", "compile", "fp8", "video")
+SIZES = ("full", "half", "tiny")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,190 +57,119 @@ def main(argv: list[str] | None = None) -> int:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(
         prog="python3 -m teacache.benchmark",
-        description="Measure the plain pipeline, TeaCache and its accelerations in turn.",
+        description="Measure steps, decoding and a whole video on random weights.",
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    weights = parser.add_mutually_exclusive_group()
-    weights.add_argument("--ckpts_path", metavar="PATH", help="checkpoint folder, or tiny")
-    weights.add_argument(
-        "--random_weights",
-        choices=("full", "half", "small"),
-        help="ConsisID with random weights, made on the device: as large as the real one; half as "
-        "wide and half as deep; or small enough for a CPU (default: small)",
-    )
-    add(
-        "--rel_l1_thresh",
-        type=readers.not_negative,
-        nargs="+",
-        default=[0.15],
-        metavar="X",
-        help="thresholds, with a checkpoint (default: 0.15)",
-    )
-    add(
-        "--computed_steps",
-        type=readers.positive,
-        metavar="N",
-        help="with random weights: compute N steps, evenly spaced (default: 44 %% of all steps, "
-        "about as many as at threshold 0.15)",
-    )
-    steps = "denoising steps (default: 50, with small 12)"
-    add("--num_infer_steps", type=readers.positive, metavar="N", help=steps)
-    rounds = "videos of each variant (default: %(default)s)"
-    add("--rounds", type=readers.positive, default=3, metavar="N", help=rounds)
-    FLAGS["attention"].add_to(parser, "also measure this attention backend")
-    FLAGS["compile"].add_to(parser, "also measure compiled layers")
-    FLAGS["quantize"].add_to(parser, "also measure float8 layers")
-    FLAGS["num_gpus"].add_to(parser, "sample on N GPUs; the plain pipeline samples on one")
+    add_rows(parser)
+    parser.add_argument("--profile", action="store_true", help="list the kernels of the last step")
+    FLAGS["attention"].add_to(parser)
+    FLAGS["num_gpus"].add_to(parser, "sample on N GPUs")
     add_flags(parser, "device", "dtype")
-    FLAGS["output_path"].add_to(parser, "folder of benchmark_{index:04d}.md and .json")
-    args = parser.parse_args(argv)
-    _choose_steps(args, parser)
-    return args
+    return parser.parse_args(argv)
 
 
-def _choose_steps(args: argparse.Namespace, parser: OneLineParser) -> None:
-    """Set the defaults that depend on the weights."""
-    if not args.ckpts_path and not args.random_weights:
-        args.random_weights = "small"
-    if args.num_infer_steps is None:
-        args.num_infer_steps = 12 if args.random_weights == "small" else 50
-    if args.random_weights and args.computed_steps is None:
-        args.computed_steps = max(2, round(0.44 * args.num_infer_steps))
-    if args.computed_steps and not args.random_weights:
-        parser.error("--computed_steps needs --random_weights: a checkpoint has its own schedule")
-    if args.computed_steps and not 2 <= args.computed_steps <= args.num_infer_steps:
-        parser.error(f"--computed_steps must be from 2 to {args.num_infer_steps}")
+def add_rows(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that `teacache.benchmark.everything` has, too."""
+    add = parser.add_argument
+    add(
+        "--random_weights",
+        choices=SIZES,
+        default="tiny",
+        help="ConsisID with random weights: as large as the real one; half as wide and half as "
+        "deep; or as small as the embedded checkpoint (default: tiny)",
+    )
+    add("--num_infer_steps", type=readers.positive, default=50, metavar="N", help="of a video")
+    steps = "computed steps of a video, by the forecast (default: 12)"
+    add("--computed_steps", type=readers.positive, default=12, metavar="N", help=steps)
+    add(
+        "--rows",
+        nargs="+",
+        choices=ROWS,
+        default=ROWS,
+        help="what to measure: a large product and a copy; attention alone; a step as diffusers "
+        "has it; exact steps; the decoder; --compile; --compile --quantize fp8; a whole video with "
+        "exact steps and with the fastest (default: all)",
+    )
+    FLAGS["output_path"].add_to(parser, "folder of the table, as .md and .json")
 
 
 def _benchmark(args: argparse.Namespace) -> None:
-    """Measure every variant. All ranks measure together; the first one reports."""
+    """Measure every row. All ranks measure together; the first one reports."""
     prepare_folder(args.output_path)
     prepare_environment()
+    from teacache.base import device as devices
     from teacache.command.machine import check_number, choose_device, choose_dtype
     from teacache.command.other_ranks import own_device
-    from teacache.sampling.acceleration import prepare_acceleration
 
-    device = choose_device(args.device, full_size=args.random_weights in ("full", "half"))
+    device = choose_device(args.device, full_size=args.random_weights != "tiny")
     check_number(args.num_gpus, device)
     device = own_device(device)
     dtype = choose_dtype(args.dtype, device)
-    prepare_acceleration(args.compile, args.quantize, "none", device, dtype)
-    from teacache.benchmark import timing
-    from teacache.sampling.attention import choose_backend
+    from teacache.benchmark.timing import Bench
 
-    backend = choose_backend(args.attention, device, dtype)
-    if args.random_weights:
-        bench = timing.of_random_weights(
-            args.random_weights, args.num_infer_steps, args.computed_steps, device, dtype
+    bench = Bench(args.random_weights, args.attention, device, dtype)
+    if args.num_gpus > 1:
+        bench.share(args.num_gpus)
+    bench.check_backend()
+    if rank() > 0:
+        measure(Table(None, {}), bench, args)
+        return
+    with claimed_stem(args.output_path, "benchmark") as stem:
+        size = bench.size
+        table = Table(
+            stem,
+            {
+                "weights": f"random, {args.random_weights}, {devices.dtype_name(dtype)}",
+                "video": f"{size.num_frames} frames of {size.width}x{size.height}, "
+                f"{bench.tokens} tokens",
+            },
         )
-    else:
-        bench = timing.of_checkpoint(args.ckpts_path, args.num_infer_steps, device, dtype)
-    bench.share(args.num_gpus)
-    # --computed_steps overrides the threshold, so one threshold is enough.
-    thresholds = args.rel_l1_thresh[:1] if args.random_weights else args.rel_l1_thresh
-    variants = timing.variants(thresholds, backend, args.compile, args.quantize)
-
-    compiling = {variant: bench.warm_up(variant) for variant in variants}
-    measured: dict[Variant, list[Measured]] = {variant: [] for variant in variants}
-    for n in range(args.rounds):
-        for variant in variants:
-            if rank() == 0:
-                progress = f"round {n + 1} of {args.rounds}: {variant.name}"
-                print(progress, file=sys.stderr, flush=True)
-            measured[variant].append(bench.sample(variant))
-    if rank() == 0:
-        rows = [_row(variant, measured[variant], compiling[variant]) for variant in variants]
-        _report(rows, _about(args, bench), args.output_path)
-
-
-def _row(variant: Variant, videos: list[Measured], compiling: float) -> dict[str, Any]:
-    """The figures of a variant: median, lowest and highest, over steps or over videos."""
-    samples: dict[str, list[float]] = {
-        "computed step": [second for video in videos for second in video.computed_steps],
-        "reused step": [second for video in videos for second in video.reused_steps],
-        "peak memory": [video.peak_memory_bytes for video in videos if video.peak_memory_bytes],
-        "whole video": [sum(video.seconds.values()) for video in videos],
-    }
-    for name in videos[0].seconds:
-        samples[name] = [video.seconds[name] for video in videos]
-    return {
-        "variant": variant.name,
-        "settings": variant._asdict(),
-        "steps": [len(videos[0].computed_steps), len(videos[0].reused_steps)],
-        **{name: _spread(samples[name]) for name in COLUMNS},
-        "compiling": compiling,
-    }
-
-
-def _spread(values: list[float]) -> dict[str, float] | None:
-    if not values:
-        return None
-    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
-
-
-def _report(rows: list[dict[str, Any]], about: dict[str, Any], folder: Path) -> None:
-    """Print the table, and write it and the figures."""
-    for row in rows:
-        row["ratios"] = {name: rows[0][name]["median"] / row[name]["median"] for name in RATIOS}
-    report = _markdown(about, rows)
-    print(report)
-    with (
-        claimed_stem(folder, "benchmark") as stem,
-        written_whole(stem, ".md", ".json") as (table, figures),
-    ):
-        table.write_text(report + "\n", encoding="utf-8")
-        write_json({"about": about, "rows": rows}, figures)
+        table.describe(devices.device_name(device))
+        measure(table, bench, args)
+    print(table.markdown())
     print(f"{stem}.md\n{stem}.json", file=sys.stderr)
 
 
-def _markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    units = [f"{name} ({unit})" for name, unit in COLUMNS.items()]
-    lines = [["", "steps computed, reused", *units, "compiling (s)", *RATIOS]]
-    for row in rows:
-        lines.append(
-            [
-                row["variant"],
-                "{}, {}".format(*row["steps"]),
-                *(_cell(row[name], UNITS[unit]) for name, unit in COLUMNS.items()),
-                f"{row['compiling']:.1f}" if row["settings"]["compile"] else "-",
-                *(f"{ratio:.2f}x" for ratio in row["ratios"].values()),
-            ]
-        )
-    title = "\n".join(f"- {name}: {value}" for name, value in about.items())
-    return (
-        f"# Benchmark\n\n{title}\n\n{markdown_table(lines)}\n\n"
-        "Each cell: the median (lowest to highest). The last two columns: the median of the first "
-        "row divided by this row's. Every variant is warmed up before; `compiling` is the time "
-        "that the first warm-up takes longer than the second."
-    )
+def measure(table: Table, bench: Bench, args: argparse.Namespace) -> None:
+    """Add the rows that are asked for to a table. A row that fails leaves the others alone."""
+    from teacache.benchmark.decoders import decodings
 
+    alone, rows, settings, faster = args.num_gpus == 1, args.rows, "", ""
+    if args.attention != "native":
+        settings += f" --attention {args.attention}"
+    if not alone:
+        settings += f" --num_gpus {args.num_gpus}"
 
-def _cell(figures: dict[str, float] | None, unit: float) -> str:
-    if figures is None:
-        return "-"
-    median, lowest, highest = (value / unit for value in figures.values())
-    return f"{median:.3g} ({lowest:.3g} to {highest:.3g})"
+    def add(figure: str, work: Callable[[], Row]) -> bool:
+        return table.measure(f"{figure}{settings}{faster}", work, alone)
 
+    def video() -> None:
+        figure = f"loaded model to mp4, {args.computed_steps} computed steps"
+        add(figure, lambda: bench.video(args.num_infer_steps, args.computed_steps))
 
-def _about(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
-    """Machine, weights and settings of the measurement."""
-    from teacache.base import device as devices
-
-    weights = f"random, {args.random_weights}" if args.random_weights else args.ckpts_path
-    listed = f", {args.computed_steps} computed with TeaCache" if args.computed_steps else ""
-    size = bench.material.size
-    return {
-        "device": devices.device_name(bench.device),
-        "dtype": devices.dtype_name(bench.dtype),
-        "weights": weights,
-        "video": f"{size.num_frames} frames of {size.width}x{size.height}",
-        "denoising steps": f"{args.num_infer_steps}{listed}",
-        "rounds": args.rounds,
-        "versions": ", ".join(f"{package} {version}" for package, version in versions().items()),
-        **bench.before_the_loop,
-        **({"ranks": f"{bench.ranks}; the plain pipeline on one"} if args.num_gpus > 1 else {}),
-    }
+    if "ceilings" in rows:
+        table.measure("a large product", bench.ceilings, alone)
+    if "attention" in rows:
+        add("attention of a layer", bench.attention)
+    if "plain" in rows and alone:
+        table.measure("computed step by diffusers", bench.plain)
+    bench.use_command_models()
+    if "exact" in rows and add("computed step", bench.exact):
+        add("forecast step", bench.forecast)
+    if "decoding" in rows and alone:
+        for figure, work in decodings(bench):
+            add(figure, work)
+    if "exact" in rows and "video" in rows:
+        video()
+    for name, quantize in (("compile", None), ("fp8", "fp8")):
+        before, faster = faster, " --compile" + (f" --quantize {quantize}" if quantize else "")
+        if name not in rows or not add("computed step", partial(bench.accelerate, quantize)):
+            faster = before
+    if faster and "video" in rows:
+        video()
+    if args.profile:
+        table.texts.append(f"Computed step{settings}{faster}: {bench.profile()}")
+        table.write()
 
 
 if __name__ == "__main__":

@@ -1,32 +1,26 @@
-"""Samples videos in several variants, in turn, on the same weights, and times their stages."""
+"""What is measured within one process, on random weights: steps, decoding, a whole video, kernels.
+
+One transformer and one decoder become faster row by row: as diffusers has them, then as the command
+uses them, then compiled, then with float8 layers. None of that is undone.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import copy
+import statistics
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch.autograd import DeviceType
 
 from teacache.base import device as devices
-from teacache.base.errors import CheckpointError
-from teacache.benchmark import random_weights
-from teacache.benchmark.random_weights import Material
-from teacache.checkpoint.pipeline import load_pipeline
-from teacache.checkpoint.size import video_size
-from teacache.command.arguments import DEFAULT_PROMPT
-from teacache.command.preflight import find_checkpoint
+from teacache.base.console import Console, Stages
+from teacache.benchmark.random_weights import random_material
+from teacache.benchmark.table import Row, in_words
 from teacache.core.forward import apply_teacache
-from teacache.core.handle import TeaCacheHandle
 from teacache.core.ranks import ALONE
-from teacache.inputs import photograph as pictures
-from teacache.inputs.conditioning import Conditioning
-from teacache.inputs.embedding_cache import EmbeddingCache
-from teacache.inputs.text import Text
 from teacache.parallel import group
 from teacache.parallel.division import divide
 from teacache.results.video import write_video
@@ -35,254 +29,200 @@ from teacache.sampling.blocks import use_lean_blocks
 from teacache.sampling.decoder import use_lean_decoder
 from teacache.sampling.decoder_memory import DecoderMemory
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKLCogVideoX, ConsisIDTransformer3DModel
-
 GUIDANCE_SCALE = 6.0
 SEED = 42
-
-
-class Variant(NamedTuple):
-    """One way to sample. `threshold` None is the plain diffusers pipeline."""
-
-    name: str
-    threshold: float | None
-    attention: str = "native"
-    compile: bool = False
-    quantize: str | None = None
-
-
-PLAIN = Variant("", None)
-
-
-class Measured(NamedTuple):
-    """Seconds of each step and each stage of one video; peak GPU memory, None on a CPU."""
-
-    computed_steps: list[float]
-    reused_steps: list[float]
-    seconds: dict[str, float]
-    peak_memory_bytes: int | None
-
-
-def variants(
-    thresholds: list[float], backend: str, compiling: bool, quantize: str | None
-) -> list[Variant]:
-    """The plain pipeline; then for each threshold TeaCache, and one acceleration more each time."""
-    accelerations: dict[str, dict[str, Any]] = {}
-    if backend != "native":
-        accelerations[attention.short_name(backend)] = {"attention": backend}
-    if compiling:
-        accelerations["compile"] = {"compile": True}
-    if quantize:
-        accelerations[quantize] = {"quantize": quantize}
-    result = [Variant("plain pipeline", None)]
-    for threshold in thresholds:
-        result.append(Variant(f"TeaCache {threshold:g}", threshold))
-        for name, setting in accelerations.items():
-            result.append(result[-1]._replace(name=f"{result[-1].name} + {name}", **setting))
-    return result
-
-
-def of_random_weights(
-    name: str, num_infer_steps: int, computed_steps: int, device: torch.device, dtype: torch.dtype
-) -> Bench:
-    """A bench on random weights, with evenly spaced computed steps."""
-    material = random_weights.random_material(name, device, dtype)
-    steps = random_weights.spread(computed_steps, num_infer_steps)
-    return Bench(material, num_infer_steps, steps, device, dtype)
-
-
-def of_checkpoint(
-    name: str, num_infer_steps: int, device: torch.device, dtype: torch.dtype
-) -> Bench:
-    """A bench on a local checkpoint, with the photograph of the astronaut."""
-    folder = find_checkpoint(name)
-    if folder is None:
-        raise CheckpointError(f"--ckpts_path {name}: there is no such folder")
-    seconds: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as empty:
-        cache = EmbeddingCache(Path(empty))
-        conditioning = Conditioning(folder, device, dtype, "none", cache)
-        with _timed(seconds, "identity", device):
-            identity = conditioning.find_identities({"": pictures.load_image("astronaut")})[""]
-        with _timed(seconds, "text", device):
-            embedded = conditioning.embed_texts([DEFAULT_PROMPT, ""])
-    with _timed(seconds, "loading", device):
-        pipe = load_pipeline(folder, device, dtype, parts=("transformer", "vae"))
-    text = Text(embedded[DEFAULT_PROMPT].embeds, embedded[""].embeds)
-    material = Material(pipe, identity, text, video_size(folder, None, None, None))
-    bench = Bench(material, num_infer_steps, None, device, dtype)
-    bench.before_the_loop = {name: f"{value:.1f} s" for name, value in seconds.items()}
-    return bench
+# The steps of a measurement; those between the third and the last are reused, by the forecast.
+WARM_UP, COMPUTED = 2, (0, 1, 2, 6)
+REPEATS = 5
+KERNELS = 25  # in the list of a profile
 
 
 class Bench:
-    """Samples videos in any variant. Each variant has its own models.
+    """The models of one process, and the rows that are measured on them.
 
     Args:
-        listed_steps: the steps to compute; None for the threshold rule.
-
-    Attributes:
-        before_the_loop: seconds of the stages that all variants share.
+        name: size of the random weights, see `random_weights.CONFIGS`.
+        backend: a value of `--attention`.
     """
 
-    def __init__(
-        self,
-        material: Material,
-        num_infer_steps: int,
-        listed_steps: list[int] | None,
-        device: torch.device,
-        dtype: torch.dtype,
-    ):
-        self.material, self.num_infer_steps = material, num_infer_steps
-        self.listed_steps = listed_steps
-        self.device, self.dtype = device, dtype
-        self.before_the_loop: dict[str, str] = {}
+    def __init__(self, name: str, backend: str, device: torch.device, dtype: torch.dtype):
+        self.device, self.dtype, self.backend = device, dtype, backend
+        self.pipe, self.identity, self.text, self.size = random_material(name, device, dtype)
+        self.transformer = self.pipe.transformer
         self.ranks = ALONE
-        self._models = {PLAIN: (material.pipe.transformer, material.pipe.vae)}
+        config = self.transformer.config
+        frames = (self.size.num_frames - 1) // config.temporal_compression_ratio + 1
+        self.video_tokens = frames * (config.sample_height // 2) * (config.sample_width // 2)
+        self.tokens = config.max_text_seq_length + self.video_tokens
 
     def share(self, num_gpus: int) -> None:
-        """Share each denoising step among ranks, all of which run this benchmark.
+        """Share each denoising step among ranks, all of which measure the same rows.
 
         Raises:
             ArgumentError: where a step cannot be divided by their number.
         """
-        if num_gpus == 1:
-            return
-        config, size = self.material.pipe.transformer.config, self.material.size
-        frames = (size.num_frames - 1) // config.temporal_compression_ratio + 1
-        self.ranks = divide(
-            num_gpus,
-            guided=GUIDANCE_SCALE > 1,
-            heads=config.num_attention_heads,
-            text=config.max_text_seq_length,
-            video=frames * (config.sample_height // 2) * (config.sample_width // 2),
-        )
+        config = self.transformer.config
+        heads, text = config.num_attention_heads, config.max_text_seq_length
+        self.ranks = divide(num_gpus, True, heads=heads, text=text, video=self.video_tokens)
         group.connect(self.device)
 
-    def warm_up(self, variant: Variant) -> float:
-        """Sample three steps; where they are compiled, sample again.
+    def check_backend(self) -> None:
+        """Raise ArgumentError unless the attention backend works here, as the command does."""
+        head_dim = self.transformer.config.attention_head_dim
+        attention.choose_backend(self.backend, self.device, self.dtype, self.tokens, head_dim)
 
-        Returns:
-            the seconds that the first time took longer, 0 where nothing is compiled.
-        """
-        first = self._sample(variant, 3, [0, 2])
-        if not variant.compile:
-            return 0.0
-        second = self._sample(variant, 3, [0, 2])
-        return max(0.0, sum(first.seconds.values()) - sum(second.seconds.values()))
+    def use_command_models(self) -> None:
+        """Prepare the models as the command does without `--compile`."""
+        attention.use_attention(self.transformer, self.backend)
+        use_lean_blocks(self.transformer)
+        use_lean_decoder(self.pipe.vae)
+        if self.ranks != ALONE:
+            self.ranks = group.join(self.transformer, self.ranks, self.device)
 
-    def sample(self, variant: Variant) -> Measured:
-        """Sample a video and write its mp4."""
-        return self._sample(variant, self.num_infer_steps, self.listed_steps)
+    def accelerate(self, quantize: str | None) -> Row:
+        """A computed step with `--compile`, and with `--quantize fp8` if it is `fp8`."""
+        acceleration.prepare_acceleration(True, quantize, "none", self.device, self.dtype)
+        if quantize:
+            acceleration.quantize_fp8(self.transformer)
+        acceleration.compile_transformer(self.transformer)
+        return self.exact()
 
-    def _sample(
-        self, variant: Variant, num_infer_steps: int, listed_steps: list[int] | None
-    ) -> Measured:
-        seconds: dict[str, float] = {}
-        pipe = self.material.pipe
-        with self._ready(variant) as handle, tempfile.TemporaryDirectory() as folder:
-            on_gpu = self.device.type == "cuda"
-            if on_gpu:
-                torch.cuda.reset_peak_memory_stats(self.device)
-            room: contextlib.AbstractContextManager = contextlib.nullcontext()
-            if handle is None:  # the plain pipeline also keeps its transformer while it decodes
-                latents, computed = self.plain_latents(num_infer_steps, seconds)
-                reused = []
-            else:
-                handle.follow(listed_steps)
-                latents, steps = self._latents(num_infer_steps, seconds)
-                computed = [steps[n] for n in handle.video.plan.computed_steps]
-                reused = [steps[n] for n in handle.video.plan.reused_steps]
-                room = DecoderMemory(pipe, self.material.size, "none").to_decode(last=False)
-            with room, _timed(seconds, "decoding", self.device):
+    def plain(self) -> Row:
+        """A step of the transformer as diffusers has it."""
+        row, _ = self._loop(3)
+        row.seconds = row.seconds[1:]  # without the one that warms up
+        return row
+
+    def exact(self) -> Row:
+        """A computed step, after two steps to warm up. `forecast` is measured with it."""
+        with apply_teacache(self.pipe, reuse="forecast") as handle:
+            handle.ranks = self.ranks
+            handle.follow(range(WARM_UP))
+            first, _ = self._loop(WARM_UP)
+            handle.follow(COMPUTED)
+            computed, self._forecast = self._loop(COMPUTED[-1] + 1)
+        computed.notes = f"the first two steps {sum(first.seconds):.1f} s"
+        return computed
+
+    def forecast(self) -> Row:
+        """A forecast step of the last measurement of `exact`."""
+        return self._forecast
+
+    def _loop(self, num_steps: int) -> tuple[Row, Row]:
+        """Rows of the steps in `COMPUTED`, and of the others."""
+        start = sampler.prepare(self.pipe, self.identity, self.size, SEED)
+        loop = sampler.Loop(self.pipe, start, self.text, self.size, num_steps, GUIDANCE_SCALE)
+        marks, peaks, above = [devices.mark(self.device)], [], []
+        for _ in range(num_steps):
+            before = self.forget_peak()
+            loop.advance(loop.predict())
+            marks.append(devices.mark(self.device))
+            peaks.append(self.peak())
+            above.append((peaks[-1][0] or 0) - before)
+        self.latents = loop.latents
+        seconds = devices.seconds_between(marks)
+        computed = [n for n in range(num_steps) if n in COMPUTED]
+        reused = [n for n in range(num_steps) if n not in COMPUTED]
+        result = Row([seconds[n] for n in computed], *peaks[computed[-1]])
+        forecast = Row([seconds[n] for n in reused])
+        if reused and self.device.type == "cuda":
+            more, latents = max(above[n] for n in reused), loop.latents.nbytes
+            forecast.notes = f"{more / 2**20:.1f} MiB above; latents have {latents / 2**20:.1f}"
+        return result, forecast
+
+    def video(self, num_infer_steps: int, computed_steps: int) -> Row:
+        """From the loaded model to the mp4, by the forecast."""
+        stages, pipe = Stages(Console(quiet=True)), self.pipe
+        self.forget_peak()
+        with (
+            apply_teacache(pipe, computed_steps=computed_steps) as handle,
+            tempfile.TemporaryDirectory() as folder,
+        ):
+            handle.ranks = self.ranks
+            with stages.stage("encoding"):
+                start = sampler.prepare(pipe, self.identity, self.size, SEED)
+            with stages.stage("denoising"):
+                latents, _ = sampler.denoise(
+                    pipe, start, self.text, self.size, num_infer_steps=num_infer_steps,
+                    guidance_scale=GUIDANCE_SCALE,
+                )  # fmt: skip
+            room = DecoderMemory(pipe, self.size, "none").to_decode(last=False)
+            with room, stages.stage("decoding"):
                 frames = sampler.decode(pipe, latents)
-            with _timed(seconds, "writing", self.device):
+            with stages.stage("writing"):
                 write_video(frames, Path(folder) / "video.mp4")
-            peak = devices.peak_memory_bytes(self.device) if on_gpu else None
-        return Measured(computed, reused, seconds, peak)
+        seconds = stages.with_total()
+        return Row([seconds.pop("total")], *self.peak(), in_words(seconds))
 
-    def plain_latents(self, num_infer_steps: int, seconds: dict[str, float]) -> sampler.Denoised:
-        """Latents by `ConsisIDPipeline.__call__`; the time before its first step is encoding."""
-        material, marks = self.material, [devices.mark(self.device)]
-        hook = material.pipe.transformer.register_forward_pre_hook(
-            lambda module, args: marks.append(devices.mark(self.device))
+    def ceilings(self) -> Row:
+        """A large matrix product and a large copy, which no kernel can pass."""
+        side = 8192 if self.device.type == "cuda" else 256
+        one, other = (
+            torch.randn(side, side, device=self.device, dtype=self.dtype) for _ in range(2)
         )
-        try:
-            latents = material.pipe(
-                image=material.identity.face,
-                **material.size._asdict(),
-                num_inference_steps=num_infer_steps,
-                guidance_scale=GUIDANCE_SCALE,
-                prompt_embeds=material.text.prompt_embeds,
-                negative_prompt_embeds=material.text.negative_prompt_embeds,
-                id_cond=material.identity.id_cond,
-                id_vit_hidden=material.identity.id_vit_hidden,
-                kps_cond=material.identity.kps,
-                generator=torch.Generator(self.device).manual_seed(SEED),
-                output_type="latent",
-            ).frames
-        finally:
-            hook.remove()
-        encoding, *steps = devices.seconds_between([*marks, devices.mark(self.device)])
-        seconds.update(encoding=encoding, denoising=sum(steps))
-        return sampler.Denoised(latents, steps)
+        seconds = self._repeated(lambda: one @ other)
+        source = torch.ones(16 * side**2, device=self.device, dtype=self.dtype)
+        target = torch.empty_like(source)
+        copy = statistics.median(self._repeated(lambda: target.copy_(source)))
+        rate = 2 * source.nbytes / copy / 1e12
+        return Row(seconds, notes=f"{_rate(2 * side**3, seconds)}; a copy {rate:.2f} TB/s")
 
-    def _latents(self, num_infer_steps: int, seconds: dict[str, float]) -> sampler.Denoised:
-        material = self.material
-        with _timed(seconds, "encoding", self.device):
-            start = sampler.prepare(material.pipe, material.identity, material.size, SEED)
-        with _timed(seconds, "denoising", self.device):
-            return sampler.denoise(
-                material.pipe,
-                start,
-                material.text,
-                material.size,
-                num_infer_steps=num_infer_steps,
-                guidance_scale=GUIDANCE_SCALE,
-            )
+    def attention(self) -> Row:
+        """The attention of one layer by itself."""
+        config = self.transformer.config
+        heads, head_dim = config.num_attention_heads, config.attention_head_dim
+        shape = (2, self.tokens, heads, head_dim)
+        inputs = [torch.randn(shape, device=self.device, dtype=self.dtype) for _ in range(3)]
+        name = attention.BACKENDS.get(self.backend, self.backend)
+        attention.exchange_kernel(self.backend)
+        seconds = self._repeated(lambda: dispatch_attention_fn(*inputs, backend=name))
+        away = attention.deviation(self.backend, self.device, self.dtype, self.tokens, head_dim)
+        operations = 4 * 2 * heads * head_dim * self.tokens**2
+        return Row(seconds, notes=f"{_rate(operations, seconds)}, {away:.2g} from native")
 
-    @contextlib.contextmanager
-    def _ready(self, variant: Variant) -> Iterator[TeaCacheHandle | None]:
-        """Put the models of a variant on the device, all others in host memory."""
-        # Variants that differ only in name or threshold share their models.
-        kind = variant._replace(name="", threshold=None if variant.threshold is None else 0.0)
-        pipe = self.material.pipe
-        for model in (model for models in self._models.values() for model in models):
-            model.to("cpu")
-        devices.free_cached_memory(self.device)
-        if kind not in self._models:
-            self._models[kind] = self._make_models(kind)
-        pipe.transformer, pipe.vae = (model.to(self.device) for model in self._models[kind])
-        if variant.threshold is None:
-            yield None
-            return
-        with apply_teacache(pipe, variant.threshold) as handle:
-            if self.ranks != ALONE:
-                handle.ranks = group.join(pipe.transformer, self.ranks, self.device)
-            yield handle
+    def profile(self) -> str:
+        """A list of the kernels of a computed step, the longest first, in Markdown."""
+        with apply_teacache(self.pipe, 0.0) as handle:
+            handle.ranks = self.ranks
+            start = sampler.prepare(self.pipe, self.identity, self.size, SEED)
+            loop = sampler.Loop(self.pipe, start, self.text, self.size, 2, GUIDANCE_SCALE)
+            loop.advance(loop.predict())
+            with torch.profiler.profile() as profiler:
+                loop.advance(loop.predict())
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+        on_gpu = self.device.type == "cuda"
+        kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
+        events = [event for event in profiler.key_averages() if event.device_type == kind]
+        name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+        times = {event.key: (getattr(event, name) / 1e3, event.count) for event in events}
+        total = sum(each for each, _ in times.values())
+        longest = sorted(times.items(), key=lambda item: -item[1][0])[:KERNELS]
+        lines = [f"{each:9.2f} ms {count:6} x  {key[:80]}" for key, (each, count) in longest]
+        return "\n".join([f"{total:.0f} ms of kernels.", "", "```", *lines, "```"])
 
-    def _make_models(
-        self, kind: Variant
-    ) -> tuple[ConsisIDTransformer3DModel, AutoencoderKLCogVideoX]:
-        """Copies of transformer and VAE, with the accelerations of a variant."""
-        transformer, vae = copy.deepcopy(self._models[PLAIN])
-        transformer.to(self.device)
-        attention.use_attention(transformer, kind.attention)
-        use_lean_blocks(transformer)
-        use_lean_decoder(vae)
-        if kind.quantize:
-            acceleration.quantize_fp8(transformer)
-        if kind.compile:
-            acceleration.compile_transformer(transformer)
-        return transformer, vae
+    def _repeated(self, work: Callable[[], object]) -> list[float]:
+        """The seconds of each of several runs, after one to warm up."""
+        marks = []
+        with torch.no_grad():
+            for _ in range(REPEATS + 2):
+                marks.append(devices.mark(self.device))
+                work()
+        return devices.seconds_between(marks)[1:]
+
+    def forget_peak(self) -> int:
+        """Begin to measure peak memory; return the bytes that are allocated."""
+        if self.device.type != "cuda":
+            return 0
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return torch.cuda.memory_allocated(self.device)
+
+    def peak(self) -> tuple[int | None, int | None]:
+        """Peak of allocated and of reserved bytes; None on a CPU."""
+        if self.device.type != "cuda":
+            return None, None
+        return devices.peak_memory_bytes(self.device), devices.peak_reserved_bytes(self.device)
 
 
-@contextlib.contextmanager
-def _timed(seconds: dict[str, float], name: str, device: torch.device) -> Iterator[None]:
-    """Store the seconds of the block, including the work that it queues on the device."""
-    before = time.perf_counter()
-    yield
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    seconds[name] = time.perf_counter() - before
+def _rate(operations: int, seconds: list[float]) -> str:
+    return f"{operations / statistics.median(seconds) / 1e12:.3g} TFLOP/s"

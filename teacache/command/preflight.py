@@ -110,7 +110,7 @@ def preflight(order: Order, stages: Stages) -> Ready:
         from teacache.checkpoint.distances import scheduler_name
 
         schedules = plan_jobs(order, checkpoint, device, dtype)
-        backend = _choose_backend(machine, ranks, device, dtype)
+        backend = _choose_backend(machine, ranks, checkpoint, size, device, dtype)
     machine, memory = fit_to_card(machine, checkpoint, size, form.guidance_scale > 1, device, dtype)
     if order.loras and machine.offload == "sequential":
         raise ArgumentError("--lora does not go with --offload sequential: --offload blocks does")
@@ -132,15 +132,22 @@ def preflight(order: Order, stages: Stages) -> Ready:
 
 
 def _choose_backend(
-    machine: Machine, ranks: Ranks, device: torch.device, dtype: torch.dtype
+    machine: Machine,
+    ranks: Ranks,
+    checkpoint: Path,
+    size: VideoSize,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> str:
-    from teacache.sampling.attention import choose_backend
+    from teacache.sampling.attention import BACKENDS, choose_backend
 
-    backend = choose_backend(machine.attention, device, dtype)
+    model = Architecture.of(checkpoint)
+    tokens = model.text_tokens + model.video_tokens(size)
+    backend = choose_backend(machine.attention, device, dtype, tokens, model.head_dim)
     if ranks.parts > 1:
         from teacache.parallel.group import check_backend
 
-        check_backend(machine.attention, backend)
+        check_backend(machine.attention, BACKENDS.get(backend, backend))
     return backend
 
 

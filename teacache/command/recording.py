@@ -24,7 +24,7 @@ def settings_of(job: Job, order: Order, ready: Ready) -> Settings:
     machine = ready.machine
     approximations = []
     if not attention.is_exact(ready.backend):
-        approximations.append(f"attention {attention.short_name(ready.backend)}")
+        approximations.append(f"attention {ready.backend}")
     if machine.quantize:
         approximations.append(f"quantize {machine.quantize}")
     schedule = ready.schedules[job]
@@ -46,7 +46,7 @@ def settings_of(job: Job, order: Order, ready: Ready) -> Settings:
         dtype=dtype_name(ready.dtype),
         offload=machine.offload,
         vae_tiling=machine.vae_tiling == "on",
-        attention=attention.short_name(ready.backend),
+        attention=ready.backend,
         compile=machine.compile,
         quantize=machine.quantize,
         approximations=approximations,
