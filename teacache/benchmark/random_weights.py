@@ -2,16 +2,13 @@
 
 A matrix product takes the same time with random numbers as with trained ones. The models are made
 on the device, in the dtype of the run, and need no files. On disk they are a checkpoint in the real
-layout, with the tokenizer and the face models of the embedded one:
-
-    python3 -m teacache.benchmark.random_weights DIR
+layout, with the tokenizer and the face models of the embedded one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,11 +23,9 @@ from diffusers import (
 from PIL import Image
 from transformers import T5Config, T5EncoderModel
 
-from teacache.base.interruption import run_command
-from teacache.base.quiet import no_progress_bars, silence_libraries
+from teacache.base.errors import OutputError
+from teacache.base.quiet import no_progress_bars
 from teacache.checkpoint.size import VideoSize
-from teacache.command import readers
-from teacache.command.arguments import OneLineParser
 from teacache.embedded import configuration as tiny
 from teacache.embedded.cached import cached_tiny_checkpoint
 from teacache.embedded.faces import write_eva_clip
@@ -53,11 +48,14 @@ FULL = {
 # Half as wide and half as deep: an eighth of the linear layers' work, a quarter of attention's.
 HALF = {**FULL, "num_attention_heads": 24, "num_layers": 21, "LFE_output_dim": 1024}
 FULL_VAE: dict[str, Any] = {"scaling_factor": 0.7}
-CONFIGS = {"full": (FULL, FULL_VAE), "half": (HALF, FULL_VAE), "tiny": (tiny.TRANSFORMER, tiny.VAE)}
-# T5-XXL's encoder, and one for `tiny`.
-T5_XXL = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
-T5_TINY = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
-SHARD = "5GB"
+T5 = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}  # XXL
+TINY_T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+# Transformer, VAE and text encoder.
+CONFIGS = {
+    "full": (FULL, FULL_VAE, T5),
+    "half": (HALF, FULL_VAE, T5),
+    "tiny": (tiny.TRANSFORMER, tiny.VAE, TINY_T5),
+}
 
 
 class Material(NamedTuple):
@@ -102,15 +100,15 @@ def random_material(name: str, device: torch.device, dtype: torch.dtype) -> Mate
 
 def random_models(name: str) -> tuple[ConsisIDTransformer3DModel, AutoencoderKLCogVideoX]:
     """Transformer and VAE, as their libraries initialise them."""
-    transformer_config, vae_config = CONFIGS[name]
+    transformer_config, vae_config, _ = CONFIGS[name]
     transformer = ConsisIDTransformer3DModel(**transformer_config).eval()
     return transformer, AutoencoderKLCogVideoX(**vae_config).eval()
 
 
 def random_text_encoder(name: str) -> T5EncoderModel:
     """The text encoder, as its library initialises it."""
-    form = T5_TINY if name == "tiny" else T5_XXL
-    return T5EncoderModel(T5Config(vocab_size=32128, feed_forward_proj="gated-gelu", **form))
+    *_, config = CONFIGS[name]
+    return T5EncoderModel(T5Config(vocab_size=32128, feed_forward_proj="gated-gelu", **config))
 
 
 @contextlib.contextmanager
@@ -129,10 +127,15 @@ def write_checkpoint(folder: Path, name: str, device: torch.device) -> None:
     """Write a checkpoint of random weights, in bfloat16; at full size 22 GB.
 
     Args:
-        folder: must not exist.
+        folder: a new one.
         name: one of `CONFIGS`.
         device: where the weights are made.
+
+    Raises:
+        OutputError: if it exists.
     """
+    if folder.exists():
+        raise OutputError(f"--write {folder}: it exists")
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a killed process
     shutil.copytree(cached_tiny_checkpoint(), part)
@@ -151,25 +154,4 @@ def write_checkpoint(folder: Path, name: str, device: torch.device) -> None:
 
 def _replace(folder: Path, model: Any) -> None:
     shutil.rmtree(folder)
-    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size=SHARD)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Write a checkpoint. Returns the exit code, as the sampler's command does."""
-    parser = OneLineParser(
-        prog="python3 -m teacache.benchmark.random_weights",
-        description="Write a checkpoint of random weights in the layout of ConsisID-preview.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("folder", type=readers.path, metavar="DIR", help="a new folder")
-    parser.add_argument("--size", choices=CONFIGS, default="full", help="(default: full, 22 GB)")
-    args = parser.parse_args(argv)
-    if args.folder.exists():
-        parser.error(f"{args.folder} exists")
-    silence_libraries()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return run_command(lambda: write_checkpoint(args.folder, args.size, device))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="5GB")

@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from torch.autograd import DeviceType
 
 from teacache.base import device as devices
 from teacache.base.console import Console, Stages
 from teacache.benchmark.random_weights import random_material
 from teacache.benchmark.table import Row, in_words
 from teacache.core.forward import apply_teacache
-from teacache.core.ranks import ALONE
-from teacache.parallel import group
-from teacache.parallel.division import divide
 from teacache.results.video import write_video
 from teacache.sampling import acceleration, attention, sampler
 from teacache.sampling.blocks import use_lean_blocks
@@ -43,41 +42,31 @@ class Bench:
     Args:
         name: size of the random weights, see `random_weights.CONFIGS`.
         backend: a value of `--attention`.
+
+    Raises:
+        ArgumentError: if the backend does not work here.
     """
 
     def __init__(self, name: str, backend: str, device: torch.device, dtype: torch.dtype):
         self.device, self.dtype, self.backend = device, dtype, backend
         self.pipe, self.identity, self.text, self.size = random_material(name, device, dtype)
         self.transformer = self.pipe.transformer
-        self.ranks = ALONE
-        config = self.transformer.config
-        frames = (self.size.num_frames - 1) // config.temporal_compression_ratio + 1
-        self.video_tokens = frames * (config.sample_height // 2) * (config.sample_width // 2)
-        self.tokens = config.max_text_seq_length + self.video_tokens
-
-    def share(self, num_gpus: int) -> None:
-        """Share each denoising step among ranks, all of which measure the same rows.
-
-        Raises:
-            ArgumentError: where a step cannot be divided by their number.
-        """
-        config = self.transformer.config
-        heads, text = config.num_attention_heads, config.max_text_seq_length
-        self.ranks = divide(num_gpus, True, heads=heads, text=text, video=self.video_tokens)
-        group.connect(self.device)
-
-    def check_backend(self) -> None:
-        """Raise ArgumentError unless the attention backend works here, as the command does."""
-        head_dim = self.transformer.config.attention_head_dim
-        attention.choose_backend(self.backend, self.device, self.dtype, self.tokens, head_dim)
+        config, (width, height, num_frames) = self.transformer.config, self.size
+        self.heads, self.head_dim = config.num_attention_heads, config.attention_head_dim
+        frames = (num_frames - 1) // config.temporal_compression_ratio + 1
+        area = (config.sample_height // 2) * (config.sample_width // 2)
+        self.tokens = config.max_text_seq_length + frames * area
+        attention.choose_backend(backend, device, dtype, self.tokens, self.head_dim)
+        self.about = {
+            "weights": f"random, {name}, {devices.dtype_name(dtype)}",
+            "video": f"{num_frames} frames of {width}x{height}, {self.tokens} tokens",
+        }
 
     def use_command_models(self) -> None:
         """Prepare the models as the command does without `--compile`."""
         attention.use_attention(self.transformer, self.backend)
         use_lean_blocks(self.transformer)
         use_lean_decoder(self.pipe.vae)
-        if self.ranks != ALONE:
-            self.ranks = group.join(self.transformer, self.ranks, self.device)
 
     def accelerate(self, quantize: str | None) -> Row:
         """A computed step with `--compile`, and with `--quantize fp8` if it is `fp8`."""
@@ -94,19 +83,14 @@ class Bench:
         return row
 
     def exact(self) -> Row:
-        """A computed step, after two steps to warm up. `forecast` is measured with it."""
+        """A computed step, after two steps to warm up. `forecast` is the forecast step's row."""
         with apply_teacache(self.pipe, reuse="forecast") as handle:
-            handle.ranks = self.ranks
             handle.follow(range(WARM_UP))
             first, _ = self._loop(WARM_UP)
             handle.follow(COMPUTED)
-            computed, self._forecast = self._loop(COMPUTED[-1] + 1)
+            computed, self.forecast = self._loop(COMPUTED[-1] + 1)
         computed.notes = f"the first two steps {sum(first.seconds):.1f} s"
         return computed
-
-    def forecast(self) -> Row:
-        """A forecast step of the last measurement of `exact`."""
-        return self._forecast
 
     def _loop(self, num_steps: int) -> tuple[Row, Row]:
         """Rows of the steps in `COMPUTED`, and of the others."""
@@ -135,10 +119,9 @@ class Bench:
         stages, pipe = Stages(Console(quiet=True)), self.pipe
         self.forget_peak()
         with (
-            apply_teacache(pipe, computed_steps=computed_steps) as handle,
+            apply_teacache(pipe, computed_steps=computed_steps),
             tempfile.TemporaryDirectory() as folder,
         ):
-            handle.ranks = self.ranks
             with stages.stage("encoding"):
                 start = sampler.prepare(pipe, self.identity, self.size, SEED)
             with stages.stage("denoising"):
@@ -169,37 +152,77 @@ class Bench:
 
     def attention(self) -> Row:
         """The attention of one layer by itself."""
-        config = self.transformer.config
-        heads, head_dim = config.num_attention_heads, config.attention_head_dim
-        shape = (2, self.tokens, heads, head_dim)
+        shape = (2, self.tokens, self.heads, self.head_dim)
         inputs = [torch.randn(shape, device=self.device, dtype=self.dtype) for _ in range(3)]
         name = attention.BACKENDS.get(self.backend, self.backend)
         attention.exchange_kernel(self.backend)
         seconds = self._repeated(lambda: dispatch_attention_fn(*inputs, backend=name))
-        away = attention.deviation(self.backend, self.device, self.dtype, self.tokens, head_dim)
-        operations = 4 * 2 * heads * head_dim * self.tokens**2
-        return Row(seconds, notes=f"{_rate(operations, seconds)}, {away:.2g} from native")
+        checked = (self.device, self.dtype, self.tokens, self.head_dim)
+        away = attention.deviation(self.backend, *checked)
+        rate = _rate(8 * self.heads * self.head_dim * self.tokens**2, seconds)
+        return Row(seconds, notes=f"{rate}, {away:.2g} from native")
 
-    def profile(self) -> str:
-        """A list of the kernels of a computed step, the longest first, in Markdown."""
-        with apply_teacache(self.pipe, 0.0) as handle:
-            handle.ranks = self.ranks
+    def profile(self, texts: list[str]) -> Row:
+        """The kernels of a computed step together; the longest are listed in `texts`."""
+        with apply_teacache(self.pipe, 0.0):
             start = sampler.prepare(self.pipe, self.identity, self.size, SEED)
             loop = sampler.Loop(self.pipe, start, self.text, self.size, 2, GUIDANCE_SCALE)
             loop.advance(loop.predict())
             with torch.profiler.profile() as profiler:
                 loop.advance(loop.predict())
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize(self.device)
-        on_gpu = self.device.type == "cuda"
-        kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
-        events = [event for event in profiler.key_averages() if event.device_type == kind]
-        name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-        times = {event.key: (getattr(event, name) / 1e3, event.count) for event in events}
-        total = sum(each for each, _ in times.values())
-        longest = sorted(times.items(), key=lambda item: -item[1][0])[:KERNELS]
-        lines = [f"{each:9.2f} ms {count:6} x  {key[:80]}" for key, (each, count) in longest]
-        return "\n".join([f"{total:.0f} ms of kernels.", "", "```", *lines, "```"])
+                loop.latents.cpu()  # waits
+        # On a GPU the entries of the CPU's operators count their kernels again.
+        own = "device" if self.device.type == "cuda" else "cpu"
+        kernels = [
+            (getattr(event, f"self_{own}_time_total") / 1e3, event.count, event.key[:80])
+            for event in profiler.key_averages()
+            if event.device_type.name.lower() == self.device.type
+        ]
+        kernels.sort(reverse=True)
+        lines = [f"{ms:9.2f} ms {count:6} x  {name}" for ms, count, name in kernels[:KERNELS]]
+        texts.append("\n".join(["The longest kernels:", "", "```", *lines, "```"]))
+        return Row([sum(ms for ms, _, _ in kernels) / 1e3])
+
+    def decodings(self) -> Iterator[tuple[str, Callable[[], Row]]]:
+        """Rows of the decoder: as it is, then with one change each, which is taken back."""
+        vae, plain = self.pipe.vae, []
+
+        def measure(change: Callable[[], object], back: Callable[[], object]) -> Row:
+            change()
+            try:
+                with DecoderMemory(self.pipe, self.size, "none").to_decode(last=False):
+                    sampler.decode(self.pipe, self.latents)  # warms up
+                    self.forget_peak()
+                    seconds = [-time.perf_counter()]
+                    frames = sampler.decode(self.pipe, self.latents)
+                    seconds[0] += time.perf_counter()
+            finally:
+                back()
+            plain.append(np.stack([np.asarray(frame, int) for frame in frames]))
+            away = np.abs(plain[-1] - plain[0]).max()
+            notes = f"up to {away} of 255 away" if away else "the same frames"
+            return Row(seconds, *self.peak(), notes if len(plain) > 1 else "")
+
+        def arrange(layout: torch.memory_format) -> None:
+            for layer in vae.modules():
+                if isinstance(layer, torch.nn.Conv3d):
+                    layer.weight.data = layer.weight.data.contiguous(memory_format=layout)
+
+        fastest = partial(setattr, torch.backends.cudnn, "benchmark")
+        frames = partial(setattr, vae, "num_latent_frames_batch_size")
+        last, first = torch.channels_last_3d, torch.contiguous_format
+        for figure, change, back in (
+            ("decoding", int, int),
+            ("decoding, cuDNN's fastest", partial(fastest, True), partial(fastest, False)),
+            ("decoding, channels last", partial(arrange, last), partial(arrange, first)),
+            ("decoding, four latent frames at a time", partial(frames, 4), partial(frames, 2)),
+            ("decoding, compiled", partial(acceleration.compile_decoder, vae), self._uncompile),
+        ):
+            yield figure, partial(measure, change, back)
+
+    def _uncompile(self) -> None:
+        for module in self.pipe.vae.modules():
+            module._compiled_call_impl = None
 
     def _repeated(self, work: Callable[[], object]) -> list[float]:
         """The seconds of each of several runs, after one to warm up."""

@@ -19,18 +19,13 @@ if TYPE_CHECKING:
 
 # Short names for `--attention`. Any other backend of diffusers has its own name.
 BACKENDS = {"cudnn": "_native_cudnn", "flash3": "_native_flash", "flash4": "_native_flash"}
-# For these torch exchanges its own flash kernel for another package's: torch's name for it, and how
-# to install the package.
+# For these torch exchanges its own flash kernel: torch's name for the other, and its package.
 EXCHANGED = {
-    "flash3": (
-        "FA3",
-        "pip install flash-attn-3 --index-url https://download.pytorch.org/whl/cu130",
-    ),
+    "flash3": ("FA3", "pip install flash-attn-3 --index-url https://download.pytorch.org/whl"),
     "flash4": ("FA4", "pip install 'flash-attn-4[cu13]==4.0.0b36'"),
 }
-# Those that compute with fewer bits than the sampling dtype, by a part of the name, and the
-# distance of numbers next to 1 in their coarsest format: 4 bits, and float8 e4m3. The others differ
-# only in rounding.
+# These compute with fewer bits than the sampling dtype: a part of the name, and the distance of
+# numbers next to 1 with 4 bits and in float8 e4m3. The others differ only in rounding.
 COARSE = {"sage_blackwell": 0.5, "sage": 0.125}
 CHECKED_HEADS = 2
 # Numbers of query or key in one chunk of the rotary embedding: 64 MiB in float32, which is 7 chunks
@@ -128,7 +123,7 @@ def apply_rotary_(tokens: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor
 def choose_backend(
     name: str, device: torch.device, dtype: torch.dtype, tokens: int, head_dim: int
 ) -> str:
-    """Check a value of `--attention`, before 20 GB are loaded; return its short name.
+    """Check a value of `--attention`, before 20 GB are loaded, and return it.
 
     `native` is torch's own choice. On Hopper that is cuDNN's kernel, on Ampere FlashAttention 2.
     With the name `cudnn`, diffusers also copies query, key and value (44 ms of 1.9 s a step on an
@@ -141,27 +136,26 @@ def choose_backend(
         ArgumentError: if diffusers does not know the name, the backend does not work here, or its
             result is not that of attention.
     """
-    short = {"_native_cudnn": "cudnn"}.get(name, name)
     known = {*BACKENDS, *(member.value for member in AttentionBackendName)}
-    if short not in known:
+    if name not in known:
         names = ", ".join(sorted(each for each in known if each[0] != "_"))
         raise ArgumentError(f"--attention {name}: diffusers knows {names}")
     try:
-        found = deviation(short, device, dtype, tokens, head_dim)
+        found = deviation(name, device, dtype, tokens, head_dim)
     except Exception as error:
         # Each backend is another package, with errors of its own.
-        missing = isinstance(error, ImportError) and short in EXCHANGED
-        advice = f": {EXCHANGED[short][1]}" if missing else ""
+        missing = isinstance(error, ImportError) and name in EXCHANGED
+        advice = f": {EXCHANGED[name][1]}" if missing else ""
         raise ArgumentError(
             f"--attention {name} does not work here: {reason(error)}{advice}"
         ) from error
-    limit = tolerance(short, dtype, tokens)
+    limit = tolerance(name, dtype, tokens)
     if not found <= limit:  # NaN is not
         raise ArgumentError(
             f"--attention {name} computes something else than attention here: on random numbers it "
             f"is {found:.2g} away from torch's own, relative, and rounding explains {limit:.2g}"
         )
-    return short
+    return name
 
 
 @torch.no_grad()
@@ -192,31 +186,20 @@ def deviation(
 
 
 def tolerance(backend: str, dtype: torch.dtype, tokens: int) -> float:
-    """The largest `deviation` that rounding explains.
+    """The largest `deviation` that rounding explains; README.md has the figures behind it.
 
-    Both kernels round their result, and the probabilities before the last product: four times up to
-    half the distance of neighbouring numbers, which is 0.42 distances together, and was 0.4 on
-    average and 0.6 in the worst of 6,000 tokens in bfloat16 and float16 on a CPU. Three times as
-    much is left for kernels with more steps. With 8 bits, simulated, two roundings were 0.04 and
-    0.054 (0.43 distances), with 4 bits 0.2 and 0.4. Sums over the tokens are in float32, with
-    errors that grow with the root of their number. Zeros are an error of 1, other numbers of 1.4.
+    Two kernels round twice each, to half a distance of neighbouring numbers: 0.42 distances
+    together, 0.6 in the worst token. Two are allowed, and one with fewer bits, where few kernels
+    are known. Sums are in float32. Zeros are an error of 1, unrelated numbers of 1.4.
     """
-    rounding = 2 * torch.finfo(dtype).eps
-    for part, distance in COARSE.items():
-        if part in backend:
-            rounding = distance
-            break
+    own = 2 * torch.finfo(dtype).eps
+    rounding = next((distance for part, distance in COARSE.items() if part in backend), own)
     return rounding + tokens**0.5 * torch.finfo(torch.float32).eps
 
 
 def exchange_kernel(backend: str) -> None:
-    """Let torch's flash operator run a backend's kernel; with other backends torch's own again.
-
-    Raises:
-        ImportError: if the package of the kernel is missing.
-        AttributeError: if this torch cannot exchange it.
-    """
-    kernels = torch.nn.attention
+    """Let torch's flash operator run a backend's kernel; with other backends torch's own again."""
+    kernels = torch.nn.attention  # before 2.14 it may lack these functions
     if backend in EXCHANGED:
         kernels.activate_flash_attention_impl(EXCHANGED[backend][0])
     elif getattr(kernels, "current_flash_attention_impl", lambda: None)():
