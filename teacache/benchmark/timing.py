@@ -6,6 +6,7 @@ uses them, then compiled, then with float8 layers. None of that is undone.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import tempfile
 import time
@@ -103,7 +104,6 @@ class Bench:
             marks.append(devices.mark(self.device))
             peaks.append(self.peak())
             above.append((peaks[-1][0] or 0) - before)
-        self.latents = loop.latents
         seconds = devices.seconds_between(marks)
         computed = [n for n in range(num_steps) if n in COMPUTED]
         reused = [n for n in range(num_steps) if n not in COMPUTED]
@@ -186,18 +186,20 @@ class Bench:
     def decodings(self) -> Iterator[tuple[str, Callable[[], Row]]]:
         """Rows of the decoder: as it is, then with one change each, which is taken back."""
         vae, plain = self.pipe.vae, []
+        latents = sampler.prepare(self.pipe, self.identity, self.size, SEED).noise
 
         def measure(change: Callable[[], object], back: Callable[[], object]) -> Row:
+            moments = []
+            self.forget_peak()
             change()
             try:
                 with DecoderMemory(self.pipe, self.size, "none").to_decode(last=False):
-                    sampler.decode(self.pipe, self.latents)  # warms up
-                    self.forget_peak()
-                    seconds = [-time.perf_counter()]
-                    frames = sampler.decode(self.pipe, self.latents)
-                    seconds[0] += time.perf_counter()
+                    for _ in range(3):  # the first one warms up
+                        frames = sampler.decode(self.pipe, latents)
+                        moments.append(time.perf_counter())
             finally:
                 back()
+            seconds = [after - before for before, after in itertools.pairwise(moments)]
             plain.append(np.stack([np.asarray(frame, int) for frame in frames]))
             away = np.abs(plain[-1] - plain[0]).max()
             notes = f"up to {away} of 255 away" if away else "the same frames"
