@@ -15,8 +15,10 @@ from support import ROOT
 from teacache.results.record import read_record
 from teacache.results.slot import claimed_slot
 
-# Of each video, whatever its steps: what is read from the GPU or brought there.
+# Of each video, whatever its steps: what is read from the GPU or brought there; and the check of the
+# attention backend.
 OF_A_VIDEO = {f"sampler.py:{name}" for name in ("__init__", "_check_finite", "pixels", "decode")}
+OF_A_VIDEO |= {"attention.py:deviation"}
 
 
 PROGRAM = {"program": ("tests/fake_cuda/run.py",)}
