@@ -15,13 +15,12 @@ from support import ROOT
 from teacache.results.record import read_record
 from teacache.results.slot import claimed_slot
 
-# Of each video, whatever its steps: what is read from the GPU or brought there; and the check of the
-# attention backend.
+# Of each video, whatever its steps: what is read from the GPU or brought there; and the check of
+# the attention backend.
 OF_A_VIDEO = {f"sampler.py:{name}" for name in ("__init__", "_check_finite", "pixels", "decode")}
 OF_A_VIDEO |= {"attention.py:deviation"}
-
-
 PROGRAM = {"program": ("tests/fake_cuda/run.py",)}
+COMMON = ("--ckpts_path", "tiny", "--image", "astronaut", "--prompt", "a man", "--num_frames", 5)
 
 
 def run(*arguments, **options):
@@ -29,9 +28,6 @@ def run(*arguments, **options):
     done = ended(79.0, "--device", "cuda", *arguments, **PROGRAM, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout, json.loads(done.stderr.splitlines()[-1])
-
-
-COMMON = ("--ckpts_path", "tiny", "--image", "astronaut", "--prompt", "a man", "--num_frames", 5)
 
 
 def sample(folder, *arguments, **options):
