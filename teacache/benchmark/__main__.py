@@ -23,7 +23,7 @@ from teacache.benchmark.table import Row, Table
 from teacache.command import readers
 from teacache.command.arguments import OneLineParser
 from teacache.command.flags import FLAGS, add_flags
-from teacache.parallel.launch import check_variables, is_one_of_several
+from teacache.parallel.launch import check_variables, is_one_of_several, world_size
 from teacache.results.output_folder import claimed_stem, prepare_folder
 
 if TYPE_CHECKING:
@@ -96,7 +96,8 @@ def _benchmark(args: argparse.Namespace) -> None:
     """Fill a table, in this process if that is enough."""
     if is_one_of_several():
         check_variables()
-        raise ArgumentError("the benchmark starts ranks itself, by --num_gpus: unset RANK")
+        if world_size() > 1:
+            raise ArgumentError("the benchmark starts ranks itself, by --num_gpus: unset RANK")
     prepare_folder(args.output_path)
     prepare_environment()
     from teacache.command.machine import choose_device

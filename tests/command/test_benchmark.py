@@ -121,7 +121,6 @@ def test_each_part_in_a_process(capsys, tmp_path, monkeypatch):
         (("--random_weights", "full"), "needs a CUDA GPU"),
         (("--rows", "exact", "--attention", "cudnn"), "--attention cudnn does not work here"),
         (("--rows", "fast"), "argument --rows"),
-        (("--write", "/tmp"), "--write /tmp: it exists"),
         (("--num_infer_steps", "0"), "--num_infer_steps"),
     ],
 )
@@ -130,6 +129,16 @@ def test_wrong_input_is_one_line(capsys, tmp_path, arguments, complaint):
     assert (code, error.count("\n")) == (2, 1)
     assert error.startswith("error: ")
     assert complaint in error
+
+
+@pytest.mark.parametrize(("ranks", "complaint"), [(2, "unset RANK"), (1, "it exists")])
+def test_the_benchmark_is_none_of_several_ranks(capsys, tmp_path, monkeypatch, ranks, complaint):
+    variables = {"RANK": "0", "WORLD_SIZE": str(ranks), "MASTER_ADDR": "here", "MASTER_PORT": "1"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    code, _, error = benchmark(capsys, tmp_path, "--write", tmp_path)
+    assert (code, error.count("\n")) == (2, 1)
+    assert error.endswith(f"{complaint}\n")
 
 
 def test_the_real_size():
