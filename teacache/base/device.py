@@ -51,14 +51,17 @@ def peak_reserved_bytes(device: torch.device) -> int | None:
 
 
 def total_memory_bytes(device: torch.device) -> int:
-    """The memory of a GPU."""
-    return torch.cuda.mem_get_info(device)[1]
+    """The memory of a GPU, or the part that `torch.cuda.set_per_process_memory_fraction` allows."""
+    fraction = torch.cuda.get_per_process_memory_fraction(device)
+    return int(torch.cuda.mem_get_info(device)[1] * fraction)
 
 
 def free_memory_bytes(device: torch.device) -> int:
     """The GPU memory that torch can still allocate, its cache included."""
     free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    allocated = torch.cuda.memory_allocated(device)
+    cached = torch.cuda.memory_reserved(device) - allocated
+    return min(free + cached, total_memory_bytes(device) - allocated)
 
 
 def free_cached_memory(device: torch.device) -> None:

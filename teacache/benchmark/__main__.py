@@ -1,253 +1,180 @@
-"""Measures the plain pipeline, TeaCache and its accelerations in turn, in one run.
+"""Measures steps, decoder, whole videos, the command on disk and smaller cards, in one table.
 
-`python3 -m teacache.benchmark --help`. With `--random_weights` it needs no checkpoint.
+`python3 -m teacache.benchmark --random_weights full` is all of it, on random weights.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from teacache.base.environment import prepare_environment
-from teacache.base.files import written_whole
+from teacache.base.errors import ArgumentError
 from teacache.base.interruption import run_command
 from teacache.base.quiet import silence_libraries
-from teacache.comparison.tables import markdown_table
-from teacache.parallel.launch import is_one_of_several, launch, rank, run_as_rank, world_size
+from teacache.benchmark.processes import measure_command, measure_steps
+from teacache.benchmark.table import Row, Table
+from teacache.parallel.launch import check_variables, is_one_of_several, world_size
 from teacache.request import readers
 from teacache.request.arguments import OneLineParser
 from teacache.request.flags import FLAGS, add_flags
 from teacache.results.output_folder import claimed_stem, prepared_folder
-from teacache.results.record import versions, write_json
 
 if TYPE_CHECKING:
-    from teacache.benchmark.timing import Bench, Measured, Variant
+    import torch
 
-# The columns of the table, and their units.
-COLUMNS = {
-    "computed step": "s",
-    "reused step": "ms",
-    "denoising": "s",
-    "encoding": "s",
-    "decoding": "s",
-    "writing": "s",
-    "whole video": "s",
-    "peak memory": "GiB",
+# In the order in which they are measured, and what the help says.
+ROWS = {
+    "ceilings": "a large product and a copy",
+    "attention": "attention of a layer alone",
+    "plain": "a step by diffusers",
+    "exact": "a computed and a forecast step",
+    "decoding": "the decoder, as it is and with changes",
+    "compile": "a step with --compile",
+    "fp8": "a step with --compile --quantize fp8",
+    "video": "loaded model to mp4, after exact and after the fastest steps",
+    "profile": "the kernels of the fastest step",
+    "command": "the whole command on a checkpoint on disk, twice",
+    "memory": "the command with the memory of smaller cards",
 }
-UNITS = {"s": 1.0, "ms": 1e-3, "GiB": 2.0**30}
-RATIOS = ("computed step", "whole video")  # columns that also show the first row's over this row's
+BY_COMMAND = {"command", "memory"}
+OF_EACH_BACKEND = {"attention", "exact", "compile", "fp8"}
+# The attention backends that are measured beside torch's own, if their module is there.
+BACKENDS = {"flash3": "flash_attn_interface", "flash4": "flash_attn", "sage": "sageattention"}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark. Returns its exit code, as the sampler's command does."""
     args = _parse(argv)
-    if is_one_of_several():
-        args.num_gpus = world_size()
-    elif args.num_gpus > 1:
-        # `-m` runs this file as `__main__`, which another process cannot import.
-        from teacache.benchmark import __main__ as importable
-
-        return launch(args.num_gpus, importable.main, argv)
     silence_libraries()
 
     def work() -> None:
         with prepared_folder(args.output_path):
             _benchmark(args)
 
-    if is_one_of_several():
-        return run_as_rank(work, helping=rank() > 0)
     return run_command(work)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineParser(
         prog="python3 -m teacache.benchmark",
-        description="Measure the plain pipeline, TeaCache and its accelerations in turn.",
+        description="Measure ConsisID with random weights on this machine.",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    weights = parser.add_mutually_exclusive_group()
-    weights.add_argument("--ckpts_path", metavar="PATH", help="checkpoint folder, or tiny")
-    weights.add_argument(
+    add(
         "--random_weights",
-        choices=("full", "half", "small"),
-        help="ConsisID with random weights, made on the device: as large as the real one; half as "
-        "wide and half as deep; or small enough for a CPU (default: small)",
+        choices=("full", "half", "tiny"),
+        default="tiny",
+        help="as large as the real ones; of a model half as wide and half as deep; or of one as "
+        "small as the embedded checkpoint (default: tiny)",
     )
+    add("--num_infer_steps", type=readers.positive, default=50, metavar="N", help="of a video")
+    steps = "computed steps of a video, by the forecast (default: 12)"
+    add("--computed_steps", type=readers.positive, default=12, metavar="N", help=steps)
+    shown = "; ".join(f"{name}: {meaning}" for name, meaning in ROWS.items())
+    add("--rows", nargs="+", choices=ROWS, default=[*ROWS], help=f"{shown} (default: all)")
     add(
-        "--rel_l1_thresh",
-        type=readers.not_negative,
+        "--attention",
         nargs="+",
-        default=[0.15],
-        metavar="X",
-        help="thresholds, with a checkpoint (default: 0.15)",
+        metavar="BACKEND",
+        default=["native", *(name for name, module in BACKENDS.items() if find_spec(module))],
+        help=f"backends (default: native, and of {', '.join(BACKENDS)} what is installed)",
     )
-    add(
-        "--computed_steps",
-        type=readers.positive,
-        metavar="N",
-        help="with random weights: compute N steps, evenly spaced (default: 44 %% of all steps, "
-        "about as many as at threshold 0.15)",
-    )
-    steps = "denoising steps (default: 50, with small 12)"
-    add("--num_infer_steps", type=readers.positive, metavar="N", help=steps)
-    rounds = "videos of each variant (default: %(default)s)"
-    add("--rounds", type=readers.positive, default=3, metavar="N", help=rounds)
-    FLAGS["attention"].add_to(parser, "also measure this attention backend")
-    FLAGS["compile"].add_to(parser, "also measure compiled layers")
-    FLAGS["quantize"].add_to(parser, "also measure float8 layers")
-    FLAGS["num_gpus"].add_to(parser, "sample on N GPUs; the plain pipeline samples on one")
+    stays = "checkpoint of the command; if there is none, one is written (default: temporary)"
+    add("--ckpts_path", type=Path, metavar="PATH", help=stays)
+    only = "write a checkpoint of random weights to a new folder, at full size 22 GB, and end"
+    add("--write", type=Path, metavar="DIR", help=only)
+    FLAGS["num_gpus"].add_to(parser, "GPUs of the whole command")
     add_flags(parser, "device", "dtype")
     FLAGS["output_path"].add_to(parser, "folder of benchmark_{index:04d}.md and .json")
-    args = parser.parse_args(argv)
-    _choose_steps(args, parser)
-    return args
-
-
-def _choose_steps(args: argparse.Namespace, parser: OneLineParser) -> None:
-    """Set the defaults that depend on the weights."""
-    if not args.ckpts_path and not args.random_weights:
-        args.random_weights = "small"
-    if args.num_infer_steps is None:
-        args.num_infer_steps = 12 if args.random_weights == "small" else 50
-    if args.random_weights and args.computed_steps is None:
-        args.computed_steps = max(2, round(0.44 * args.num_infer_steps))
-    if args.computed_steps and not args.random_weights:
-        parser.error("--computed_steps needs --random_weights: a checkpoint has its own schedule")
-    if args.computed_steps and not 2 <= args.computed_steps <= args.num_infer_steps:
-        parser.error(f"--computed_steps must be from 2 to {args.num_infer_steps}")
+    return parser.parse_args(argv)
 
 
 def _benchmark(args: argparse.Namespace) -> None:
-    """Measure every variant. All ranks measure together; the first one reports."""
+    """Fill a table, in this process if that is enough."""
+    if is_one_of_several():
+        check_variables()
+        if world_size() > 1:
+            raise ArgumentError("the benchmark starts ranks itself, by --num_gpus: unset RANK")
     prepare_environment()
-    from teacache.preflight.machine import check_number, choose_device, choose_dtype
-    from teacache.run.other_ranks import own_device
-    from teacache.sampling.acceleration import prepare_acceleration
+    from teacache.preflight.machine import choose_device
 
-    device = choose_device(args.device, full_size=args.random_weights in ("full", "half"))
-    check_number(args.num_gpus, device)
-    device = own_device(device)
-    dtype = choose_dtype(args.dtype, device)
-    prepare_acceleration(args.compile, args.quantize, "none", device, dtype)
-    from teacache.benchmark import timing
-    from teacache.sampling.attention import choose_backend
+    device = choose_device(args.device, full_size=args.random_weights != "tiny")
+    if args.write:
+        from teacache.benchmark.random_weights import write_checkpoint
 
-    backend = choose_backend(args.attention, device, dtype)
-    if args.random_weights:
-        bench = timing.of_random_weights(
-            args.random_weights, args.num_infer_steps, args.computed_steps, device, dtype
-        )
-    else:
-        bench = timing.of_checkpoint(args.ckpts_path, args.num_infer_steps, device, dtype)
-    bench.share(args.num_gpus)
-    # --computed_steps overrides the threshold, so one threshold is enough.
-    thresholds = args.rel_l1_thresh[:1] if args.random_weights else args.rel_l1_thresh
-    variants = timing.variants(thresholds, backend, args.compile, args.quantize)
-
-    compiling = {variant: bench.warm_up(variant) for variant in variants}
-    measured: dict[Variant, list[Measured]] = {variant: [] for variant in variants}
-    for n in range(args.rounds):
-        for variant in variants:
-            if rank() == 0:
-                progress = f"round {n + 1} of {args.rounds}: {variant.name}"
-                print(progress, file=sys.stderr, flush=True)
-            measured[variant].append(bench.sample(variant))
-    if rank() == 0:
-        rows = [_row(variant, measured[variant], compiling[variant]) for variant in variants]
-        _report(rows, _about(args, bench), args.output_path)
-
-
-def _row(variant: Variant, videos: list[Measured], compiling: float) -> dict[str, Any]:
-    """The figures of a variant: median, lowest and highest, over steps or over videos."""
-    samples: dict[str, list[float]] = {
-        "computed step": [second for video in videos for second in video.computed_steps],
-        "reused step": [second for video in videos for second in video.reused_steps],
-        "peak memory": [video.peak_memory_bytes for video in videos if video.peak_memory_bytes],
-        "whole video": [sum(video.seconds.values()) for video in videos],
-    }
-    for name in videos[0].seconds:
-        samples[name] = [video.seconds[name] for video in videos]
-    return {
-        "variant": variant.name,
-        "settings": variant._asdict(),
-        "steps": [len(videos[0].computed_steps), len(videos[0].reused_steps)],
-        **{name: _spread(samples[name]) for name in COLUMNS},
-        "compiling": compiling,
-    }
-
-
-def _spread(values: list[float]) -> dict[str, float] | None:
-    if not values:
-        return None
-    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
-
-
-def _report(rows: list[dict[str, Any]], about: dict[str, Any], folder: Path) -> None:
-    """Print the table, and write it and the figures."""
-    for row in rows:
-        row["ratios"] = {name: rows[0][name]["median"] / row[name]["median"] for name in RATIOS}
-    report = _markdown(about, rows)
-    print(report)
-    with (
-        claimed_stem(folder, "benchmark") as stem,
-        written_whole(stem, ".md", ".json") as (table, figures),
-    ):
-        table.write_text(report + "\n", encoding="utf-8")
-        write_json({"about": about, "rows": rows}, figures)
+        write_checkpoint(args.write, args.random_weights, device)
+        return
+    one = len(args.attention) == 1 and not BY_COMMAND & {*args.rows}
+    with claimed_stem(args.output_path, "benchmark") as stem:
+        table = Table(stem)
+        if one:
+            measure(table, args, device)
+        else:
+            measure_in_processes(table, args)
+    print(table.markdown())
     print(f"{stem}.md\n{stem}.json", file=sys.stderr)
 
 
-def _markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    units = [f"{name} ({unit})" for name, unit in COLUMNS.items()]
-    lines = [["", "steps computed, reused", *units, "compiling (s)", *RATIOS]]
-    for row in rows:
-        lines.append(
-            [
-                row["variant"],
-                "{}, {}".format(*row["steps"]),
-                *(_cell(row[name], UNITS[unit]) for name, unit in COLUMNS.items()),
-                f"{row['compiling']:.1f}" if row["settings"]["compile"] else "-",
-                *(f"{ratio:.2f}x" for ratio in row["ratios"].values()),
-            ]
-        )
-    title = "\n".join(f"- {name}: {value}" for name, value in about.items())
-    return (
-        f"# Benchmark\n\n{title}\n\n{markdown_table(lines)}\n\n"
-        "Each cell: the median (lowest to highest). The last two columns: the median of the first "
-        "row divided by this row's. Every variant is warmed up before; `compiling` is the time "
-        "that the first warm-up takes longer than the second."
-    )
+def measure_in_processes(table: Table, args: argparse.Namespace) -> None:
+    """All rows, each part in a process: every backend, the writing, every run of the command."""
+    for backend in args.attention:
+        wanted = {*args.rows} - BY_COMMAND if backend == "native" else OF_EACH_BACKEND
+        if rows := [row for row in args.rows if row in wanted]:
+            measure_steps(table, args, backend, rows)
+    if BY_COMMAND & {*args.rows}:
+        with tempfile.TemporaryDirectory() as scratch:
+            measure_command(table, args, Path(scratch))
 
 
-def _cell(figures: dict[str, float] | None, unit: float) -> str:
-    if figures is None:
-        return "-"
-    median, lowest, highest = (value / unit for value in figures.values())
-    return f"{median:.3g} ({lowest:.3g} to {highest:.3g})"
+def measure(table: Table, args: argparse.Namespace, device: torch.device) -> None:
+    """The rows of one attention backend. A row that fails leaves the others alone."""
+    from teacache.base.device import device_name
+    from teacache.benchmark.timing import Bench
+    from teacache.preflight.machine import choose_dtype
 
+    rows, (backend,), faster = args.rows, args.attention, ""
+    bench = Bench(args.random_weights, backend, device, choose_dtype(args.dtype, device))
+    table.about |= bench.about
+    table.describe(device_name(device))
+    setting = "" if backend == "native" else f" --attention {backend}"
 
-def _about(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
-    """Machine, weights and settings of the measurement."""
-    from teacache.base import device as devices
+    def add(figure: str, work: Callable[[], Row]) -> bool:
+        return table.measure(f"{figure}{setting}{faster}", work)
 
-    weights = f"random, {args.random_weights}" if args.random_weights else args.ckpts_path
-    listed = f", {args.computed_steps} computed with TeaCache" if args.computed_steps else ""
-    size = bench.material.size
-    return {
-        "device": devices.device_name(bench.device),
-        "dtype": devices.dtype_name(bench.dtype),
-        "weights": weights,
-        "video": f"{size.num_frames} frames of {size.width}x{size.height}",
-        "denoising steps": f"{args.num_infer_steps}{listed}",
-        "rounds": args.rounds,
-        "versions": ", ".join(f"{package} {version}" for package, version in versions().items()),
-        **bench.before_the_loop,
-        **({"ranks": f"{bench.ranks}; the plain pipeline on one"} if args.num_gpus > 1 else {}),
-    }
+    def video() -> None:
+        if "video" in rows:
+            figure = f"loaded model to mp4, {args.computed_steps} computed steps"
+            add(figure, partial(bench.video, args.num_infer_steps, args.computed_steps))
+
+    if "ceilings" in rows:
+        table.measure("a large product", bench.ceilings)
+    if "attention" in rows:
+        add("attention of a layer", bench.attention)
+    if "plain" in rows:
+        table.measure("computed step by diffusers", bench.plain)
+    bench.use_command_models()
+    if "exact" in rows and add("computed step", bench.exact):
+        add("forecast step", lambda: bench.forecast)
+        video()
+    if "decoding" in rows:
+        for figure, work in bench.decodings():
+            add(figure, work)
+    for row, quantize in (("compile", None), ("fp8", "fp8")):
+        before, faster = faster, " --compile" + (f" --quantize {quantize}" if quantize else "")
+        if row not in rows or not add("computed step", partial(bench.accelerate, quantize)):
+            faster = before
+    if faster:
+        video()
+    if "profile" in rows:
+        add("kernels of a computed step", partial(bench.profile, table.texts))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""ConsisID with random weights, at its real size or smaller.
+"""ConsisID with random weights, at its real size or smaller: in memory, or on disk.
 
 A matrix product takes the same time with random numbers as with trained ones. The models are made
-on the device, in the dtype of the run, and need no files.
+on the device, in the dtype of the run, and need no files. On disk they are a checkpoint in the real
+layout, with the tokenizer and the face models of the embedded one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -18,9 +21,14 @@ from diffusers import (
     ConsisIDTransformer3DModel,
 )
 from PIL import Image
+from transformers import T5Config, T5EncoderModel
 
+from teacache.base.errors import OutputError
+from teacache.base.quiet import no_progress_bars
 from teacache.checkpoint.size import VideoSize
 from teacache.embedded import configuration as tiny
+from teacache.embedded.cached import cached_tiny_checkpoint
+from teacache.embedded.faces import write_eva_clip
 from teacache.inputs.identity import Identity
 from teacache.inputs.text import Text
 
@@ -39,23 +47,15 @@ FULL = {
 }
 # Half as wide and half as deep: an eighth of the linear layers' work, a quarter of attention's.
 HALF = {**FULL, "num_attention_heads": 24, "num_layers": 21, "LFE_output_dim": 1024}
-SMALL = {
-    **FULL,
-    "num_attention_heads": 12,
-    "num_layers": 12,
-    "text_embed_dim": 512,
-    "max_text_seq_length": 64,
-    "sample_width": 12,
-    "sample_height": 8,
-    "sample_frames": 17,
-    "cross_attn_num_heads": 4,
-    "LFE_vit_dim": 256,
-    "LFE_num_heads": 4,
-    "LFE_output_dim": 512,
-}
 FULL_VAE: dict[str, Any] = {"scaling_factor": 0.7}
-SMALL_VAE = {**tiny.VAE, "temporal_compression_ratio": 4}
-CONFIGS = {"full": (FULL, FULL_VAE), "half": (HALF, FULL_VAE), "small": (SMALL, SMALL_VAE)}
+T5 = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}  # XXL
+TINY_T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+# Transformer, VAE and text encoder.
+CONFIGS = {
+    "full": (FULL, FULL_VAE, T5),
+    "half": (HALF, FULL_VAE, T5),
+    "tiny": (tiny.TRANSFORMER, tiny.VAE, TINY_T5),
+}
 
 
 class Material(NamedTuple):
@@ -73,11 +73,9 @@ def random_material(name: str, device: torch.device, dtype: torch.dtype) -> Mate
     Args:
         name: one of `CONFIGS`.
     """
-    transformer_config, vae_config = CONFIGS[name]
     torch.manual_seed(0)
     with made_in_place(device, dtype):
-        transformer = ConsisIDTransformer3DModel(**transformer_config).eval().to(dtype)
-        vae = AutoencoderKLCogVideoX(**vae_config).eval().to(dtype)
+        transformer, vae = random_models(name)
         config = transformer.config
         text = Text(
             *(torch.randn(1, config.max_text_seq_length, config.text_embed_dim) for _ in range(2))
@@ -88,19 +86,31 @@ def random_material(name: str, device: torch.device, dtype: torch.dtype) -> Mate
     pipe = ConsisIDPipeline(
         tokenizer=None,
         text_encoder=None,
-        vae=vae,
-        transformer=transformer,
+        vae=vae.to(dtype),
+        transformer=transformer.to(dtype),
         scheduler=CogVideoXDPMScheduler(**tiny.SCHEDULER),
     )
     pipe.set_progress_bar_config(disable=True)
-    size = VideoSize(config.sample_width * 8, config.sample_height * 8, config.sample_frames)
-    identity = Identity(id_cond, hidden, face, np.zeros((5, 2)), np.zeros(512))
-    return Material(pipe, identity, text, size)
+    pixels = pipe.vae_scale_factor_spatial
+    size = VideoSize(
+        config.sample_width * pixels, config.sample_height * pixels, config.sample_frames
+    )
+    return Material(
+        pipe, Identity(id_cond, hidden, face, np.zeros((5, 2)), np.zeros(512)), text, size
+    )
 
 
-def spread(computed_steps: int, num_infer_steps: int) -> list[int]:
-    """The indices of the computed steps, evenly spaced, from the first step to the last."""
-    return np.linspace(0, num_infer_steps - 1, computed_steps).round().astype(int).tolist()
+def random_models(name: str) -> tuple[ConsisIDTransformer3DModel, AutoencoderKLCogVideoX]:
+    """Transformer and VAE, as their libraries initialise them."""
+    transformer_config, vae_config, _ = CONFIGS[name]
+    transformer = ConsisIDTransformer3DModel(**transformer_config).eval()
+    return transformer, AutoencoderKLCogVideoX(**vae_config).eval()
+
+
+def random_text_encoder(name: str) -> T5EncoderModel:
+    """The text encoder, as its library initialises it."""
+    *_, config = CONFIGS[name]
+    return T5EncoderModel(T5Config(vocab_size=32128, feed_forward_proj="gated-gelu", **config))
 
 
 @contextlib.contextmanager
@@ -113,3 +123,37 @@ def made_in_place(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(before)
+
+
+def write_checkpoint(folder: Path, name: str, device: torch.device) -> None:
+    """Write a checkpoint of random weights, in bfloat16; at full size 22 GB.
+
+    Args:
+        folder: a new one.
+        name: one of `CONFIGS`.
+        device: where the weights are made.
+
+    Raises:
+        OutputError: if it exists.
+    """
+    if folder.exists():
+        raise OutputError(f"--write {folder}: it exists")
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a killed process
+    shutil.copytree(cached_tiny_checkpoint(), part)
+    torch.manual_seed(0)
+    with no_progress_bars(), made_in_place(device, torch.bfloat16):
+        transformer, vae = random_models(name)
+        width = transformer.config.LFE_vit_dim
+        _replace(part / "transformer", transformer)
+        _replace(part / "vae", vae)
+        del transformer, vae  # a GPU of 16 GB holds one of the two large models
+        _replace(part / "text_encoder", random_text_encoder(name))
+    if width != tiny.TRANSFORMER["LFE_vit_dim"]:
+        write_eva_clip(part / "face_encoder", width)
+    part.rename(folder)
+
+
+def _replace(folder: Path, model: Any) -> None:
+    shutil.rmtree(folder)
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="5GB")

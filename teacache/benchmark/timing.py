@@ -1,290 +1,253 @@
-"""Samples videos in several variants, in turn, on the same weights, and times their stages."""
+"""What is measured within one process, on random weights: steps, decoding, a whole video, kernels.
+
+One transformer and one decoder become faster row by row: as diffusers has them, then as the command
+uses them, then compiled, then with float8 layers. None of that is undone.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import copy
+import itertools
+import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 from teacache.base import device as devices
-from teacache.base.errors import CheckpointError
-from teacache.benchmark import random_weights
-from teacache.benchmark.random_weights import Material
-from teacache.checkpoint.pipeline import load_pipeline
-from teacache.checkpoint.size import video_size
+from teacache.base.console import Console, Stages
+from teacache.benchmark.random_weights import random_material
+from teacache.benchmark.table import Row, in_words
 from teacache.core.forward import apply_teacache
-from teacache.core.handle import TeaCacheHandle
-from teacache.core.ranks import ALONE
-from teacache.inputs.conditioning import Conditioning
-from teacache.inputs.embedding_cache import EmbeddingCache
-from teacache.inputs.identity import from_tensors
-from teacache.inputs.photograph_store import PhotographStore
-from teacache.inputs.text import Text
-from teacache.parallel import group
-from teacache.parallel.division import divide
-from teacache.preflight.checks import find_checkpoint
-from teacache.request.arguments import DEFAULT_PROMPT
 from teacache.results.video import write_video
 from teacache.sampling import acceleration, attention, sampler
 from teacache.sampling.blocks import use_lean_blocks
 from teacache.sampling.decoder import use_lean_decoder
 from teacache.sampling.decoder_memory import DecoderMemory
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKLCogVideoX, ConsisIDTransformer3DModel
-
 GUIDANCE_SCALE = 6.0
 SEED = 42
-
-
-class Variant(NamedTuple):
-    """One way to sample. `threshold` None is the plain diffusers pipeline."""
-
-    name: str
-    threshold: float | None
-    attention: str = "native"
-    compile: bool = False
-    quantize: str | None = None
-
-
-PLAIN = Variant("", None)
-
-
-class Measured(NamedTuple):
-    """Seconds of each step and each stage of one video; peak GPU memory, None on a CPU."""
-
-    computed_steps: list[float]
-    reused_steps: list[float]
-    seconds: dict[str, float]
-    peak_memory_bytes: int | None
-
-
-def variants(
-    thresholds: list[float], backend: str, compiling: bool, quantize: str | None
-) -> list[Variant]:
-    """The plain pipeline; then for each threshold TeaCache, and one acceleration more each time."""
-    accelerations: dict[str, dict[str, Any]] = {}
-    if backend != "native":
-        accelerations[attention.short_name(backend)] = {"attention": backend}
-    if compiling:
-        accelerations["compile"] = {"compile": True}
-    if quantize:
-        accelerations[quantize] = {"quantize": quantize}
-    result = [Variant("plain pipeline", None)]
-    for threshold in thresholds:
-        result.append(Variant(f"TeaCache {threshold:g}", threshold))
-        for name, setting in accelerations.items():
-            result.append(result[-1]._replace(name=f"{result[-1].name} + {name}", **setting))
-    return result
-
-
-def of_random_weights(
-    name: str, num_infer_steps: int, computed_steps: int, device: torch.device, dtype: torch.dtype
-) -> Bench:
-    """A bench on random weights, with evenly spaced computed steps."""
-    material = random_weights.random_material(name, device, dtype)
-    steps = random_weights.spread(computed_steps, num_infer_steps)
-    return Bench(material, num_infer_steps, steps, device, dtype)
-
-
-def of_checkpoint(
-    name: str, num_infer_steps: int, device: torch.device, dtype: torch.dtype
-) -> Bench:
-    """A bench on a local checkpoint, with the photograph of the astronaut."""
-    folder = find_checkpoint(name)
-    if folder is None:
-        raise CheckpointError(f"--ckpts_path {name}: there is no such folder")
-    seconds: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as empty:
-        cache = EmbeddingCache(Path(empty))
-        conditioning = Conditioning(folder, device, dtype, "none", cache)
-        with _timed(seconds, "identity", device):
-            face = conditioning.find_faces(["astronaut"], PhotographStore())["astronaut"]
-            identity = from_tensors(face, device)
-        with _timed(seconds, "text", device):
-            embedded = conditioning.embed_texts([DEFAULT_PROMPT, ""])
-    with _timed(seconds, "loading", device):
-        pipe = load_pipeline(folder, device, dtype, parts=("transformer", "vae"))
-    text = Text(*(embedded[each].embeds.to(device) for each in (DEFAULT_PROMPT, "")))
-    material = Material(pipe, identity, text, video_size(folder, None, None, None))
-    bench = Bench(material, num_infer_steps, None, device, dtype)
-    bench.before_the_loop = {name: f"{value:.1f} s" for name, value in seconds.items()}
-    return bench
+# The steps of a measurement; those between the third and the last are reused, by the forecast.
+WARM_UP, COMPUTED = 2, (0, 1, 2, 6)
+REPEATS = 5
+KERNELS = 25  # in the list of a profile
 
 
 class Bench:
-    """Samples videos in any variant. Each variant has its own models.
+    """The models of one process, and the rows that are measured on them.
 
     Args:
-        listed_steps: the steps to compute; None for the threshold rule.
+        name: size of the random weights, see `random_weights.CONFIGS`.
+        backend: a value of `--attention`.
 
-    Attributes:
-        before_the_loop: seconds of the stages that all variants share.
+    Raises:
+        ArgumentError: if the backend does not work here.
     """
 
-    def __init__(
-        self,
-        material: Material,
-        num_infer_steps: int,
-        listed_steps: list[int] | None,
-        device: torch.device,
-        dtype: torch.dtype,
-    ):
-        self.material, self.num_infer_steps = material, num_infer_steps
-        self.listed_steps = listed_steps
-        self.device, self.dtype = device, dtype
-        self.before_the_loop: dict[str, str] = {}
-        self.ranks = ALONE
-        self._models = {PLAIN: (material.pipe.transformer, material.pipe.vae)}
+    def __init__(self, name: str, backend: str, device: torch.device, dtype: torch.dtype):
+        self.device, self.dtype, self.backend = device, dtype, backend
+        self.pipe, self.identity, self.text, self.size = random_material(name, device, dtype)
+        self.transformer = self.pipe.transformer
+        config, (width, height, num_frames) = self.transformer.config, self.size
+        self.heads, self.head_dim = config.num_attention_heads, config.attention_head_dim
+        frames = (num_frames - 1) // config.temporal_compression_ratio + 1
+        area = (config.sample_height // 2) * (config.sample_width // 2)
+        self.tokens = config.max_text_seq_length + frames * area
+        attention.choose_backend(backend, device, dtype, self.tokens, self.head_dim)
+        self.about = {
+            "weights": f"random, {name}, {devices.dtype_name(dtype)}",
+            "video": f"{num_frames} frames of {width}x{height}, {self.tokens} tokens",
+        }
 
-    def share(self, num_gpus: int) -> None:
-        """Share each denoising step among ranks, all of which run this benchmark.
+    def use_command_models(self) -> None:
+        """Prepare the models as the command does without `--compile`."""
+        attention.use_attention(self.transformer, self.backend)
+        use_lean_blocks(self.transformer)
+        use_lean_decoder(self.pipe.vae)
 
-        Raises:
-            ArgumentError: where a step cannot be divided by their number.
-        """
-        if num_gpus == 1:
-            return
-        config, size = self.material.pipe.transformer.config, self.material.size
-        frames = (size.num_frames - 1) // config.temporal_compression_ratio + 1
-        self.ranks = divide(
-            num_gpus,
-            guided=GUIDANCE_SCALE > 1,
-            heads=config.num_attention_heads,
-            text=config.max_text_seq_length,
-            video=frames * (config.sample_height // 2) * (config.sample_width // 2),
-        )
-        group.connect(self.device)
+    def accelerate(self, quantize: str | None) -> Row:
+        """A computed step with `--compile`, and with `--quantize fp8` if it is `fp8`."""
+        acceleration.prepare_acceleration(True, quantize, "none", self.device, self.dtype)
+        if quantize:
+            acceleration.quantize_fp8(self.transformer)
+        acceleration.compile_transformer(self.transformer)
+        return self.exact()
 
-    def warm_up(self, variant: Variant) -> float:
-        """Sample three steps; where they are compiled, sample again.
+    def plain(self) -> Row:
+        """A step of the transformer as diffusers has it."""
+        row, _ = self._loop(3)
+        row.seconds = row.seconds[1:]  # without the one that warms up
+        return row
 
-        Returns:
-            the seconds that the first time took longer, 0 where nothing is compiled.
-        """
-        first = self._sample(variant, 3, [0, 2])
-        if not variant.compile:
-            return 0.0
-        second = self._sample(variant, 3, [0, 2])
-        return max(0.0, sum(first.seconds.values()) - sum(second.seconds.values()))
+    def exact(self) -> Row:
+        """A computed step, after two steps to warm up. `forecast` is the forecast step's row."""
+        with apply_teacache(self.pipe, reuse="forecast") as handle:
+            handle.follow(range(WARM_UP))
+            first, _ = self._loop(WARM_UP)
+            handle.follow(COMPUTED)
+            computed, self.forecast = self._loop(COMPUTED[-1] + 1)
+        computed.notes = f"the first two steps {sum(first.seconds):.1f} s"
+        return computed
 
-    def sample(self, variant: Variant) -> Measured:
-        """Sample a video and write its mp4."""
-        return self._sample(variant, self.num_infer_steps, self.listed_steps)
+    def _loop(self, num_steps: int) -> tuple[Row, Row]:
+        """Rows of the steps in `COMPUTED`, and of the others."""
+        start = sampler.prepare(self.pipe, self.identity, self.size, SEED)
+        loop = sampler.Loop(self.pipe, start, self.text, self.size, num_steps, GUIDANCE_SCALE)
+        marks, peaks, above = [devices.mark(self.device)], [], []
+        for _ in range(num_steps):
+            before = self.forget_peak()
+            loop.advance(loop.predict())
+            marks.append(devices.mark(self.device))
+            peaks.append(self.peak())
+            above.append((peaks[-1][0] or 0) - before)
+        seconds = devices.seconds_between(marks)
+        computed = [n for n in range(num_steps) if n in COMPUTED]
+        reused = [n for n in range(num_steps) if n not in COMPUTED]
+        result = Row([seconds[n] for n in computed], *peaks[computed[-1]])
+        forecast = Row([seconds[n] for n in reused])
+        if reused and self.device.type == "cuda":
+            more, latents = max(above[n] for n in reused), loop.latents.nbytes
+            forecast.notes = f"{more / 2**20:.1f} MiB above; latents have {latents / 2**20:.1f}"
+        return result, forecast
 
-    def _sample(
-        self, variant: Variant, num_infer_steps: int, listed_steps: list[int] | None
-    ) -> Measured:
-        seconds: dict[str, float] = {}
-        pipe = self.material.pipe
-        with self._ready(variant) as handle, tempfile.TemporaryDirectory() as folder:
-            on_gpu = self.device.type == "cuda"
-            if on_gpu:
-                torch.cuda.reset_peak_memory_stats(self.device)
-            room: contextlib.AbstractContextManager = contextlib.nullcontext()
-            if handle is None:  # the plain pipeline also keeps its transformer while it decodes
-                latents, computed = self.plain_latents(num_infer_steps, seconds)
-                reused = []
-            else:
-                handle.follow(listed_steps)
-                latents, steps = self._latents(num_infer_steps, seconds)
-                computed = [steps[n] for n in handle.video.plan.computed_steps]
-                reused = [steps[n] for n in handle.video.plan.reused_steps]
-                room = DecoderMemory(pipe, self.material.size, "none").to_decode(last=False)
-            with room, _timed(seconds, "decoding", self.device):
+    def video(self, num_infer_steps: int, computed_steps: int) -> Row:
+        """From the loaded model to the mp4, by the forecast."""
+        stages, pipe = Stages(Console(quiet=True)), self.pipe
+        self.forget_peak()
+        with (
+            apply_teacache(pipe, computed_steps=computed_steps),
+            tempfile.TemporaryDirectory() as folder,
+        ):
+            with stages.stage("encoding"):
+                start = sampler.prepare(pipe, self.identity, self.size, SEED)
+            with stages.stage("denoising"):
+                latents, _ = sampler.denoise(
+                    pipe, start, self.text, self.size, num_infer_steps=num_infer_steps,
+                    guidance_scale=GUIDANCE_SCALE,
+                )  # fmt: skip
+            room = DecoderMemory(pipe, self.size, "none").to_decode(last=False)
+            with room, stages.stage("decoding"):
                 frames = sampler.decode(pipe, latents)
-            with _timed(seconds, "writing", self.device):
+            with stages.stage("writing"):
                 write_video(frames, Path(folder) / "video.mp4")
-            peak = devices.peak_memory_bytes(self.device) if on_gpu else None
-        return Measured(computed, reused, seconds, peak)
+        seconds = stages.with_total()
+        return Row([seconds.pop("total")], *self.peak(), in_words(seconds))
 
-    def plain_latents(self, num_infer_steps: int, seconds: dict[str, float]) -> sampler.Denoised:
-        """Latents by `ConsisIDPipeline.__call__`; the time before its first step is encoding."""
-        material, marks = self.material, [devices.mark(self.device)]
-        hook = material.pipe.transformer.register_forward_pre_hook(
-            lambda module, args: marks.append(devices.mark(self.device))
+    def ceilings(self) -> Row:
+        """A large matrix product and a large copy, which no kernel can pass."""
+        side = 8192 if self.device.type == "cuda" else 256
+        one, other = (
+            torch.randn(side, side, device=self.device, dtype=self.dtype) for _ in range(2)
         )
-        try:
-            latents = material.pipe(
-                image=material.identity.face,
-                **material.size._asdict(),
-                num_inference_steps=num_infer_steps,
-                guidance_scale=GUIDANCE_SCALE,
-                prompt_embeds=material.text.prompt_embeds,
-                negative_prompt_embeds=material.text.negative_prompt_embeds,
-                id_cond=material.identity.id_cond,
-                id_vit_hidden=material.identity.id_vit_hidden,
-                kps_cond=material.identity.kps,
-                generator=torch.Generator(self.device).manual_seed(SEED),
-                output_type="latent",
-            ).frames
-        finally:
-            hook.remove()
-        encoding, *steps = devices.seconds_between([*marks, devices.mark(self.device)])
-        seconds.update(encoding=encoding, denoising=sum(steps))
-        return sampler.Denoised(latents, steps)
+        seconds = self._repeated(lambda: one @ other)
+        source = torch.ones(16 * side**2, device=self.device, dtype=self.dtype)
+        target = torch.empty_like(source)
+        copy = statistics.median(self._repeated(lambda: target.copy_(source)))
+        rate = 2 * source.nbytes / copy / 1e12
+        return Row(seconds, notes=f"{_rate(2 * side**3, seconds)}; a copy {rate:.2f} TB/s")
 
-    def _latents(self, num_infer_steps: int, seconds: dict[str, float]) -> sampler.Denoised:
-        material = self.material
-        with _timed(seconds, "encoding", self.device):
-            start = sampler.prepare(material.pipe, material.identity, material.size, SEED)
-        with _timed(seconds, "denoising", self.device):
-            return sampler.denoise(
-                material.pipe,
-                start,
-                material.text,
-                material.size,
-                num_infer_steps=num_infer_steps,
-                guidance_scale=GUIDANCE_SCALE,
-            )
+    def attention(self) -> Row:
+        """The attention of one layer by itself."""
+        shape = (2, self.tokens, self.heads, self.head_dim)
+        inputs = [torch.randn(shape, device=self.device, dtype=self.dtype) for _ in range(3)]
+        name = attention.BACKENDS.get(self.backend, self.backend)
+        attention.exchange_kernel(self.backend)
+        seconds = self._repeated(lambda: dispatch_attention_fn(*inputs, backend=name))
+        checked = (self.device, self.dtype, self.tokens, self.head_dim)
+        away = attention.deviation(self.backend, *checked)
+        rate = _rate(8 * self.heads * self.head_dim * self.tokens**2, seconds)
+        return Row(seconds, notes=f"{rate}, {away:.2g} from native")
 
-    @contextlib.contextmanager
-    def _ready(self, variant: Variant) -> Iterator[TeaCacheHandle | None]:
-        """Put the models of a variant on the device, all others in host memory."""
-        # Variants that differ only in name or threshold share their models.
-        kind = variant._replace(name="", threshold=None if variant.threshold is None else 0.0)
-        pipe = self.material.pipe
-        for model in (model for models in self._models.values() for model in models):
-            model.to("cpu")
-        devices.free_cached_memory(self.device)
-        if kind not in self._models:
-            self._models[kind] = self._make_models(kind)
-        pipe.transformer, pipe.vae = (model.to(self.device) for model in self._models[kind])
-        if variant.threshold is None:
-            yield None
-            return
-        with apply_teacache(pipe, variant.threshold) as handle:
-            if self.ranks != ALONE:
-                handle.ranks = group.join(pipe.transformer, self.ranks, self.device)
-            yield handle
+    def profile(self, texts: list[str]) -> Row:
+        """The kernels of a computed step together; the longest are listed in `texts`."""
+        with apply_teacache(self.pipe, 0.0):
+            start = sampler.prepare(self.pipe, self.identity, self.size, SEED)
+            loop = sampler.Loop(self.pipe, start, self.text, self.size, 2, GUIDANCE_SCALE)
+            loop.advance(loop.predict())
+            with torch.profiler.profile() as profiler:
+                loop.advance(loop.predict())
+                loop.latents.cpu()  # waits
+        # On a GPU the entries of the CPU's operators count their kernels again.
+        own = "device" if self.device.type == "cuda" else "cpu"
+        kernels = [
+            (getattr(event, f"self_{own}_time_total") / 1e3, event.count, event.key[:80])
+            for event in profiler.key_averages()
+            if event.device_type.name.lower() == self.device.type
+        ]
+        kernels.sort(reverse=True)
+        lines = [f"{ms:9.2f} ms {count:6} x  {name}" for ms, count, name in kernels[:KERNELS]]
+        texts.append("\n".join(["The longest kernels:", "", "```", *lines, "```"]))
+        return Row([sum(ms for ms, _, _ in kernels) / 1e3])
 
-    def _make_models(
-        self, kind: Variant
-    ) -> tuple[ConsisIDTransformer3DModel, AutoencoderKLCogVideoX]:
-        """Copies of transformer and VAE, with the accelerations of a variant."""
-        transformer, vae = copy.deepcopy(self._models[PLAIN])
-        transformer.to(self.device)
-        attention.use_attention(transformer, kind.attention)
-        use_lean_blocks(transformer)
-        use_lean_decoder(vae)
-        if kind.quantize:
-            acceleration.quantize_fp8(transformer)
-        if kind.compile:
-            acceleration.compile_transformer(transformer)
-        return transformer, vae
+    def decodings(self) -> Iterator[tuple[str, Callable[[], Row]]]:
+        """Rows of the decoder: as it is, then with one change each, which is taken back."""
+        vae, plain = self.pipe.vae, []
+        latents = sampler.prepare(self.pipe, self.identity, self.size, SEED).noise
+
+        def measure(change: Callable[[], object], back: Callable[[], object]) -> Row:
+            moments = []
+            self.forget_peak()
+            change()
+            try:
+                with DecoderMemory(self.pipe, self.size, "none").to_decode(last=False):
+                    for _ in range(3):  # the first one warms up
+                        frames = sampler.decode(self.pipe, latents)
+                        moments.append(time.perf_counter())
+            finally:
+                back()
+            seconds = [after - before for before, after in itertools.pairwise(moments)]
+            plain.append(np.stack([np.asarray(frame, int) for frame in frames]))
+            away = np.abs(plain[-1] - plain[0]).max()
+            notes = f"up to {away} of 255 away" if away else "the same frames"
+            return Row(seconds, *self.peak(), notes if len(plain) > 1 else "")
+
+        def arrange(layout: torch.memory_format) -> None:
+            for layer in vae.modules():
+                if isinstance(layer, torch.nn.Conv3d):
+                    layer.weight.data = layer.weight.data.contiguous(memory_format=layout)
+
+        fastest = partial(setattr, torch.backends.cudnn, "benchmark")
+        frames = partial(setattr, vae, "num_latent_frames_batch_size")
+        last, first = torch.channels_last_3d, torch.contiguous_format
+        for figure, change, back in (
+            ("decoding", int, int),
+            ("decoding, cuDNN's fastest", partial(fastest, True), partial(fastest, False)),
+            ("decoding, channels last", partial(arrange, last), partial(arrange, first)),
+            ("decoding, four latent frames at a time", partial(frames, 4), partial(frames, 2)),
+            ("decoding, compiled", partial(acceleration.compile_decoder, vae), self._uncompile),
+        ):
+            yield figure, partial(measure, change, back)
+
+    def _uncompile(self) -> None:
+        for module in self.pipe.vae.modules():
+            module._compiled_call_impl = None
+
+    def _repeated(self, work: Callable[[], object]) -> list[float]:
+        """The seconds of each of several runs, after one to warm up."""
+        marks = []
+        with torch.no_grad():
+            for _ in range(REPEATS + 2):
+                marks.append(devices.mark(self.device))
+                work()
+        return devices.seconds_between(marks)[1:]
+
+    def forget_peak(self) -> int:
+        """Begin to measure peak memory; return the bytes that are allocated."""
+        if self.device.type != "cuda":
+            return 0
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return torch.cuda.memory_allocated(self.device)
+
+    def peak(self) -> tuple[int | None, int | None]:
+        """Peak of allocated and of reserved bytes; None on a CPU."""
+        if self.device.type != "cuda":
+            return None, None
+        return devices.peak_memory_bytes(self.device), devices.peak_reserved_bytes(self.device)
 
 
-@contextlib.contextmanager
-def _timed(seconds: dict[str, float], name: str, device: torch.device) -> Iterator[None]:
-    """Store the seconds of the block, including the work that it queues on the device."""
-    before = time.perf_counter()
-    yield
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    seconds[name] = time.perf_counter() - before
+def _rate(operations: int, seconds: list[float]) -> str:
+    return f"{operations / statistics.median(seconds) / 1e12:.3g} TFLOP/s"

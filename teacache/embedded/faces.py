@@ -48,7 +48,7 @@ def write_face_encoder(folder: Path, vit_dim: int, detector: Weights) -> None:
     parsenet = ParseNet(in_size=512, out_size=512, parsing_ch=19)
     fill(parsenet, SEED)
     _save_half(parsenet.state_dict(), folder / "parsing_parsenet.pth")
-    _write_eva_clip(folder, vit_dim)
+    write_eva_clip(folder, vit_dim)
     _write_scrfd(models / "scrfd_10g_bnkps.onnx", detector)
     _write_arcface(models / "glintr100.onnx")
 
@@ -59,7 +59,7 @@ def _save_half(state: Weights, path: Path) -> None:
     torch.save(half, path)
 
 
-def _write_eva_clip(folder: Path, width: int) -> None:
+def write_eva_clip(folder: Path, width: int) -> None:
     """Write the EVA-CLIP that ConsisID loads, with 24 layers but a small width."""
     consisid_eva_clip = import_eva_clip()
     config = consisid_eva_clip.get_model_config(EVA_CLIP)

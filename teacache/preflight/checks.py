@@ -77,7 +77,7 @@ def preflight(
     with stages.stage("schedule"):
         from teacache.checkpoint.distances import scheduler_name
 
-        backend = _choose_backend(asked, ranks, device, dtype)
+        backend = _choose_backend(asked, ranks, checkpoint, size, device, dtype)
         guided = form.guidance_scale > 1
         machine, memory = fit_to_card(asked, checkpoint, size, guided, device, dtype)
         if options.loras and machine.offload == "sequential":
@@ -116,15 +116,22 @@ def shots_of(jobs: Sequence[Job], setup: Setup, photographs: PhotographStore) ->
 
 
 def _choose_backend(
-    machine: Machine, ranks: Ranks, device: torch.device, dtype: torch.dtype
+    machine: Machine,
+    ranks: Ranks,
+    checkpoint: Path,
+    size: VideoSize,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> str:
-    from teacache.sampling.attention import choose_backend
+    from teacache.sampling.attention import BACKENDS, choose_backend
 
-    backend = choose_backend(machine.attention, device, dtype)
+    model = Architecture.of(checkpoint)
+    tokens = model.text_tokens + model.video_tokens(size)
+    backend = choose_backend(machine.attention, device, dtype, tokens, model.head_dim)
     if ranks.parts > 1:
         from teacache.parallel.group import check_backend
 
-        check_backend(machine.attention, backend)
+        check_backend(machine.attention, BACKENDS.get(backend, backend))
     return backend
 
 

@@ -228,8 +228,8 @@ MACHINE = (
     ),
     Flag(
         "attention BACKEND",
-        "backend of diffusers' attention dispatcher, if installed: `native` (torch's own choice), "
-        "`cudnn`, `flash`, `flash3`, `sage` (not exact) and others",
+        "`native` (torch's own choice), `flash3`, `flash4`, `cudnn`, `sage` (not exact) and other "
+        "backends of diffusers' dispatcher, if installed",
         "native",
     ),
     Flag(

@@ -19,7 +19,7 @@ def settings_of(shot: Shot, setup: Setup) -> Settings:
     job, options, machine = shot.job, setup.options, setup.machine
     approximations = []
     if not attention.is_exact(setup.backend):
-        approximations.append(f"attention {attention.short_name(setup.backend)}")
+        approximations.append(f"attention {setup.backend}")
     if machine.quantize:
         approximations.append(f"quantize {machine.quantize}")
     if shot.schedule.reused_steps:
@@ -40,7 +40,7 @@ def settings_of(shot: Shot, setup: Setup) -> Settings:
         dtype=dtype_name(setup.dtype),
         offload=machine.offload,
         vae_tiling=machine.vae_tiling == "on",
-        attention=attention.short_name(setup.backend),
+        attention=setup.backend,
         compile=machine.compile,
         quantize=machine.quantize,
         approximations=approximations,

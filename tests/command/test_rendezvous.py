@@ -7,7 +7,7 @@ import socket
 import time
 
 import pytest
-from processes import ended, start
+from processes import SAMPLE, ended, start
 from ranks import free_port
 
 TINY = ("--ckpts_path", "tiny", "--device", "cpu", "--num_infer_steps", 2)
@@ -44,8 +44,10 @@ def test_a_rank_that_waits_says_for_whom_and_can_be_ended(tmp_path, rank, number
         ({"MASTER_PORT": "http"}, "but MASTER_PORT is 'http'"),
     ],
 )
-def test_variables_that_make_no_sense_are_one_line(tmp_path, changed, complaint):
-    run = ended(*TINY, "--output_path", tmp_path / "out", env=launched(0, 1, **changed))
+@pytest.mark.parametrize("program", [SAMPLE, ("-m", "teacache.benchmark")])
+def test_variables_that_make_no_sense_are_one_line(tmp_path, program, changed, complaint):
+    words = ("--device", "cpu", "--output_path", tmp_path / "out")
+    run = ended(*words, program=program, env=launched(0, 1, **changed), timeout=60)
     assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
     assert complaint in run.stderr
     assert run.stderr.endswith("To sample alone, unset RANK\n")

@@ -56,6 +56,7 @@ def pretend(free: float) -> None:
         "get_device_name": h100["name"],
         "get_device_properties": SimpleNamespace(**h100, total_memory=80 * GIB),
         "mem_get_info": (int(free * GIB), int(free * GIB)),
+        "get_per_process_memory_fraction": 1.0,
         **dict.fromkeys(zero, 0),
         **dict.fromkeys(("_lazy_init", "empty_cache", "current_stream", "reset_peak_memory_stats")),
     }

@@ -10,24 +10,28 @@ import pytest
 import torch
 from fake_cuda import tensors
 from processes import ended
+from support import ROOT
 
 from teacache.results.record import read_record
 from teacache.results.slot import claimed_slot
 
-# Of each video, whatever its steps: what is read from the GPU or brought there.
+# Of each video, whatever its steps: what is read from the GPU or brought there; and the check of
+# the attention backend.
 OF_A_VIDEO = {f"sampler.py:{name}" for name in ("__init__", "_check_finite", "pixels", "decode")}
+OF_A_VIDEO |= {"attention.py:deviation"}
+PROGRAM = {"program": ("tests/fake_cuda/run.py",)}
+COMMON = ("--ckpts_path", "tiny", "--image", "astronaut", "--prompt", "a man", "--num_frames", 5)
 
 
-def run(*arguments):
+def run(*arguments, **options):
     """The command on pretended CUDA: (standard output, the log)."""
-    done = ended(79.0, "--device", "cuda", *arguments, program=("tests/fake_cuda/run.py",))
+    done = ended(79.0, "--device", "cuda", *arguments, **PROGRAM, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout, json.loads(done.stderr.splitlines()[-1])
 
 
-def sample(folder, *arguments):
-    common = ("--ckpts_path", "tiny", "--image", "astronaut", "--prompt", "a man")
-    return run(*common, "--output_path", folder, "--num_frames", 5, *arguments)
+def sample(folder, *arguments, **options):
+    return run(*COMMON, "--output_path", folder, *arguments, **options)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +88,32 @@ def test_kept_latents_become_a_video(sampled, tmp_path):
     assert (tmp_path / "42_0.4_0000.mp4").stat().st_size > 0
     assert {where.partition("sampling/")[2] for where in log if "sampling/" in where} <= OF_A_VIDEO
     assert [path.name for path in tmp_path.glob("*latents*")] == []
+
+
+def test_flash_attention_4_by_a_package_with_its_layout(tiny, tmp_path):
+    """`flash_attn` without an `__init__.py`: it is no FlashAttention 2. Torch's own code loads it.
+
+    The kernel is never called, since the pretence computes attention on the CPU.
+    """
+    site = tmp_path / "site"
+    cute, info = site / "flash_attn" / "cute", site / "flash_attn_4-4.0.0b36.dist-info"
+    for folder in (cute, info):
+        folder.mkdir(parents=True)
+    (cute / "__init__.py").touch()
+    (cute / "interface.py").write_text("def _flash_attn_fwd(): ...\n_flash_attn_bwd = None\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: flash-attn-4\nVersion: 4.0.0b36\n")
+    (info / "RECORD").write_text("flash_attn/cute/interface.py,,\n")
+    out, env = tmp_path / "out", {"PYTHONPATH": f"{site}:{ROOT}"}
+    sample(out, "--num_infer_steps", 2, "--attention", "flash4", "--offload", "model", env=env)
+    record = json.loads((out / "42_0.1_0000.json").read_text())
+    assert (record["attention"], record["approximations"]) == ("flash4", [])
+    assert "--attention flash4" in record["command"]
+
+    wrong = ("--device", "cuda", *COMMON, "--output_path", out, "--attention", "flash")
+    refused = ended(79.0, *wrong, **PROGRAM, env=env)
+    assert "--attention flash does not work here: Flash Attention backend" in refused.stderr
+    assert "missing package" in refused.stderr
+    assert len(list(out.iterdir())) == 2
 
 
 def test_the_pretence_has_cudas_rules():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers.models import attention_dispatch as dispatch
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 from diffusers.models.embeddings import apply_rotary_emb
 from support import CPU
@@ -20,6 +21,7 @@ from teacache.sampling.attention import (
 )
 
 SHORT = {"steps": 8, "num_frames": 5}
+SIZE = (333, 64)  # tokens and head dim: not a multiple of a kernel's tile
 
 
 @pytest.mark.parametrize(("threshold", "dtype"), [(0.0, torch.bfloat16), (0.3, torch.float32)])
@@ -58,7 +60,7 @@ def test_exact_backends_differ_in_rounding_alone(make_pipe, sample):
     """
     pipe = make_pipe()
     expected = sample(pipe, steps=3, num_frames=5)
-    use_attention(pipe.transformer, choose_backend("flex", CPU, torch.float32))
+    use_attention(pipe.transformer, choose_backend("flex", CPU, torch.float32, *SIZE))
     found = sample(pipe, steps=3, num_frames=5)
     assert not torch.equal(found, expected), "the backend is the one that was asked for"
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
@@ -79,11 +81,57 @@ def test_fused_projections_are_used(pipe, sample):
 
 
 def test_choosing_a_backend():
-    assert choose_backend("native", CPU, torch.bfloat16) == "native"
-    with pytest.raises(ArgumentError, match=r"diffusers knows .*cudnn.*sage"):
-        choose_backend("fastest", CPU, torch.float32)
-    for gpu_only in ("cudnn", "flash3", "sage"):
+    assert choose_backend("native", CPU, torch.bfloat16, *SIZE) == "native"
+    with pytest.raises(ArgumentError, match=r"diffusers knows .*cudnn.*flash4.*sage"):
+        choose_backend("fastest", CPU, torch.float32, *SIZE)
+    for gpu_only in ("cudnn", "flash3", "flash4", "sage"):
         with pytest.raises(ArgumentError, match=f"--attention {gpu_only} does not work here: .+"):
-            choose_backend(gpu_only, CPU, torch.bfloat16)
-    assert is_exact("_native_cudnn")
+            choose_backend(gpu_only, CPU, torch.bfloat16, *SIZE)
+    assert is_exact("flash4")
     assert not is_exact("sage_hub")
+
+
+def attend(query, key, value, scale=None):
+    query, key, value = (each.transpose(1, 2) for each in (query, key, value))
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, scale=scale
+    ).transpose(1, 2)
+
+
+def int8(tokens):
+    """Rounded to 8 bits, with a scale for 37 tokens."""
+    blocks = tokens.unflatten(1, (-1, 37))
+    scale = blocks.abs().amax((2, 4), keepdim=True) / 127
+    return ((blocks / scale).round() * scale).flatten(1, 2)
+
+
+KERNELS = {
+    "sums in another order": lambda q, k, v: attend(q, k.flip(1), v.flip(1)),
+    "8 bits": lambda q, k, v: attend(int8(q), int8(k), v),
+    "noise": lambda q, k, v: torch.randn_like(q),
+    "zeros": lambda q, k, v: torch.zeros_like(q),
+    "one NaN": lambda q, k, v: attend(q, k, v).index_fill(1, torch.tensor([300]), torch.nan),
+    "heads exchanged": lambda q, k, v: attend(q, k, v).flip(2),
+    "no scale": lambda q, k, v: attend(q, k, v, scale=1.0),
+    "last keys lost": lambda q, k, v: attend(q, k[:, :-13], v[:, :-13]),
+    "last token zero": lambda q, k, v: attend(q, k, v).index_fill(1, torch.tensor([332]), 0.0),
+}
+RIGHT = {"_native_math": {"sums in another order"}, "sage": {"sums in another order", "8 bits"}}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", RIGHT)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_backend_that_computes_something_else_is_refused(monkeypatch, dtype, name, kernel):
+    backend, registry = dispatch.AttentionBackendName(name), dispatch._AttentionBackendRegistry
+    monkeypatch.setattr(dispatch, "_CAN_USE_SAGE_ATTN", True)
+    monkeypatch.setitem(
+        registry._backends, backend, lambda query, key, value: KERNELS[kernel](query, key, value)
+    )
+    monkeypatch.setitem(registry._supported_arg_names, backend, {"query", "key", "value"})
+    if kernel in RIGHT[name]:
+        assert choose_backend(name, CPU, dtype, *SIZE) == name
+        return
+    with pytest.raises(ArgumentError, match="computes something else than attention here") as error:
+        choose_backend(name, CPU, dtype, *SIZE)
+    assert "\n" not in str(error.value)

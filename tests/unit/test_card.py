@@ -107,3 +107,19 @@ def test_memory_that_runs_out_is_known_by_its_error():
         OSError(12, "Cannot allocate memory"),
     ):
         assert device.is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(("fraction", "total", "free"), [(1.0, 80, 62), (0.3, 24, 14)])
+def test_a_part_of_a_card_is_a_smaller_card(monkeypatch, fraction, total, free):
+    """Of 80 GiB 60 are free, 10 allocated and 2 in torch's cache."""
+    answers = {
+        "mem_get_info": (60 * GIB, 80 * GIB),
+        "memory_allocated": 10 * GIB,
+        "memory_reserved": 12 * GIB,
+        "get_per_process_memory_fraction": fraction,
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
+    cuda = torch.device("cuda")
+    assert device.total_memory_bytes(cuda) == total * GIB
+    assert device.free_memory_bytes(cuda) == free * GIB
