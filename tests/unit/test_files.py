@@ -17,14 +17,14 @@ from support import locked_by_another_process
 
 from teacache.base.files import locked, written_whole
 from teacache.results import output_folder
-from teacache.results.output_folder import claimed_stem
+from teacache.results.output_folder import claimed_stem, prepared_folder
 from teacache.results.video import read_video, write_video
 
 WRITE_FIVE = """
 import sys
 from pathlib import Path
 from teacache.base.files import written_whole
-from teacache.results.output_folder import claimed_stem
+from teacache.results.output_folder import claimed_stem, locked_name, prepared_folder
 for n in range(5):
     with claimed_stem(Path(sys.argv[1]), "42_0.1") as stem:
         with written_whole(stem, ".mp4", ".json") as paths:
@@ -190,3 +190,14 @@ def test_a_higher_quality_is_nearer_to_the_frames(tmp_path):
     assert errors == sorted(errors, reverse=True)
     assert len(set(errors)) == len(errors)
     assert errors[-1] < 1, "no loss but the rounding to 220 levels, as grey has no colour to lose"
+
+
+def test_an_empty_folder_that_another_run_removes_is_made_again(tmp_path):
+    """That one was refused; this one begins to write only now."""
+    folder = tmp_path / "a" / "out"
+    with prepared_folder(folder), prepared_folder(folder):
+        pass
+    assert not (tmp_path / "a").exists()
+    with claimed_stem(folder, "42_0.15") as stem, written_whole(stem, ".json") as (path,):
+        path.write_text("{}")
+    assert [path.name for path in folder.iterdir()] == ["42_0.15_0000.json"]
