@@ -7,12 +7,11 @@ that they wrap. A patch replaces the innermost forward, so both combine in any o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from teacache.base.errors import ArgumentError
-
-if TYPE_CHECKING:
-    import torch
 
 
 def forwards(module: torch.nn.Module) -> Iterator[tuple[Any, str, Callable]]:

@@ -14,7 +14,7 @@ from types import ModuleType
 
 
 def silence_libraries() -> None:
-    """Hide deprecation warnings and advice; print this package's warnings, one line each.
+    """Hide libraries' warnings; print this package's, and `?` where a terminal lacks UTF-8.
 
     A command calls this once, before it imports torch.
     """
@@ -34,10 +34,6 @@ def silence_libraries() -> None:
     own.handlers = [handler]
     own.setLevel(logging.WARNING)
     own.propagate = False
-
-
-def allow_any_encoding() -> None:
-    """Print a question mark for each character that a terminal without UTF-8 cannot show."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
 

@@ -10,7 +10,7 @@ from typing import NoReturn
 from teacache.base import interruption
 from teacache.base.console import Console, Stages
 from teacache.base.environment import prepare_environment
-from teacache.base.quiet import allow_any_encoding, silence_libraries
+from teacache.base.quiet import silence_libraries
 from teacache.inputs.photograph_store import PhotographStore
 from teacache.parallel.launch import (
     check_variables,
@@ -29,7 +29,6 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code, see `teacache.base.interruption.run_command`."""
     args = parse_arguments(argv)
     silence_libraries()
-    allow_any_encoding()
     if is_one_of_several():
         if code := interruption.run_command(check_variables):
             return code

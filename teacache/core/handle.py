@@ -7,13 +7,20 @@ import functools
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import Any, NoReturn, Self
 
 import torch
+from diffusers import ConsisIDTransformer3DModel
 
 from teacache.base.errors import ArgumentError
 from teacache.base.patch import take_away
-from teacache.core.forecast import Forecast, check_scheduler, settings_for, solver_steps
+from teacache.core.forecast import (
+    Forecast,
+    Scheduler,
+    check_scheduler,
+    settings_for,
+    solver_steps,
+)
 from teacache.core.ranks import ALONE
 from teacache.core.rule import (
     REUSES,
@@ -26,11 +33,6 @@ from teacache.core.rule import (
     whole_number,
 )
 from teacache.core.state import VideoState, embed_timestep, is_at
-
-if TYPE_CHECKING:
-    from diffusers import ConsisIDTransformer3DModel
-
-    from teacache.core.forecast import Scheduler
 
 logger = logging.getLogger(__name__)
 

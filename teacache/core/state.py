@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
+from diffusers import ConsisIDTransformer3DModel
 
 from teacache.base.errors import ArgumentError
 from teacache.core.forecast import Forecast
 from teacache.core.rule import Schedule
-
-if TYPE_CHECKING:
-    from diffusers import ConsisIDTransformer3DModel
 
 
 @dataclass

@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from diffusers import ConsisIDTransformer3DModel
 
 from teacache.base.errors import SamplingError
 from teacache.core.rule import Coefficients, relative_l1
 from teacache.request.readers import DEGREE
-
-if TYPE_CHECKING:
-    from diffusers import ConsisIDTransformer3DModel
-
-    from teacache.sampling.sampler import Loop
+from teacache.sampling.sampler import Loop
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@ import functools
 import hashlib
 import importlib.metadata
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,13 +20,9 @@ from teacache.base.errors import without_credentials
 from teacache.base.files import fingerprint
 from teacache.checkpoint.pipeline import load_pipeline
 from teacache.inputs import identity as faces
+from teacache.inputs.embedding_cache import EmbeddingCache
+from teacache.inputs.photograph_store import Photograph, PhotographStore
 from teacache.inputs.text import EmbeddedText, embed_text
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from teacache.inputs.embedding_cache import EmbeddingCache
-    from teacache.inputs.photograph_store import Photograph, PhotographStore
 
 TEXT_PACKAGES = ("torch", "transformers", "diffusers", "sentencepiece")
 # Some packages have several names; one of them is installed.

@@ -12,18 +12,15 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 
 from teacache.base.errors import reason
 from teacache.base.files import locked, with_ending, written_whole
-
-if TYPE_CHECKING:
-    from collections.abc import Collection
-
-    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +49,6 @@ class EmbeddingCache:
         Args:
             names: of the tensors. An entry with other tensors counts as damaged.
         """
-        from safetensors.torch import load  # it imports torch
-
         path = self.path_of(key)
         try:
             # Copied to aligned memory: a CPU sums up in another order where it is not.
@@ -72,8 +67,6 @@ class EmbeddingCache:
 
     def put(self, key: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
         """Store tensors under a key, unless another process is storing them."""
-        from safetensors.torch import save_file
-
         stem = self.path_of(key).with_suffix("")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -21,9 +21,6 @@ from teacache.base.quiet import import_eva_clip
 from teacache.checkpoint.loading import reading
 
 logger = logging.getLogger(__name__)
-
-if TYPE_CHECKING:
-    from facexlib.utils.face_restoration_helper import FaceRestoreHelper
 
 EVA_CLIP = "EVA02-CLIP-L-14-336"  # the model; `face_encoder/` may hold its configuration, a .json
 HIDDEN_STATES = 5  # ConsisID reads as many of EVA-CLIP's 24 layers
@@ -251,7 +248,7 @@ def _distance(box: np.ndarray, other: np.ndarray) -> float:
 
 
 @contextlib.contextmanager
-def _aligning(face: tuple[np.ndarray, np.ndarray], aligner: FaceRestoreHelper) -> Iterator[None]:
+def _aligning(face: tuple[np.ndarray, np.ndarray], aligner: Any) -> Iterator[None]:
     """Let facexlib align this face, instead of detecting faces again."""
     box, landmarks = face
 

@@ -12,8 +12,9 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
@@ -24,10 +25,6 @@ from teacache.base.files import with_ending, written_whole
 from teacache.results.output_folder import LATENTS_ENDING, claimed_stem
 from teacache.results.record import Record, Settings
 from teacache.results.video import write_video
-
-if TYPE_CHECKING:
-    import torch
-    from PIL import Image
 
 
 class Slot:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+import torch
 
 from teacache.base.console import Stages
 from teacache.base.files import cache_folder
@@ -19,9 +21,6 @@ from teacache.inputs.identity import Identity, from_tensors
 from teacache.inputs.photograph_store import PhotographStore
 from teacache.inputs.text import Text
 from teacache.preflight.setup import Setup, Shot
-
-if TYPE_CHECKING:
-    import torch
 
 logger = logging.getLogger(__name__)
 

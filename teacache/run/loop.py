@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
+from PIL import Image
 
 from teacache.base.console import Console, Stages
 from teacache.checkpoint.folder import is_full_size
@@ -25,9 +26,6 @@ from teacache.run.recording import completed, record_of, settings_of
 from teacache.run.report import add_others, write_report, write_report_of_shards
 from teacache.run.resume import pending, saved_latents
 from teacache.run.session import Session
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 CPU = torch.device("cpu")
 SHORT_PROMPT = 30  # words; the published one has 110

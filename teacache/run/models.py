@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+from diffusers import ConsisIDPipeline
 
 from teacache.checkpoint.pipeline import load_pipeline
 from teacache.core.forward import apply_teacache
@@ -19,9 +21,6 @@ from teacache.sampling.decoder import use_lean_decoder
 from teacache.sampling.decoder_memory import DecoderMemory
 from teacache.sampling.lora import fuse_loras
 from teacache.sampling.streaming import stream_blocks
-
-if TYPE_CHECKING:
-    from diffusers import ConsisIDPipeline
 
 
 class Models(NamedTuple):

@@ -6,8 +6,8 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
 from safetensors.torch import load_file
 
 from teacache.base.console import Console, Stages
@@ -17,9 +17,6 @@ from teacache.results.output_folder import locked_name
 from teacache.results.record import Record
 from teacache.results.slot import find_latents
 from teacache.run.recording import settings_of
-
-if TYPE_CHECKING:
-    import torch
 
 
 @contextlib.contextmanager

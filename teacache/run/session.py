@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
 
 from teacache.base.console import Console, Stages
 from teacache.inputs.photograph_store import PhotographStore
@@ -13,10 +15,6 @@ from teacache.run.conditions import Condition, Conditions
 from teacache.run.models import Models, Task, denoise, open_models
 from teacache.run.other_ranks import OtherRanks
 from teacache.sampling import acceleration, sampler
-
-if TYPE_CHECKING:
-    import torch
-    from PIL import Image
 
 
 class Session:

@@ -11,14 +11,10 @@ For sampling only: in-place operations prevent gradients.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
+from diffusers import ConsisIDTransformer3DModel
 from diffusers.models.activations import GELU
 from diffusers.models.transformers.consisid_transformer_3d import ConsisIDBlock
-
-if TYPE_CHECKING:
-    from diffusers import ConsisIDTransformer3DModel
 
 
 class LeanGELU(GELU):

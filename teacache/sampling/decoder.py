@@ -16,11 +16,11 @@ operations prevent gradients.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
+    AutoencoderKLCogVideoX,
     CogVideoXCausalConv3d,
     CogVideoXDecoder3D,
     CogVideoXResnetBlock3D,
@@ -29,9 +29,6 @@ from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
 )
 
 from teacache.base.patch import put_in_place
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKLCogVideoX
 
 Cache = dict[str, torch.Tensor | None]
 Caches = dict[str, Cache]  # by block

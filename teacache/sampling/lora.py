@@ -11,9 +11,11 @@ import logging
 import math
 import pickle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from diffusers import ConsisIDPipeline, ConsisIDTransformer3DModel
+from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors import safe_open
 
 from teacache.base.errors import CheckpointError, DeviceError
@@ -23,9 +25,6 @@ from teacache.checkpoint.download import hub_message
 from teacache.checkpoint.find import cached_snapshot
 from teacache.checkpoint.folder import read_json
 from teacache.checkpoint.loading import reading
-
-if TYPE_CHECKING:
-    from diffusers import ConsisIDPipeline, ConsisIDTransformer3DModel
 
 logger = logging.getLogger(__name__)
 
@@ -96,8 +95,6 @@ def read_lora(source: str, path: Path) -> Lora:
     Raises:
         CheckpointError: if it is damaged, holds more than weights, or its metadata cannot be read.
     """
-    from diffusers.utils import convert_unet_state_dict_to_peft
-
     if is_lfs_pointer(path):
         raise CheckpointError(f"--lora {source} is a pointer: run `git lfs pull` in its folder")
     with reading(f"--lora {source}"):
@@ -140,7 +137,6 @@ def check_lora(source: str, path: Path, checkpoint: Path) -> None:
     """
     if importlib.util.find_spec("peft") is None:
         raise DeviceError("--lora needs the package peft: pip install peft==0.21.2")
-    from diffusers import ConsisIDTransformer3DModel
     from peft import LoraConfig, get_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
 
