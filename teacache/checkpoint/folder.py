@@ -112,11 +112,8 @@ def lacking(folder: Path) -> list[str]:
 
     The names of shards are known only where their index is there.
     """
-    return [name for name in _needed(folder) if _is_missing(folder / name)]
-
-
-def _is_missing(path: Path) -> bool:
-    return not path.is_file() or path.stat().st_size == 0
+    paths = {name: folder / name for name in _needed(folder)}
+    return [name for name, path in paths.items() if not (path.is_file() and path.stat().st_size)]
 
 
 def _lfs_pointers(folder: Path) -> list[str]:

@@ -63,14 +63,11 @@ class Worker:
             with prepared_folder(self.request.options.output_path):
                 if self.session is None:
                     self._open_session()
-                from teacache.run.loop import (  # imports diffusers: after the checks
-                    compared,
-                    sample,
-                )
+                from teacache.run import loop  # imports diffusers: after the checks
 
                 shots = shots_of(jobs, self.session.setup, self.photographs)
-                videos = sample(self.session, shots, self.finished, final=False)
-                for video in compared(videos, self.comparison, self.request.jobs):
+                videos = loop.sample(self.session, shots, self.finished, final=False)
+                for video in loop.compared(videos, self.comparison, self.request.jobs):
                     # As a tuple: to unpickle a `FinishedVideo` the command would import diffusers.
                     yield *video[:3], [each.getMessage() for each in self.warnings.buffer]
                     self.warnings.flush()

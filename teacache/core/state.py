@@ -56,10 +56,8 @@ class VideoState:
     ) -> torch.Tensor:
         """The local facial extractor's output, [1, queries, output dim], computed once a video.
 
-        Args:
-            id_cond: [1, 1280].
-            id_vit_hidden: five of [1, 577, ViT width].
-            like: a tensor with the device and dtype of the computation.
+        id_cond: [1, 1280]. id_vit_hidden: five of [1, 577, ViT width]. like: a tensor with the
+        device and dtype of the computation.
         """
         if id_cond is None or id_vit_hidden is None:
             raise ArgumentError("this transformer needs an identity: id_cond and id_vit_hidden")
@@ -81,10 +79,8 @@ def _same_tensors(inputs: list[torch.Tensor], known: list[torch.Tensor]) -> bool
 def is_at(timestep: torch.Tensor, expected: torch.Tensor) -> bool:
     """Whether the transformer is called at the expected timestep.
 
-    A sampler passes a view of the scheduler's timesteps. Then no synchronisation is necessary.
-
-    Args:
-        timestep: [batch]; expected: a scalar, one of the scheduler's timesteps.
+    timestep: [batch]. expected: a scalar, one of the scheduler's timesteps. A sampler passes a view
+    of these. Then no synchronisation is necessary.
     """
     if torch._C._is_alias_of(timestep, expected):  # type: ignore[attr-defined]
         return int(timestep.storage_offset()) == int(expected.storage_offset())
@@ -97,12 +93,9 @@ def embed_timestep(
     dtype: torch.dtype,
     timestep_cond: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The timestep embedding, [batch, time_embed_dim], as in the transformer's forward.
+    """The embedding of timesteps, [batch] to [batch, time_embed_dim], as in the plain forward.
 
     The sinusoids are always float32; the embedding is computed in the sampling dtype.
-
-    Args:
-        timestep: [batch].
     """
     sinusoids = transformer.time_proj(timestep).to(dtype)
     return transformer.time_embedding(sinusoids, timestep_cond)

@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -32,25 +33,19 @@ FACE_PACKAGES = (
 )
 
 
+@dataclass
 class Conditioning:
     """The faces and texts of one run.
 
-    Args:
-        offload: see `teacache.load_pipeline`.
-        cache: of the embeddings of earlier runs.
+    offload: see `teacache.load_pipeline`. cache: of the embeddings of earlier runs.
     """
 
-    def __init__(
-        self,
-        checkpoint: Path,
-        device: torch.device,
-        dtype: torch.dtype,
-        offload: str,
-        cache: EmbeddingCache,
-    ):
-        self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
-        self.offload, self.cache = offload, cache
-        self._fingerprints: dict[str, str] = {}
+    checkpoint: Path
+    device: torch.device
+    dtype: torch.dtype
+    offload: str
+    cache: EmbeddingCache
+    _fingerprints: dict[str, str] = field(default_factory=dict, init=False)
 
     def find_faces(
         self, sources: Iterable[str], photographs: PhotographStore

@@ -7,7 +7,7 @@ load. The conditions of a window wait in host memory, and a video's move to the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -87,9 +87,3 @@ class Conditions:
 def window_size() -> int:
     """The number of videos in a window, by the memory of this machine."""
     return min(max(host_memory_bytes() // SHARE // CONDITION_BYTES, 1), LARGEST)
-
-
-def windows(shots: Sequence[Shot], size: int) -> Iterator[Sequence[Shot]]:
-    """Divide shots into windows, in their order."""
-    for start in range(0, len(shots), size):
-        yield shots[start : start + size]

@@ -20,7 +20,7 @@ from teacache.request.values import Request
 from teacache.results.finished_videos import FinishedVideos
 from teacache.results.record import Record, summary
 from teacache.results.slot import claimed_slot
-from teacache.run.conditions import Condition, window_size, windows
+from teacache.run.conditions import Condition, window_size
 from teacache.run.memory import explained_out_of_memory
 from teacache.run.recording import completed, record_of, settings_of
 from teacache.run.report import add_others, write_report, write_report_of_shards
@@ -94,7 +94,8 @@ def sample(
     if len(remaining) > (window := window_size()):
         console.say(f"window      faces and texts of {window} videos at a time")
     with explained_out_of_memory(setup.machine, console):
-        for part in windows(remaining, window):
+        for start in range(0, len(remaining), window):
+            part = remaining[start : start + window]
             for shot, condition in zip(part, session.conditions(part), strict=True):
                 with pending(shot, setup, finished, console) as (locked, other):
                     if other:

@@ -168,14 +168,10 @@ def quantize_fp8(transformer: ConsisIDTransformer3DModel) -> None:
 
 def _to_float8(module: torch.nn.Module) -> None:
     """Convert a linear layer, or all linear layers within a module, to float8, in place."""
-    from torchao.quantization import (
-        Float8DynamicActivationFloat8WeightConfig,
-        PerRow,
-        quantize_,
-    )
+    from torchao import quantization
 
-    # Inductor's settings belong to the whole process.
-    config = Float8DynamicActivationFloat8WeightConfig(
-        granularity=PerRow(), set_inductor_config=False
+    config = quantization.Float8DynamicActivationFloat8WeightConfig(
+        granularity=quantization.PerRow(),
+        set_inductor_config=False,  # its settings belong to the whole process
     )
-    quantize_(module, config)
+    quantization.quantize_(module, config)

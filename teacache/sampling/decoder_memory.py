@@ -46,7 +46,9 @@ class DecoderMemory:
             yield
             return
         if last:
-            delete_weights(transformer)
+            if isinstance(transformer.transformer_blocks, StreamedBlocks):
+                transformer.transformer_blocks.vacate()
+            transformer.to("meta")
         else:
             self._offloaded = self._offloaded or Offloaded(transformer, device)
             self._offloaded.to_host()
@@ -69,13 +71,6 @@ def decoding_bytes(size: VideoSize, tiled: bool) -> int:
     """Memory for decoding beyond the VAE's weights; in tiles less than 4 GiB, weights included."""
     whole = DECODING_BYTES_PER_PIXEL * size.width * size.height
     return min(whole, 4 * 2**30) if tiled else whole
-
-
-def delete_weights(transformer: ConsisIDTransformer3DModel) -> None:
-    """Delete a transformer's weights."""
-    if isinstance(transformer.transformer_blocks, StreamedBlocks):
-        transformer.transformer_blocks.vacate()
-    transformer.to("meta")
 
 
 class Offloaded:
