@@ -32,13 +32,10 @@ def print_now(line: str) -> None:
 
 
 class Console:
-    """Standard output, and the current stage.
+    """Standard output, and the current stage, or that in which an error was raised.
 
     Args:
         quiet: print only the paths of the videos.
-
-    Attributes:
-        stage: the current stage, or the stage in which an error was raised.
     """
 
     def __init__(self, quiet: bool):
@@ -60,12 +57,8 @@ class Console:
     ) -> Iterator[Callable[[], None]]:
         """A progress bar over denoising steps, if standard error is a terminal.
 
-        Args:
-            counts: returns the numbers to show beside the bar, after each step.
-            what: label of the bar.
-
         Yields:
-            the function to call after each step.
+            the function to call after each step. It shows the numbers that `counts` returns.
         """
         from tqdm import tqdm
         from tqdm.contrib.logging import logging_redirect_tqdm
@@ -84,13 +77,10 @@ class Console:
 
 
 class Stages:
-    """Measures the seconds of each stage, and prints a line at the end of each.
+    """Measures the `seconds` of each stage, in order, and prints a line at the end of each.
 
     Args:
         shared: the stages that several videos of a run share. Their seconds are included.
-
-    Attributes:
-        seconds: of each finished stage, in order.
     """
 
     def __init__(self, console: Console, shared: Stages | None = None):

@@ -80,8 +80,7 @@ def run_command(work: Callable[[], None], interrupted: str = "interrupted") -> i
 
     Returns:
         the exit code: 0 if done, 2 for a TeaCacheError or a missing package, 130 after an
-        interruption. Any other error
-        keeps its traceback, and Python exits with 1.
+        interruption. Any other error keeps its traceback, and Python exits with 1.
     """
     try:
         with interruptible():

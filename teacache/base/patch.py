@@ -15,11 +15,7 @@ from teacache.base.errors import ArgumentError
 
 
 def forwards(module: torch.nn.Module) -> Iterator[tuple[Any, str, Callable]]:
-    """The forwards that are stored for a module, by itself or by an offload hook.
-
-    Yields:
-        the object that stores it, the name of the attribute, and the forward.
-    """
+    """The forwards that a module or an offload hook of it stores: holder, attribute, forward."""
     hooks = getattr(getattr(module, "_diffusers_hook", None), "_fn_refs", ())
     for holder in (module, *hooks):
         for name in ("_old_forward", "original_forward", "forward"):

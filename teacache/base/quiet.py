@@ -57,11 +57,7 @@ def no_progress_bars() -> Iterator[None]:
 
 @contextlib.contextmanager
 def silent_programs() -> Iterator[Callable[[], str]]:
-    """Hide the standard error of programs that the block starts.
-
-    Yields:
-        a function that returns the last line of their output.
-    """
+    """Hide standard error of programs that the block starts; yield what returns its last line."""
     stderr = os.dup(2)
     try:
         output = tempfile.TemporaryFile()  # noqa: SIM115 - closed below

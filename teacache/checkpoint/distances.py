@@ -33,10 +33,7 @@ def scheduler_name(checkpoint: Path) -> str:
 
 
 def load_scheduler(checkpoint: Path, name: str | None) -> Scheduler:
-    """The scheduler, with the checkpoint's configuration.
-
-    Args:
-        name: `dpm` or `ddim`; None for the checkpoint's own.
+    """The scheduler `dpm` or `ddim`, or the checkpoint's own, with the checkpoint's configuration.
 
     Raises:
         CheckpointError: where the configuration is not one of that class.

@@ -38,8 +38,7 @@ from teacache.run.report import write_report
 class Worker:
     """Samples task after task, with models that it loads once, in the command's `folder`.
 
-    Args:
-        ignored: file names of records that do not count as finished videos.
+    The records with the file names `ignored` do not count as finished videos.
     """
 
     def __init__(self, request: Request, folder: Path, ignored: frozenset[str]):

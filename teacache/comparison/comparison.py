@@ -72,11 +72,7 @@ class Comparison:
         frames: list[Image.Image],
         identity: Identity,
     ) -> Record:
-        """Compare a video of this run, and write the figures into its record.
-
-        Returns:
-            the record with `quality`.
-        """
+        """Compare a video of this run, write the figures into its record, and return that."""
         pixels = np.stack([np.array(frame) for frame in frames])
         video = Finished(place, path, record, pixels)
         figures = self._compare(video)

@@ -18,12 +18,7 @@ PIXELS_WIDE, DPI = 1200, 100
 
 
 def draw_sweep(rows: list[Row], records: list[Record], path: Path) -> None:
-    """Draw the figure as a PNG, 1200 pixels wide.
-
-    Args:
-        rows: see `teacache.comparison.tables.sweep_rows`.
-        records: of the same videos, in the same order.
-    """
+    """Draw the figure as a PNG, 1200 pixels wide, of rows and records of the same videos."""
     # Not pyplot, which would choose a window system and keep every figure in memory.
     from matplotlib.figure import Figure
 

@@ -30,7 +30,6 @@ def residual_changes(
 
     Args:
         transformer: the loop's, with TeaCache at threshold 0.
-        on_step: called after each step.
 
     Returns:
         for each step the relative L1 distance of its residual to the one before; NaN for the first.
@@ -65,9 +64,7 @@ def fit(
 ) -> tuple[Coefficients, float]:
     """The polynomial, and its R2: the share of the variance of the changes that it explains.
 
-    Args:
-        distances: of each step, see `teacache.core.rule.distances_between`.
-        changes: of each video, see `residual_changes`.
+    distances: of each step. changes: of each video, see `residual_changes`.
 
     Raises:
         SamplingError: where too few of the changes are finite.

@@ -32,23 +32,16 @@ ENDING = ".safetensors"
 class EmbeddingCache:
     """Entries of named tensors, each a safetensors file.
 
-    Any number of processes may share a folder. A damaged entry is computed again. Where the folder
-    cannot be written to, a warning is logged and the run goes on.
-
-    Args:
-        folder: created with the first entry.
-        most_bytes: size limit of all entries together.
+    Any number of processes may share a folder, which is created with the first entry. A damaged
+    entry is computed again. Where the folder cannot be written to, a warning is logged and the run
+    goes on.
     """
 
     def __init__(self, folder: Path, most_bytes: int = MOST_BYTES):
         self.folder, self.most_bytes = folder, most_bytes
 
     def get(self, key: dict[str, str], names: Collection[str]) -> dict[str, torch.Tensor] | None:
-        """The tensors under a key, on the CPU; None where there is no entry or it is damaged.
-
-        Args:
-            names: of the tensors. An entry with other tensors counts as damaged.
-        """
+        """The tensors of these names under a key, on the CPU; None without a whole entry."""
         path = self.path_of(key)
         try:
             # Copied to aligned memory: a CPU sums up in another order where it is not.

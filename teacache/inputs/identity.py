@@ -142,9 +142,7 @@ def find_identity(
     There are two detectors: insightface's for the recogniser, facexlib's to align the face.
     Upstream takes the largest face of the first and the central face of the second. Here both
     take the same face. Where insightface does not detect it, the recogniser reads the aligned face.
-
-    Args:
-        name: of the image, for messages.
+    Messages have the image's name.
 
     Raises:
         ImageError: where facexlib detects no face.
@@ -208,11 +206,7 @@ def aligned_identity(
 def _choose_face(
     picture: np.ndarray, models: FaceModels, name: str
 ) -> tuple[list, tuple[np.ndarray, np.ndarray]]:
-    """The largest face, as `aligned_identity` takes it from each detector.
-
-    Args:
-        picture: [height, width, 3], uint8 RGB.
-    """
+    """The largest face in [height, width, 3], uint8 RGB, as `aligned_identity` takes it."""
     bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
     recognised = sorted(models.analyser.get(bgr), key=lambda face: _sides(face["bbox"]).prod())
     aligner = models.aligner

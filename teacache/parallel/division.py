@@ -13,7 +13,6 @@ def divide(num_gpus: int, guided: bool, heads: int, text: int, video: int) -> Ra
 
     Args:
         guided: whether there are two halves of guidance.
-        heads: attention heads.
         text, video: tokens of one sample.
 
     Raises:

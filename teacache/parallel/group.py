@@ -73,10 +73,8 @@ def receive() -> Any:
 def join(transformer: ConsisIDTransformer3DModel, ranks: Ranks, device: torch.device) -> Ranks:
     """Extend the transformer's attention to the tokens of all parts, by diffusers' Ulysses.
 
-    All ranks call it, after their attention processors are set.
-
-    Returns:
-        the ranks, with the number of this one.
+    All ranks call it, after their attention processors are set. Returns the ranks, with the number
+    of this one.
     """
     if ranks.parts > 1:
         config = _exchange(ranks, device)
@@ -99,11 +97,9 @@ def _exchange(ranks: Ranks, device: torch.device) -> ParallelConfig:
 
 
 def check_backend(name: str, backend: str) -> None:
-    """Raise ArgumentError if diffusers does not support Ulysses with a backend.
+    """Raise ArgumentError if diffusers does not support Ulysses with a backend of its dispatcher.
 
-    Args:
-        name: the value of `--attention`.
-        backend: its name in the dispatcher.
+    name: the value of `--attention`.
     """
     supported = dispatch._AttentionBackendRegistry._is_context_parallel_available
     if not supported(dispatch.AttentionBackendName(backend)):

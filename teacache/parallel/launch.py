@@ -152,8 +152,7 @@ def _end_at_once(code: int) -> NoReturn:
 def _explain(codes: dict[int, int], processes: int) -> int:
     """Print which rank failed, unless it has printed an error itself; return the exit code.
 
-    Args:
-        codes: exit codes of the ranks that failed; negative for a signal.
+    codes: exit codes of the ranks that failed; negative for a signal.
     """
     consequences = (LOST_OTHER_RANKS, -signal.SIGTERM, INTERRUPTED)
     causes = {rank: code for rank, code in codes.items() if code not in consequences} or codes

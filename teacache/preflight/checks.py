@@ -37,10 +37,7 @@ if TYPE_CHECKING:
 def preflight(
     request: Request, photographs: PhotographStore, stages: Stages
 ) -> tuple[Setup, list[Shot]]:
-    """Check a request on this machine, whose output folder is there.
-
-    Returns:
-        the setup, and a shot for each of the request's jobs, in their order.
+    """Check a request on this machine; return its setup, and a shot for each of its jobs.
 
     Raises:
         TeaCacheError: in one line, for the first check that fails.
@@ -167,14 +164,11 @@ def ranks_of(options: Options, checkpoint: Path, size: VideoSize) -> Ranks:
 
 
 def find_checkpoint(name: str, complete: bool = True) -> Path | None:
-    """The folder of a checkpoint, or None if it is not downloaded yet.
-
-    Args:
-        name: `tiny`, a folder, or a Hugging Face repository, `owner/name`.
-        complete: check that no file is missing.
+    """The folder of `tiny`, of a folder's name or of a repository; None if it is not here yet.
 
     Raises:
-        CheckpointError: if the name is none of these, or a file is missing or cannot be used.
+        CheckpointError: if the name is none of these, or, where it must be complete, a file is
+            missing or cannot be used.
     """
     if name == "tiny":
         from teacache.embedded.cached import cached_tiny_checkpoint

@@ -32,10 +32,8 @@ def parse_arguments(
 ) -> argparse.Namespace:
     """Parse the command line, and fill in defaults that depend on other arguments.
 
-    Exits with code 2 and one line if an argument is wrong.
-
-    Args:
-        parser: of another command, see `add_sampling`; None for the sampler's.
+    Exits with code 2 and one line if an argument is wrong. Another command has its own parser, see
+    `add_sampling`.
     """
     parser = parser or build_parser()
     args = parser.parse_args(argv)
@@ -86,11 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
 def add_sampling(
     parser: argparse.ArgumentParser, titles: Iterable[str] = flags.SHARED
 ) -> argparse._ActionsContainer:
-    """Add groups of arguments, by default those of every command that samples videos.
-
-    Returns:
-        the last group, for more arguments.
-    """
+    """Add groups of arguments, by default those of every command that samples; return the last."""
     for title in titles:
         group = parser.add_argument_group(title)
         for flag in flags.GROUPS[title]:

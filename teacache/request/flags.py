@@ -20,8 +20,7 @@ class Flag:
     Args:
         spelling: name and metavar, with dots if it takes several values.
         meaning: help text in Markdown.
-        default: None if it depends on other flags.
-        shown: description of the default, if its value does not describe it.
+        default, shown: its value, None if it depends on other flags; and its description.
         reading: more arguments of `add_argument`: `type`, `choices` and so on.
     """
 

@@ -11,10 +11,9 @@ from teacache.results.video import count_frames
 
 
 class FinishedVideos:
-    """The videos of a folder that have a record. Each record is read once, when it is needed.
+    """The videos of a folder that have a record, whose file name is none of `ignored`.
 
-    Args:
-        ignored: file names of records that do not count.
+    Each record is read once, when it is needed.
     """
 
     def __init__(self, folder: Path, ignored: frozenset[str] = frozenset()):
@@ -33,9 +32,8 @@ class FinishedVideos:
     def find(self, settings: Settings) -> tuple[Path, Record] | None:
         """A complete video with these settings and its record, or None.
 
-        Args:
-            settings: an empty `image_sha256` means that the image was not read. Then its source is
-                compared, and the newest video is returned.
+        An empty `image_sha256` means that the image was not read. Then its source is compared, and
+        the newest video is returned.
         """
         for path in self._files.pop(settings.prefix, []):
             if record := read_record(path):

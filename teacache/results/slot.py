@@ -31,7 +31,6 @@ class Slot:
     """A name of its own in the output folder, and its files. Made by `claimed_slot`.
 
     Args:
-        stem: the name, without an ending.
         mp4, json_file: temporary paths of video and record.
         latents: the file of latents of an earlier run, or None.
 
@@ -92,9 +91,7 @@ def claimed_slot(folder: Path, prefix: str, latents: Path | None = None) -> Iter
     An error of the block also says where the latents are: an error that a user can act on becomes
     an OutputError, in one line; any other, and running out of memory, gets a note.
 
-    Args:
-        prefix: of the name, `folder/{prefix}_{index:04d}`.
-        latents: a file of latents of an earlier run, whose name the slot takes.
+    Its name is `folder/{prefix}_{index:04d}`, or that of an earlier run's latents.
 
     Raises:
         OutputError: where the video or its record cannot be written.

@@ -75,7 +75,7 @@ def sample(
     """Sample videos; yield each after it is written, and first those that were finished before.
 
     Args:
-        finished: the videos of earlier runs, for `--resume`; None to sample all.
+        finished: of earlier runs, for `--resume`; None to sample all.
         final: whether these are the session's last videos, see `DecoderMemory.to_decode`.
     """
     setup, console, remaining = session.setup, session.console, []

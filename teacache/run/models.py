@@ -43,11 +43,7 @@ class Task(NamedTuple):
 def open_models(
     setup: Setup, videos: int = 1, parts: tuple[str, ...] = ("transformer", "vae")
 ) -> Models:
-    """Load transformer, scheduler and, if it is one of the parts, the VAE.
-
-    Args:
-        videos: their number, by which the decoder is compiled or not.
-    """
+    """Load transformer, scheduler and, if it is one of the parts, the VAE, for so many videos."""
     machine = setup.machine
     pipe = load_pipeline(
         setup.checkpoint,

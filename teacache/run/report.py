@@ -28,9 +28,7 @@ def add_others(
 ) -> int:
     """Add the videos of other processes to a comparison; return how many videos are missing.
 
-    Args:
-        jobs: of all shards, in the order of the request.
-        shots: of this process.
+    jobs: of all shards, in the order of the request. shots: of this process.
     """
     added = {video.place for video in comparison.videos}
     places = [place for place in range(len(jobs)) if place not in added]
@@ -49,11 +47,7 @@ def add_others(
 
 
 def write_report(comparison: Comparison, folder: Path, count: int, console: Console) -> None:
-    """Write the report on the finished videos of a sweep, and print its table.
-
-    Args:
-        count: number of videos of the request.
-    """
+    """Write the report on the finished videos of a sweep of `count`, and print its table."""
     try:
         # Figure and side-by-side video take seconds: not after a signal.
         table, files = comparison.report(folder, in_full=not stop_requested())

@@ -50,11 +50,9 @@ def saved_latents(
 ) -> tuple[torch.Tensor, Record, Path] | None:
     """Latents of a video that an earlier run saved and did not decode.
 
-    Args:
-        stages: of the video; the seconds of the earlier run are added.
-
     Returns:
-        the latents, their record with the settings of this run, and their file; or None.
+        the latents, their record with the settings of this run, and their file; or None. The
+        seconds of the earlier run are added to the stages.
     """
     settings = settings_of(shot, setup)
     saved = next(find_latents(setup.options.output_path, settings), None)

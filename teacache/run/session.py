@@ -18,11 +18,10 @@ from teacache.sampling import acceleration, sampler
 
 
 class Session:
-    """The stages of a video, from photograph and prompt to frames.
+    """The stages of each of `videos` videos, from photograph and prompt to frames.
 
     Args:
         stages: shared by all videos.
-        videos: number of videos that the session will sample.
     """
 
     def __init__(
@@ -70,11 +69,7 @@ class Session:
                 sampler.decode(models.pipe, latents)
 
     def denoise(self, shot: Shot, condition: Condition, stages: Stages) -> sampler.Denoised:
-        """The latents of a video.
-
-        Args:
-            stages: of this video.
-        """
+        """The latents of a video, in its own stages."""
         models, steps = self.load(condition), shot.job.num_infer_steps
         with stages.stage("encoding"):
             start = self._start_of(models, shot, condition)
@@ -96,11 +91,7 @@ class Session:
         return self._start
 
     def decode(self, latents: torch.Tensor, condition: Condition, last: bool) -> list[Image.Image]:
-        """The frames of a video.
-
-        Args:
-            last: whether it is the session's last one, see `DecoderMemory.to_decode`.
-        """
+        """The frames of a video; see `DecoderMemory.to_decode` for the last one."""
         models = self.load(condition)
         with models.memory.to_decode(last):
             return sampler.decode(models.pipe, latents)

@@ -78,11 +78,7 @@ def check_compiler(device: torch.device) -> None:
 
 
 def _compiler_failure(compiler: list[str], suffix: str) -> str:
-    """Compile an empty file to a shared library; return the reason if that fails, else "".
-
-    Args:
-        compiler: the program and its arguments.
-    """
+    """Compile an empty file to a shared library; return the reason if that fails, else ""."""
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder) / f"empty{suffix}", Path(folder) / "empty.so"
         source.touch()

@@ -35,15 +35,12 @@ class LeanBlock(ConsisIDBlock):
         temb: torch.Tensor,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same as `ConsisIDBlock.forward`.
+        """The same as `ConsisIDBlock.forward`: returns video and text as new tensors.
 
         Args:
             hidden_states, encoder_hidden_states: video and text, [batch, tokens, inner dim]; not
                 modified.
             temb: [batch, time embed dim].
-
-        Returns:
-            video and text, as new tensors.
         """
         text_tokens = encoder_hidden_states.shape[1]
         video, text, gate, text_gate = self.norm1(hidden_states, encoder_hidden_states, temb)

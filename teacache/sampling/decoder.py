@@ -120,9 +120,8 @@ def _up_block(
 ) -> tuple[torch.Tensor, Caches]:
     """Residual blocks, then upsampling by two.
 
-    Args:
-        holder: a list of one tensor, [batch, channels, frames, height, width]. It is popped, so
-            that the tensor is freed after the first residual block.
+    holder: a list of one tensor, [batch, channels, frames, height, width]. It is popped, so that
+    the tensor is freed after the first residual block.
     """
     before: Caches = conv_cache or {}
     after: Caches = {}
@@ -142,12 +141,9 @@ def _residual_block(
     zq: torch.Tensor,
     conv_cache: dict[str, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, Cache]:
-    """Two convolutions and a shortcut. It pops the old caches, which frees them after use.
+    """Two convolutions and a shortcut; `inputs` and `zq` as for `_modulate`.
 
-    Args:
-        inputs: [batch, channels, frames, height, width].
-        zq: see `_modulate`.
-        conv_cache: the two previous frames of each convolution; empty afterwards.
+    It pops the old caches, the two previous frames of each convolution, which frees them after use.
     """
     before: dict[str, torch.Tensor] = {} if conv_cache is None else conv_cache
     after: Cache = {}

@@ -37,9 +37,8 @@ class DecoderMemory:
     def to_decode(self, last: bool) -> Iterator[None]:
         """Have enough memory for decoding in the block.
 
-        Args:
-            last: whether this is the last video. Then the transformer's weights are deleted. Else
-                they are in host memory during the block, if both do not fit.
+        For the last video the transformer's weights are deleted. Else they are in host memory
+        during the block, if both do not fit.
         """
         transformer, device = self._pipe.transformer, self._pipe.vae.device
         if self._offload in ("model", "sequential") or (not last and self._both_fit(device)):

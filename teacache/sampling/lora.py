@@ -169,10 +169,7 @@ def check_lora(source: str, path: Path, checkpoint: Path) -> None:
 
 
 def fuse_loras(pipe: ConsisIDPipeline, loras: tuple[tuple[str, float], ...]) -> None:
-    """Add LoRAs to the transformer's weights, which stay plain tensors.
-
-    Args:
-        loras: source and scale of each.
+    """Add LoRAs, each a source and a scale, to the transformer's weights, which stay plain tensors.
 
     Raises:
         CheckpointError: if the sum is too large for the transformer's dtype.
@@ -190,8 +187,7 @@ def _attach(
 ) -> None:
     """Add the layers of a LoRA to the transformer's, before they are fused.
 
-    Args:
-        initialise: do what the configuration says of new layers, before they get their values.
+    initialise: do what the configuration says of new layers, before they get their values.
     """
     from peft import LoraConfig
 
