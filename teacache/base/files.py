@@ -1,7 +1,5 @@
 """Atomic file writes, locks, and the user's cache folder."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os

@@ -1,7 +1,5 @@
 """Signals (Ctrl-C, SIGTERM, a closed terminal) and the exit codes of a command."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import sys

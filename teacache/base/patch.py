@@ -4,8 +4,6 @@ The offload hooks of accelerate and diffusers wrap a module's forward too, and s
 that they wrap. A patch replaces the innermost forward, so both combine in any order.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Suppresses the output of libraries, but not the warnings of this package."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging

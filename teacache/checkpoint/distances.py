@@ -5,8 +5,6 @@ the time embedding, the scheduler's timesteps and the dtype. The same classes of
 them here and in the pipeline.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 from pathlib import Path

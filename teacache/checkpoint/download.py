@@ -1,7 +1,5 @@
 """Downloads a checkpoint from the Hugging Face hub."""
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 import sys

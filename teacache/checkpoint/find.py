@@ -1,7 +1,5 @@
 """Finds a checkpoint: a folder, or a repository that the Hugging Face hub's cache has whole."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import re

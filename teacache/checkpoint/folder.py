@@ -1,7 +1,5 @@
 """Checks a checkpoint folder, without loading a model or importing torch."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import zipfile

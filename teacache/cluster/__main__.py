@@ -1,7 +1,5 @@
 """Samples many videos on all GPUs of a Ray cluster: `python3 -m teacache.cluster --help`."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import importlib.util

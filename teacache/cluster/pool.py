@@ -4,8 +4,6 @@ Ray restarts a killed worker and repeats its task. A worker skips the videos tha
 no video is sampled twice.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 import os

@@ -1,7 +1,5 @@
 """The command: sampling, `--plan`, or one of several ranks."""
 
-from __future__ import annotations
-
 import argparse
 import gc
 import sys

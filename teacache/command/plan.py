@@ -1,7 +1,5 @@
 """`--plan`: the computed steps of each setting, without sampling."""
 
-from __future__ import annotations
-
 from teacache.base.console import print_now
 from teacache.base.errors import CheckpointError
 from teacache.checkpoint.folder import is_full_size

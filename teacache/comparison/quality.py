@@ -1,7 +1,5 @@
 """The quality of a video: likeness to the video without reuse, and to the face."""
 
-from __future__ import annotations
-
 import importlib.util
 import math
 from collections.abc import Callable

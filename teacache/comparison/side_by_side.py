@@ -1,7 +1,5 @@
 """Writes several videos side by side, each below its label."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """TeaCache on one transformer: its settings, and the state of the current video."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import logging

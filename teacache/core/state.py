@@ -1,7 +1,5 @@
 """The state of one video, from its first denoising step to its last."""
 
-from __future__ import annotations
-
 import threading
 from dataclasses import dataclass, field
 

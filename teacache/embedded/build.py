@@ -5,8 +5,6 @@ transformer and face detector are trained (README.md). The text encoder and the 
 are random, from seeds.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

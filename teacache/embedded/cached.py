@@ -1,7 +1,5 @@
 """The embedded checkpoint in the user's cache folder. Only its build imports torch."""
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 from pathlib import Path

@@ -4,8 +4,6 @@ TeaCache fits it by least squares (arXiv:2411.19108, section 3.3). Nothing guara
 residual depends only on the timestep embedding; R2 measures how well the fit explains it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -4,8 +4,6 @@ The models that compute them are large, and nothing else needs them. Each is loa
 cache lacks something, and is freed before the next one is loaded.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import importlib.metadata

@@ -5,8 +5,6 @@ checkpoint or library has another entry. The least recently read entries are rem
 grows too large.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """The identity of a face image: the embeddings and the aligned face that ConsisID takes."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

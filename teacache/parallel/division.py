@@ -1,7 +1,5 @@
 """Division of a denoising step among several GPUs, and the valid numbers of GPUs."""
 
-from __future__ import annotations
-
 from teacache.base.errors import ArgumentError
 from teacache.core.ranks import Ranks
 

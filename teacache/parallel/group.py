@@ -1,7 +1,5 @@
 """The process group of the ranks: connection, Ulysses attention, broadcast of orders."""
 
-from __future__ import annotations
-
 import datetime
 import functools
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Starts one process for each GPU by torch's elastic launcher, and determines the exit code."""
 
-from __future__ import annotations
-
 import atexit
 import ctypes
 import logging

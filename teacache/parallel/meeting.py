@@ -1,7 +1,5 @@
 """Waiting for the other ranks, where torch would wait for them in C++ and hear no signal."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import os

@@ -3,8 +3,6 @@
 `teacache/sampling/README.md` has the table, and says which figures were measured.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The values of `--device`, `--num_gpus` and `--dtype` on this machine."""
 
-from __future__ import annotations
-
 import textwrap
 
 import torch

@@ -1,7 +1,5 @@
 """The command line of the sampler: the parser, and defaults that depend on other arguments."""
 
-from __future__ import annotations
-
 import argparse
 import secrets
 from collections.abc import Iterable

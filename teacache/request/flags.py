@@ -1,7 +1,5 @@
 """The table of the command's flags, for the parser, `--help` and `teacache/command/README.md`."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any

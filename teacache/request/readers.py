@@ -3,8 +3,6 @@
 Each function raises ArgumentTypeError with a short message if the text is not valid.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json

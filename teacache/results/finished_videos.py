@@ -1,7 +1,5 @@
 """The complete videos of an output folder, found by their settings."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections import defaultdict
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The output folder: its checks before a run, and the names of its files."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import itertools

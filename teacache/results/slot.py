@@ -4,8 +4,6 @@ The latents are written before they are decoded, so that no end of the process l
 SIGKILL. They are removed when video and record are complete.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

@@ -4,8 +4,6 @@ Face models, text encoder and transformer follow one another on the GPU, so each
 load. The conditions of a window wait in host memory, and a video's move to the GPU at its turn.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """The loop of every run: conditions of a window of videos, then latents, mp4 and record of each."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Out-of-memory errors in one line: the stage, the size of the allocation, flags that take less."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Iterator

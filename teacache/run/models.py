@@ -1,7 +1,5 @@
 """Opens the models of a session: pipeline, accelerations, TeaCache and its ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

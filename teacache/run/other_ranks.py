@@ -5,8 +5,6 @@ the transformer, and wait for videos. For each video the first rank broadcasts i
 start, and all ranks run the same loop. Each rank caches its own share of the residual.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from typing import Any

@@ -1,7 +1,5 @@
 """The record of a video: its settings and its measurements."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The report on all videos of a request."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

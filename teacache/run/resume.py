@@ -1,7 +1,5 @@
 """`--resume`: videos and latents in the output folder that need no second computation."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Samples one video after the other, with models that are loaded once."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import nullcontext
 

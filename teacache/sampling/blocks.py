@@ -9,8 +9,6 @@ that it has allocated, and frees its inputs early. The largest tensor, inside th
 For sampling only: in-place operations prevent gradients.
 """
 
-from __future__ import annotations
-
 import torch
 from diffusers import ConsisIDTransformer3DModel
 from diffusers.models.activations import GELU

@@ -13,8 +13,6 @@ without that. They compute the same numbers in the same order. For sampling only
 operations prevent gradients.
 """
 
-from __future__ import annotations
-
 import functools
 
 import torch

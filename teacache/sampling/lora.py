@@ -3,8 +3,6 @@
 A fused LoRA adds no cost to sampling, and works with quantization, offloading and compilation.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import logging

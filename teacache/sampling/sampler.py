@@ -1,7 +1,5 @@
 """Denoising, from an identity and a prompt to latents; and decoding, from latents to frames."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 
