@@ -64,7 +64,7 @@ class Worker:
 
                 shots = shots_of(jobs, self.session.setup, self.photographs)
                 videos = loop.sample(self.session, shots, self.finished, final=False)
-                for video in loop.compared(videos, self.comparison, self.request.jobs):
+                for video in loop.compared(videos, self.comparison):
                     # As a tuple: to unpickle a `FinishedVideo` the command would import diffusers.
                     yield *video[:3], [each.getMessage() for each in self.warnings.buffer]
                     self.warnings.flush()
@@ -91,12 +91,12 @@ class Pool:
 
     def __init__(self, request: Request, workers: int, gpus: int, console: Console):
         self._request, self._console = request, console
-        self._comparison = Comparison(len(request.jobs), load_analyser=lambda: None)
+        output = request.options.output_path
+        self._comparison = Comparison(request.jobs, output, load_analyser=lambda: None)
         self._pending = dict.fromkeys(request.jobs)
         self._warn = functools.cache(logging.getLogger("teacache").warning)  # each text once
         self._queue = deque(tasks(request.jobs, workers))
         self._calls: dict[Any, tuple[Any, tuple[Job, ...]]] = {}  # worker and task of each call
-        output = request.options.output_path
         known = [] if request.resume else [path.name for path in output.glob("*.json")]
         self._arguments = request, Path.cwd(), frozenset(known)
         # A second thread for `stop`. SPREAD uses all machines, also without GPUs.
@@ -112,7 +112,6 @@ class Pool:
         Raises:
             TeaCacheError: in one line, if a machine cannot sample, or videos failed.
         """
-        count = len(self._request.jobs)
         try:
             while self._pending:
                 for worker, task, error in self._ended(seconds=1):
@@ -128,13 +127,12 @@ class Pool:
                         interrupted.add_note(str(error))
             raise
         finally:
-            if count > 1:
-                write_report(
-                    self._comparison, self._request.options.output_path, count, self._console
-                )
-        if failed := count - len(self._comparison.videos):
+            if len(self._request.jobs) > 1:
+                write_report(self._comparison, self._console)
+        if failed := self._comparison.missing:
             raise SamplingError(
-                f"{failed} of {count} videos failed, see above: --resume tries them again"
+                f"{len(failed)} of {len(self._request.jobs)} videos failed, see above: --resume "
+                "tries them again"
             )
 
     def _give(self, worker: Any, task: tuple[Job, ...]) -> None:
@@ -155,7 +153,7 @@ class Pool:
                     self._warn(warning)
                 if job in self._pending:  # else a repeated task returned it again
                     del self._pending[job]
-                    self._comparison.add_earlier(self._request.jobs.index(job), path, record)
+                    self._comparison.add_earlier(job, path, record)
                     line = f"{len(self._comparison.videos)} of {len(self._request.jobs)}  {path}"
                     self._console.done(path, line)
 

@@ -49,22 +49,22 @@ def run(
 ) -> None:
     """Sample every video of a request; compare them if there are several."""
     jobs = request.all_jobs
-    folder = setup.options.output_path
-    finished = FinishedVideos(folder) if request.resume else None
+    finished = FinishedVideos(setup.options.output_path) if request.resume else None
     session = Session(setup, photographs, stages, console, len(shots))
     comparison = comparison_of(jobs, setup)
     try:
-        for video in compared(sample(session, shots, finished, final=True), comparison, jobs):
+        for video in compared(sample(session, shots, finished, final=True), comparison):
             if video.frames and (console.quiet or len(jobs) == 1):
                 console.done(video.path, summary(video.path, video.record))
         session.end()
-        missing = add_others(comparison, jobs, shots, setup) if comparison else 0
-        if comparison and request.shard:
-            write_report_of_shards(comparison, request, missing, console)
+        if comparison:
+            add_others(comparison, shots, setup)
+            if request.shard:
+                write_report_of_shards(comparison, request.shard, console)
     finally:
         # A sweep that failed or was interrupted also has a report.
         if comparison and not request.shard:
-            write_report(comparison, folder, len(jobs), console)
+            write_report(comparison, console)
 
 
 def sample(
@@ -134,20 +134,20 @@ def comparison_of(jobs: Sequence[Job], setup: Setup) -> Comparison | None:
     """A comparison of several videos; None for a single one."""
     if len(jobs) == 1:
         return None
-    return Comparison(len(jobs), lambda: load_analyser(setup.checkpoint))
+    folder = setup.options.output_path
+    return Comparison(jobs, folder, lambda: load_analyser(setup.checkpoint))
 
 
 def compared(
-    videos: Iterator[FinishedVideo], comparison: Comparison | None, jobs: Sequence[Job]
+    videos: Iterator[FinishedVideo], comparison: Comparison | None
 ) -> Iterator[FinishedVideo]:
-    """Add each video to a comparison, at the place of its job; yield it with its figures."""
-    places = {job: place for place, job in enumerate(jobs)}
+    """Add each video to a comparison; yield it with its figures."""
     for video in videos:
         job, path, record, frames, identity = video
         if comparison and frames and identity:
-            record = comparison.add(places[job], path, record, frames, identity)
+            record = comparison.add(job, path, record, frames, identity)
         elif comparison:
-            comparison.add_earlier(places[job], path, record)
+            comparison.add_earlier(job, path, record)
         yield video._replace(record=record)
 
 
