@@ -85,7 +85,7 @@ class Stages:
 
     def __init__(self, console: Console, shared: Stages | None = None):
         self.seconds: dict[str, float] = dict(shared.seconds) if shared else {}
-        self._console = console
+        self.console = console
         self._start = time.perf_counter()
         self._before = sum(self.seconds.values())
 
@@ -94,11 +94,11 @@ class Stages:
         """Run the block as a stage."""
         interruption.check()
         start = time.perf_counter()
-        self._console.stage = name
+        self.console.stage = name
         yield
         interruption.check()
         self.seconds[name] = time.perf_counter() - start
-        self._console.say(f"{name:<12}{self.seconds[name]:8.1f} s")
+        self.console.say(f"{name:<12}{self.seconds[name]:8.1f} s")
 
     def include(self, seconds: dict[str, float]) -> None:
         """Add the seconds of an earlier run for the same video, as `with_total` returns them."""

@@ -72,14 +72,13 @@ class Worker:
             raise SamplingError(". ".join(getattr(error, "__notes__", ()))) from error
 
     def _open_session(self) -> None:
-        jobs, console = self.request.jobs, Console(quiet=True)
-        stages = Stages(console)
+        jobs, stages = self.request.jobs, Stages(Console(quiet=True))
         setup, _ = preflight(replace(self.request, jobs=()), self.photographs, stages)
         from teacache.run.loop import Session, comparison_of
 
         self.finished = FinishedVideos(self.request.options.output_path, self.ignored)
         self.comparison = comparison_of(jobs, setup)
-        self.session = Session(setup, self.photographs, stages, console, len(jobs))
+        self.session = Session(setup, self.photographs, stages, len(jobs))
 
     def stop(self) -> None:
         """End `sample` within one step. Another thread calls it."""

@@ -81,4 +81,4 @@ def sample(request: Request, console: Console) -> None:
             console.say(setup.memory)
         with stages.stage("diffusers"):
             from teacache.run.loop import run
-        run(request, setup, shots, photographs, stages, console)
+        run(request, setup, shots, photographs, stages)

@@ -40,17 +40,12 @@ class FinishedVideo(NamedTuple):
 
 
 def run(
-    request: Request,
-    setup: Setup,
-    shots: Sequence[Shot],
-    photographs: PhotographStore,
-    stages: Stages,
-    console: Console,
+    request: Request, setup: Setup, shots: list[Shot], photographs: PhotographStore, stages: Stages
 ) -> None:
     """Sample every video of a request; compare them if there are several."""
-    jobs = request.all_jobs
+    jobs, console = request.all_jobs, stages.console
     finished = FinishedVideos(setup.options.output_path) if request.resume else None
-    session = Session(setup, photographs, stages, console, len(shots))
+    session = Session(setup, photographs, stages, len(shots))
     comparison = comparison_of(jobs, setup)
     try:
         for video in compared(sample(session, shots, finished, final=True), comparison):
@@ -76,7 +71,7 @@ def sample(
         finished: of earlier runs, for `--resume`; None to sample all.
         final: whether these are the session's last videos, see `DecoderMemory.to_decode`.
     """
-    setup, console, remaining = session.setup, session.console, []
+    setup, console, remaining = session.setup, session.stages.console, []
     if finished:
         finished.list_folder()
     for shot in shots:
@@ -111,9 +106,9 @@ def _sample(
     """Sample a video, and write it with its record."""
     setup = session.setup
     session.load(condition)
-    stages = Stages(session.console, shared=session.stages)
+    stages = Stages(session.stages.console, shared=session.stages)
     latents: torch.Tensor
-    saved = saved_latents(shot, setup, stages, session.console) if resume else None
+    saved = saved_latents(shot, setup, stages) if resume else None
     if saved:
         latents, record, file = saved
     else:

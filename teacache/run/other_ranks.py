@@ -54,13 +54,12 @@ def help_denoising(device_name: str) -> None:
     Raises:
         DeviceError: if the machine lacks something.
     """
-    console = Console(quiet=True)
-    stages = Stages(console)
+    stages = Stages(Console(quiet=True))
     device = own_device(choose_device(device_name))
     group.connect(device)
     if (setup := group.receive()) is not None:
         setup = dataclasses.replace(setup, device=device)
-        with explained_out_of_memory(setup.machine, console):
+        with explained_out_of_memory(setup.machine, stages.console):
             with stages.stage("loading"):
                 models = open_models(setup, parts=("transformer",))
             with stages.stage("denoising"):

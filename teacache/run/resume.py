@@ -44,7 +44,7 @@ def pending(
 
 
 def saved_latents(
-    shot: Shot, setup: Setup, stages: Stages, console: Console
+    shot: Shot, setup: Setup, stages: Stages
 ) -> tuple[torch.Tensor, Record, Path] | None:
     """Latents of a video that an earlier run saved and did not decode.
 
@@ -57,7 +57,7 @@ def saved_latents(
     if saved is None:
         return None
     path, record = saved
-    console.say(f"latents     {path}")
+    stages.console.say(f"latents     {path}")
     stages.include(record.seconds)
     latents = load_file(path)["latents"].to(setup.device)
     return latents, dataclasses.replace(record, settings=settings), path

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import torch
 from PIL import Image
 
-from teacache.base.console import Console, Stages
+from teacache.base.console import Stages
 from teacache.inputs.photograph_store import PhotographStore
 from teacache.preflight.setup import Setup, Shot
 from teacache.run.conditions import Condition, Conditions
@@ -22,16 +22,8 @@ class Session:
         stages: shared by all videos.
     """
 
-    def __init__(
-        self,
-        setup: Setup,
-        photographs: PhotographStore,
-        stages: Stages,
-        console: Console,
-        videos: int = 1,
-    ):
-        self.setup, self.console, self.stages = setup, console, stages
-        self._videos = videos
+    def __init__(self, setup: Setup, photographs: PhotographStore, stages: Stages, videos: int):
+        self.setup, self.stages, self._videos = setup, stages, videos
         self._others = OtherRanks(setup)
         self._conditions = Conditions(setup, photographs, stages)
         self._models: Models | None = None
@@ -73,10 +65,8 @@ class Session:
             start = self._start_of(models, shot, condition)
         task = Task(shot.schedule, start, condition.text(self.setup.device), steps)
         self._others.denoise(task)
-        with (
-            stages.stage("denoising"),
-            self.console.bar(steps, models.handle.counts) as on_step,
-        ):
+        bar = stages.console.bar(steps, models.handle.counts)
+        with stages.stage("denoising"), bar as on_step:
             return denoise(models, self.setup, task, on_step)
 
     def _start_of(self, models: Models, shot: Shot, condition: Condition) -> sampler.Start:
