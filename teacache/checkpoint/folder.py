@@ -33,8 +33,6 @@ QUANTIZERS = {
     **{name: name for name in ("awq", "bitsandbytes", "gguf", "modelopt", "torchao")},
     **dict.fromkeys(("gptq", "quanto"), "optimum"),
 }
-# `--device auto` does not choose a CPU for larger checkpoints. ConsisID-preview has 23 GB.
-FULL_SIZE_BYTES = 4 * 2**30
 
 
 def check_checkpoint(folder: Path) -> None:
@@ -192,7 +190,7 @@ def _describe_content(folder: Path) -> str:
 def is_full_size(folder: Path) -> bool:
     """Whether the weights are too large to sample on a CPU in reasonable time."""
     files = [path for path in folder.rglob("*.safetensors") if path.is_file()]
-    return sum(path.stat().st_size for path in files) > FULL_SIZE_BYTES
+    return sum(path.stat().st_size for path in files) > 4 * 2**30  # ConsisID-preview has 23 GB
 
 
 def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -21,12 +21,10 @@ from teacache.checkpoint.loading import reading
 logger = logging.getLogger(__name__)
 
 EVA_CLIP = "EVA02-CLIP-L-14-336"  # the model; `face_encoder/` may hold its configuration, a .json
-HIDDEN_STATES = 5  # ConsisID reads as many of EVA-CLIP's 24 layers
-# The names of the tensors of `as_tensors`.
-HIDDEN = tuple(f"id_vit_hidden_{n}" for n in range(HIDDEN_STATES))
+# The names of the tensors of `as_tensors`. ConsisID reads 5 of EVA-CLIP's 24 layers.
+HIDDEN = tuple(f"id_vit_hidden_{n}" for n in range(5))
 TENSORS = ("id_cond", *HIDDEN, "face", "kps", "embedding")
 SMALL_FACE_PIXELS = 64
-UPSTREAM_PIXELS = 1024
 
 
 class Identity(NamedTuple):
@@ -147,7 +145,7 @@ def find_identity(
     """
     from diffusers.pipelines.consisid import consisid_utils
 
-    picture = consisid_utils.resize_numpy_image_long(np.array(image), UPSTREAM_PIXELS)
+    picture = consisid_utils.resize_numpy_image_long(np.array(image), 1024)
     recognised, alignable = _choose_face(picture, models, name)
     box = recognised[0]["bbox"] if recognised else alignable[0]
     side = _sides(box).min()

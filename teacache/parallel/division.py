@@ -3,8 +3,6 @@
 from teacache.base.errors import ArgumentError
 from teacache.core.ranks import Ranks
 
-LARGEST = 64  # number of GPUs that an error message suggests
-
 
 def divide(num_gpus: int, guided: bool, heads: int, text: int, video: int) -> Ranks:
     """Divide the halves of guidance first, which needs no communication, then the tokens.
@@ -19,7 +17,7 @@ def divide(num_gpus: int, guided: bool, heads: int, text: int, video: int) -> Ra
     ranks = _ranks(num_gpus, guided, heads, text, video)
     if ranks is not None:
         return ranks
-    fitting = [n for n in range(1, LARGEST) if _ranks(n, guided, heads, text, video)]
+    fitting = [n for n in range(1, 64) if _ranks(n, guided, heads, text, video)]
     near = [n for n in fitting if n < num_gpus][-1:] + [n for n in fitting if n > num_gpus][:1]
     raise ArgumentError(
         f"--num_gpus {num_gpus}: {text + video} tokens and {heads} heads cannot be divided among "

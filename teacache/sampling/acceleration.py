@@ -26,8 +26,6 @@ DECODER_FORMS = 64
 # Loading the compiled decoder from disk costs about what compiled decoding saves in this many
 # videos.
 COMPILED_DECODER_PAYS_FROM = 8
-# Hopper, the first CUDA capability with fast float8 matrix units.
-FLOAT8_CAPABILITY = (9, 0)
 COMPILER_SECONDS = 60  # an empty file takes 0.1 s
 
 
@@ -102,7 +100,7 @@ def _compiler_failure(compiler: list[str], suffix: str) -> str:
 
 def check_float8(device: torch.device, dtype: torch.dtype) -> None:
     """Run a float8 layer; raise DeviceError if it does not work."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
         raise DeviceError("--quantize fp8 needs a GPU with float8 matrix units, Hopper or later")
     if importlib.util.find_spec("torchao") is None:
         raise DeviceError("--quantize fp8 needs the package torchao: pip install torchao==0.18.0")

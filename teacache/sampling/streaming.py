@@ -20,8 +20,6 @@ import torch
 if TYPE_CHECKING:
     from diffusers import ConsisIDTransformer3DModel
 
-ALIGNMENT = 512  # bytes, as torch's allocator aligns
-
 
 class HostWeights:
     """Moves a module's weights to the device and back, with one copy in host memory.
@@ -36,7 +34,7 @@ class HostWeights:
         self.offsets, end = [], 0
         for tensor in self.tensors:
             self.offsets.append(end)
-            end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+            end += -(-tensor.nbytes // 512) * 512  # as torch's allocator aligns
         self.nbytes = end
         self._host: torch.Tensor | None = None
 
