@@ -36,9 +36,6 @@ def build_tiny_checkpoint(folder: Path) -> None:
     """Build the embedded checkpoint, unless another process has built it meanwhile.
 
     A temporary folder is renamed at the end, so an interrupted build leaves no incomplete folder.
-
-    Raises:
-        CheckpointError: where it cannot be written.
     """
     temporary = folder.with_name(f".{folder.name}.part")
     try:

@@ -179,23 +179,32 @@ def aligned_identity(
     """
     from diffusers.pipelines.consisid import consisid_utils
 
-    with torch.no_grad(), _aligning(alignable, models.aligner):
-        id_cond, id_vit_hidden, face, kps = consisid_utils.process_face_embeddings_infer(
-            models.aligner,
-            models.eva_clip,
-            models.recogniser,
-            models.clip_mean,
-            models.clip_std,
-            SimpleNamespace(get=lambda _: recognised),
-            str(device),
-            dtype,
-            picture,
-            is_align_face=True,
-        )
+    aligner, (box, landmarks) = models.aligner, alignable
+
+    def detect(only_center_face: bool) -> None:
+        aligner.det_faces, aligner.all_landmarks_5 = [box], [landmarks]
+
+    aligner.get_face_landmarks_5 = detect  # instead of detecting faces again
+    try:
+        with torch.no_grad():
+            id_cond, id_vit_hidden, face, kps = consisid_utils.process_face_embeddings_infer(
+                aligner,
+                models.eva_clip,
+                models.recogniser,
+                models.clip_mean,
+                models.clip_std,
+                SimpleNamespace(get=lambda _: recognised),
+                str(device),
+                dtype,
+                picture,
+                is_align_face=True,
+            )
+    finally:
+        del aligner.get_face_landmarks_5
     if recognised:
         embedding = recognised[0]["embedding"]
     else:
-        (embedding,) = models.recogniser.get_feat(models.aligner.cropped_faces[0])
+        (embedding,) = models.recogniser.get_feat(aligner.cropped_faces[0])
     return Identity(id_cond, id_vit_hidden, face, kps, embedding)
 
 
@@ -235,18 +244,3 @@ def _distance(box: np.ndarray, other: np.ndarray) -> float:
     """From the middle of `box` to that of `other`: 0 is its middle, 1 is its edge."""
     shift = box[:2] + box[2:4] - other[:2] - other[2:4]
     return (abs(shift) / _sides(other)).max()
-
-
-@contextlib.contextmanager
-def _aligning(face: tuple[np.ndarray, np.ndarray], aligner: Any) -> Iterator[None]:
-    """Let facexlib align this face, instead of detecting faces again."""
-    box, landmarks = face
-
-    def detect(only_center_face: bool) -> None:
-        aligner.det_faces, aligner.all_landmarks_5 = [box], [landmarks]
-
-    aligner.get_face_landmarks_5 = detect
-    try:
-        yield
-    finally:
-        del aligner.get_face_landmarks_5
