@@ -42,8 +42,7 @@ def preflight(
     Raises:
         TeaCacheError: in one line, for the first check that fails.
     """
-    options, jobs = request.options, request.jobs
-    asked, form = options.machine, options.format
+    options, asked, form = request.options, request.options.machine, request.options.format
     prepare_environment()
     check_encoder()
     with stages.stage("checkpoint"):
@@ -59,7 +58,7 @@ def preflight(
         dtype = choose_dtype(asked.dtype, device)
         prepare_acceleration(asked.compile, asked.quantize, asked.offload, device, dtype)
     with stages.stage("image"):
-        for job in jobs:
+        for job in request.jobs:
             photographs.look_at(job.image)
     if checkpoint is None:
         with stages.stage("download"):
@@ -94,7 +93,7 @@ def preflight(
             scheduler=options.scheduler or scheduler_name(checkpoint),
             ranks=ranks,
         )
-        return setup, shots_of(jobs, setup, photographs)
+        return setup, shots_of(request.jobs, setup, photographs)
 
 
 def shots_of(jobs: Sequence[Job], setup: Setup, photographs: PhotographStore) -> list[Shot]:
