@@ -32,13 +32,10 @@ def print_now(line: str) -> None:
 
 
 class Console:
-    """Standard output, and the current stage.
+    """Standard output, and the current stage, or that in which an error was raised.
 
     Args:
         quiet: print only the paths of the videos.
-
-    Attributes:
-        stage: the current stage, or the stage in which an error was raised.
     """
 
     def __init__(self, quiet: bool):
@@ -60,12 +57,8 @@ class Console:
     ) -> Iterator[Callable[[], None]]:
         """A progress bar over denoising steps, if standard error is a terminal.
 
-        Args:
-            counts: returns the numbers to show beside the bar, after each step.
-            what: label of the bar.
-
         Yields:
-            the function to call after each step.
+            the function to call after each step. It shows the numbers that `counts` returns.
         """
         from tqdm import tqdm
         from tqdm.contrib.logging import logging_redirect_tqdm
@@ -84,18 +77,15 @@ class Console:
 
 
 class Stages:
-    """Measures the seconds of each stage, and prints a line at the end of each.
+    """Measures the `seconds` of each stage, in order, and prints a line at the end of each.
 
     Args:
         shared: the stages that several videos of a run share. Their seconds are included.
-
-    Attributes:
-        seconds: of each finished stage, in order.
     """
 
     def __init__(self, console: Console, shared: Stages | None = None):
         self.seconds: dict[str, float] = dict(shared.seconds) if shared else {}
-        self._console = console
+        self.console = console
         self._start = time.perf_counter()
         self._before = sum(self.seconds.values())
 
@@ -104,11 +94,11 @@ class Stages:
         """Run the block as a stage."""
         interruption.check()
         start = time.perf_counter()
-        self._console.stage = name
+        self.console.stage = name
         yield
         interruption.check()
         self.seconds[name] = time.perf_counter() - start
-        self._console.say(f"{name:<12}{self.seconds[name]:8.1f} s")
+        self.console.say(f"{name:<12}{self.seconds[name]:8.1f} s")
 
     def include(self, seconds: dict[str, float]) -> None:
         """Add the seconds of an earlier run for the same video, as `with_total` returns them."""

@@ -1,7 +1,5 @@
 """Checks and settings that must come before torch is imported."""
 
-from __future__ import annotations
-
 import os
 import re
 

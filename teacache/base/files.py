@@ -1,7 +1,5 @@
 """Atomic file writes, locks, and the user's cache folder."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os
@@ -103,16 +101,11 @@ def cache_folder() -> Path:
     return caches / "teacache-consisid"
 
 
-SAMPLED_BYTES = 2**20  # of each file, for `fingerprint`
-
-
 def fingerprint(files: list[Path], times: bool = True) -> str:
     """A digest of the files' names, sizes, times of change and first megabytes.
 
-    To read all of 20 GB would take as long as to load them.
-
-    Args:
-        times: whether to include the times of change. Without, a copy has the same digest.
+    To read all of 20 GB would take as long as to load them. Without the times of change, a copy has
+    the same digest.
     """
     digest = hashlib.sha256()
     for path in sorted(files):
@@ -120,5 +113,5 @@ def fingerprint(files: list[Path], times: bool = True) -> str:
         changed = status.st_mtime_ns if times else ""
         digest.update(f"{path.name} {status.st_size} {changed} ".encode())
         with path.open("rb") as file:
-            digest.update(file.read(SAMPLED_BYTES))
+            digest.update(file.read(2**20))
     return digest.hexdigest()

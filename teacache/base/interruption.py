@@ -1,7 +1,5 @@
 """Signals (Ctrl-C, SIGTERM, a closed terminal) and the exit codes of a command."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import sys
@@ -80,8 +78,7 @@ def run_command(work: Callable[[], None], interrupted: str = "interrupted") -> i
 
     Returns:
         the exit code: 0 if done, 2 for a TeaCacheError or a missing package, 130 after an
-        interruption. Any other error
-        keeps its traceback, and Python exits with 1.
+        interruption. Any other error keeps its traceback, and Python exits with 1.
     """
     try:
         with interruptible():

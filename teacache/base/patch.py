@@ -4,23 +4,16 @@ The offload hooks of accelerate and diffusers wrap a module's forward too, and s
 that they wrap. A patch replaces the innermost forward, so both combine in any order.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from teacache.base.errors import ArgumentError
 
-if TYPE_CHECKING:
-    import torch
-
 
 def forwards(module: torch.nn.Module) -> Iterator[tuple[Any, str, Callable]]:
-    """The forwards that are stored for a module, by itself or by an offload hook.
-
-    Yields:
-        the object that stores it, the name of the attribute, and the forward.
-    """
+    """The forwards that a module or an offload hook of it stores: holder, attribute, forward."""
     hooks = getattr(getattr(module, "_diffusers_hook", None), "_fn_refs", ())
     for holder in (module, *hooks):
         for name in ("_old_forward", "original_forward", "forward"):

@@ -1,7 +1,5 @@
 """Suppresses the output of libraries, but not the warnings of this package."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging
@@ -14,7 +12,7 @@ from types import ModuleType
 
 
 def silence_libraries() -> None:
-    """Hide deprecation warnings and advice; print this package's warnings, one line each.
+    """Hide libraries' warnings; print this package's, and `?` where a terminal lacks UTF-8.
 
     A command calls this once, before it imports torch.
     """
@@ -34,10 +32,6 @@ def silence_libraries() -> None:
     own.handlers = [handler]
     own.setLevel(logging.WARNING)
     own.propagate = False
-
-
-def allow_any_encoding() -> None:
-    """Print a question mark for each character that a terminal without UTF-8 cannot show."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
 
@@ -61,11 +55,7 @@ def no_progress_bars() -> Iterator[None]:
 
 @contextlib.contextmanager
 def silent_programs() -> Iterator[Callable[[], str]]:
-    """Hide the standard error of programs that the block starts.
-
-    Yields:
-        a function that returns the last line of their output.
-    """
+    """Hide standard error of programs that the block starts; yield what returns its last line."""
     stderr = os.dup(2)
     try:
         output = tempfile.TemporaryFile()  # noqa: SIM115 - closed below

@@ -5,8 +5,6 @@ the time embedding, the scheduler's timesteps and the dtype. The same classes of
 them here and in the pipeline.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 from pathlib import Path
@@ -33,10 +31,7 @@ def scheduler_name(checkpoint: Path) -> str:
 
 
 def load_scheduler(checkpoint: Path, name: str | None) -> Scheduler:
-    """The scheduler, with the checkpoint's configuration.
-
-    Args:
-        name: `dpm` or `ddim`; None for the checkpoint's own.
+    """The scheduler `dpm` or `ddim`, or the checkpoint's own, with the checkpoint's configuration.
 
     Raises:
         CheckpointError: where the configuration is not one of that class.

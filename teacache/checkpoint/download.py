@@ -1,7 +1,5 @@
 """Downloads a checkpoint from the Hugging Face hub."""
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 import sys
@@ -25,9 +23,6 @@ def download_checkpoint(repo_id: str) -> Path:
 
     The files are written to `<name>.incomplete`, which is renamed once all are there. A second call
     after a failed download fetches the missing files.
-
-    Returns:
-        the folder.
 
     Raises:
         CheckpointError: where the repository cannot be reached or read, or the files not written.
@@ -85,11 +80,7 @@ def hub_message(error: Exception) -> str:
 
 
 def _advice(error: Exception, repo_id: str, folder: Path) -> str:
-    """Advice for a user after a failed download.
-
-    Args:
-        folder: with the files that were downloaded before.
-    """
+    """Advice for a user after a failed download into a folder."""
     from huggingface_hub import errors
 
     answer = getattr(error, "response", None)

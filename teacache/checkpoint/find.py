@@ -1,7 +1,5 @@
 """Finds a checkpoint: a folder, or a repository that the Hugging Face hub's cache has whole."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import re
@@ -16,11 +14,8 @@ logger = logging.getLogger(__name__)
 def local_checkpoint(name: str) -> Path | None:
     """The folder of that name, or the repository's in the hub's cache; None where it is in neither.
 
-    Args:
-        name: a folder, or a Hugging Face repository, `owner/name`.
-
     Raises:
-        CheckpointError: where it is neither.
+        CheckpointError: where the name is no folder's and no repository's, `owner/name`.
     """
     folder = Path(name)
     try:
@@ -48,10 +43,7 @@ def cached_snapshot(repo_id: str, whole: bool = True) -> Path | None:
     """A repository's snapshot in the hub's cache, where diffusers and `hf download` put it.
 
     It is that of the main branch, as the cache knows it; else the newest, with a warning. The
-    environment says where the cache is.
-
-    Args:
-        whole: look only at snapshots that have every file for sampling.
+    environment says where the cache is. Where `whole`, it has every file for sampling.
     """
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name

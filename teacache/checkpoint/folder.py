@@ -1,7 +1,5 @@
 """Checks a checkpoint folder, without loading a model or importing torch."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import zipfile
@@ -35,8 +33,6 @@ QUANTIZERS = {
     **{name: name for name in ("awq", "bitsandbytes", "gguf", "modelopt", "torchao")},
     **dict.fromkeys(("gptq", "quanto"), "optimum"),
 }
-# `--device auto` does not choose a CPU for larger checkpoints. ConsisID-preview has 23 GB.
-FULL_SIZE_BYTES = 4 * 2**30
 
 
 def check_checkpoint(folder: Path) -> None:
@@ -112,11 +108,8 @@ def lacking(folder: Path) -> list[str]:
 
     The names of shards are known only where their index is there.
     """
-    return [name for name in _needed(folder) if _is_missing(folder / name)]
-
-
-def _is_missing(path: Path) -> bool:
-    return not path.is_file() or path.stat().st_size == 0
+    paths = {name: folder / name for name in _needed(folder)}
+    return [name for name, path in paths.items() if not (path.is_file() and path.stat().st_size)]
 
 
 def _lfs_pointers(folder: Path) -> list[str]:
@@ -197,7 +190,7 @@ def _describe_content(folder: Path) -> str:
 def is_full_size(folder: Path) -> bool:
     """Whether the weights are too large to sample on a CPU in reasonable time."""
     files = [path for path in folder.rglob("*.safetensors") if path.is_file()]
-    return sum(path.stat().st_size for path in files) > FULL_SIZE_BYTES
+    return sum(path.stat().st_size for path in files) > 4 * 2**30  # ConsisID-preview has 23 GB
 
 
 def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin
     from transformers import PreTrainedModel
 
-MOST_CHARACTERS = 200  # of a library's message; some list every weight
-
 
 @contextlib.contextmanager
 def reading(folder: Path | str) -> Iterator[None]:
@@ -36,12 +34,9 @@ def reading(folder: Path | str) -> Iterator[None]:
         other_cause = isinstance(error, (TeaCacheError, ImportError)) or is_out_of_memory(error)
         if other_cause or "CUDA" in str(error):
             raise
-        message = _shortened(f"{type(error).__name__}: {error}")
+        # Some messages list every weight.
+        message = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
         raise CheckpointError(f"{folder} cannot be read: {message}") from error
-
-
-def _shortened(message: str) -> str:
-    return textwrap.shorten(message, MOST_CHARACTERS, placeholder=" ...")
 
 
 def load_model(
@@ -68,14 +63,13 @@ def load_model(
         except ImportError as error:
             if "quantization_config" not in read_json(folder / "config.json"):
                 raise
-            message = _shortened(str(error))
+            message = textwrap.shorten(str(error), 200, placeholder=" ...")
             raise CheckpointError(
                 f"{folder} is quantized, and cannot be read: {message}"
             ) from error
         except NotImplementedError as error:  # torch cannot copy a missing weight's meta tensor
             raise CheckpointError(f"{folder} lacks some of the model's weights") from error
-    missing = info["missing_keys"]
-    if missing:
+    if missing := info["missing_keys"]:
         raise CheckpointError(
             f"{folder} lacks {len(missing)} of the model's weights: {min(missing)}"
         )

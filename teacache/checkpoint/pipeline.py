@@ -1,7 +1,5 @@
 """Loads the pipeline of a checkpoint folder, or some of its models."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

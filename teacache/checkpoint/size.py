@@ -27,14 +27,9 @@ class VideoSize(NamedTuple):
 class Architecture:
     """The sizes of a checkpoint's transformer and VAE.
 
-    Attributes:
-        trained: the size of the training videos.
-        learned_positions: whether the positional embeddings are learned, and only for that size.
-        heads, head_dim, num_layers: of the transformer.
-        text_tokens: of each prompt.
-        patch_size: in latent pixels.
-        spatial, temporal: the VAE's compression of width and height, and of time.
-        latent_channels: of the VAE.
+    trained: the size of the training videos. learned_positions: whether the positional embeddings
+    are learned, and only for that size. patch_size: in latent pixels. spatial, temporal: the VAE's
+    compression of width and height, and of time.
     """
 
     trained: VideoSize
@@ -136,10 +131,9 @@ def check_memory(size: VideoSize) -> None:
 
 
 def check_num_frames(num_frames: int, ratio: int) -> None:
-    """Raise ArgumentError where the VAE cannot make this number of frames; it names the nearest.
+    """Raise ArgumentError where a VAE that compresses time by `ratio` cannot make that number.
 
-    Args:
-        ratio: the VAE's compression of time.
+    It names the nearest numbers.
     """
 
     def possible(number: int) -> bool:

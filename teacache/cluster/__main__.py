@@ -1,7 +1,5 @@
 """Samples many videos on all GPUs of a Ray cluster: `python3 -m teacache.cluster --help`."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import importlib.util
@@ -15,9 +13,9 @@ from collections.abc import Iterator
 from teacache.base.console import Console
 from teacache.base.errors import DeviceError, reason
 from teacache.base.interruption import run_command
-from teacache.base.quiet import allow_any_encoding, silence_libraries
+from teacache.base.quiet import silence_libraries
 from teacache.request import readers
-from teacache.request.arguments import OneLineParser, add_sampling, parse_with
+from teacache.request.arguments import OneLineParser, add_sampling, parse_arguments
 from teacache.request.values import Request
 
 RAY = "ray==2.60.0"
@@ -34,9 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     several = add_sampling(parser)
     several.add_argument("--workers", type=readers.positive, metavar="N", help=workers)
     parser.set_defaults(plan=False, shard=None, num_gpus=1)
-    args = parse_with(parser, argv)
+    args = parse_arguments(argv, parser)
     silence_libraries()
-    allow_any_encoding()
     return run_command(lambda: _sample(args))
 
 

@@ -4,8 +4,6 @@ Ray restarts a killed worker and repeats its task. A worker skips the videos tha
 no video is sampled twice.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 import os
@@ -38,8 +36,7 @@ from teacache.run.report import write_report
 class Worker:
     """Samples task after task, with models that it loads once, in the command's `folder`.
 
-    Args:
-        ignored: file names of records that do not count as finished videos.
+    The records with the file names `ignored` do not count as finished videos.
     """
 
     def __init__(self, request: Request, folder: Path, ignored: frozenset[str]):
@@ -63,14 +60,11 @@ class Worker:
             with prepared_folder(self.request.options.output_path):
                 if self.session is None:
                     self._open_session()
-                from teacache.run.loop import (  # imports diffusers: after the checks
-                    compared,
-                    sample,
-                )
+                from teacache.run import loop  # imports diffusers: after the checks
 
                 shots = shots_of(jobs, self.session.setup, self.photographs)
-                videos = sample(self.session, shots, self.finished, final=False)
-                for video in compared(videos, self.comparison, self.request.jobs):
+                videos = loop.sample(self.session, shots, self.finished, final=False)
+                for video in loop.compared(videos, self.comparison):
                     # As a tuple: to unpickle a `FinishedVideo` the command would import diffusers.
                     yield *video[:3], [each.getMessage() for each in self.warnings.buffer]
                     self.warnings.flush()
@@ -78,14 +72,13 @@ class Worker:
             raise SamplingError(". ".join(getattr(error, "__notes__", ()))) from error
 
     def _open_session(self) -> None:
-        jobs, console = self.request.jobs, Console(quiet=True)
-        stages = Stages(console)
+        jobs, stages = self.request.jobs, Stages(Console(quiet=True))
         setup, _ = preflight(replace(self.request, jobs=()), self.photographs, stages)
         from teacache.run.loop import Session, comparison_of
 
         self.finished = FinishedVideos(self.request.options.output_path, self.ignored)
         self.comparison = comparison_of(jobs, setup)
-        self.session = Session(setup, self.photographs, stages, console, len(jobs))
+        self.session = Session(setup, self.photographs, stages, len(jobs))
 
     def stop(self) -> None:
         """End `sample` within one step. Another thread calls it."""
@@ -97,12 +90,12 @@ class Pool:
 
     def __init__(self, request: Request, workers: int, gpus: int, console: Console):
         self._request, self._console = request, console
-        self._comparison = Comparison(len(request.jobs), load_analyser=lambda: None)
+        output = request.options.output_path
+        self._comparison = Comparison(request.jobs, output, load_analyser=lambda: None)
         self._pending = dict.fromkeys(request.jobs)
         self._warn = functools.cache(logging.getLogger("teacache").warning)  # each text once
         self._queue = deque(tasks(request.jobs, workers))
         self._calls: dict[Any, tuple[Any, tuple[Job, ...]]] = {}  # worker and task of each call
-        output = request.options.output_path
         known = [] if request.resume else [path.name for path in output.glob("*.json")]
         self._arguments = request, Path.cwd(), frozenset(known)
         # A second thread for `stop`. SPREAD uses all machines, also without GPUs.
@@ -118,7 +111,6 @@ class Pool:
         Raises:
             TeaCacheError: in one line, if a machine cannot sample, or videos failed.
         """
-        count = len(self._request.jobs)
         try:
             while self._pending:
                 for worker, task, error in self._ended(seconds=1):
@@ -134,13 +126,12 @@ class Pool:
                         interrupted.add_note(str(error))
             raise
         finally:
-            if count > 1:
-                write_report(
-                    self._comparison, self._request.options.output_path, count, self._console
-                )
-        if failed := count - len(self._comparison.videos):
+            if len(self._request.jobs) > 1:
+                write_report(self._comparison, self._console)
+        if failed := self._comparison.missing:
             raise SamplingError(
-                f"{failed} of {count} videos failed, see above: --resume tries them again"
+                f"{len(failed)} of {len(self._request.jobs)} videos failed, see above: --resume "
+                "tries them again"
             )
 
     def _give(self, worker: Any, task: tuple[Job, ...]) -> None:
@@ -161,7 +152,7 @@ class Pool:
                     self._warn(warning)
                 if job in self._pending:  # else a repeated task returned it again
                     del self._pending[job]
-                    self._comparison.add_earlier(self._request.jobs.index(job), path, record)
+                    self._comparison.add_earlier(job, path, record)
                     line = f"{len(self._comparison.videos)} of {len(self._request.jobs)}  {path}"
                     self._console.done(path, line)
 

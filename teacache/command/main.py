@@ -1,7 +1,5 @@
 """The command: sampling, `--plan`, or one of several ranks."""
 
-from __future__ import annotations
-
 import argparse
 import gc
 import sys
@@ -10,16 +8,9 @@ from typing import NoReturn
 from teacache.base import interruption
 from teacache.base.console import Console, Stages
 from teacache.base.environment import prepare_environment
-from teacache.base.quiet import allow_any_encoding, silence_libraries
+from teacache.base.quiet import silence_libraries
 from teacache.inputs.photograph_store import PhotographStore
-from teacache.parallel.launch import (
-    check_variables,
-    is_one_of_several,
-    launch,
-    rank,
-    run_as_rank,
-    world_size,
-)
+from teacache.parallel import launch
 from teacache.request.arguments import parse_arguments
 from teacache.request.values import Request
 from teacache.results.output_folder import prepared_folder
@@ -29,19 +20,18 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code, see `teacache.base.interruption.run_command`."""
     args = parse_arguments(argv)
     silence_libraries()
-    allow_any_encoding()
-    if is_one_of_several():
-        if code := interruption.run_command(check_variables):
+    if launch.is_one_of_several():
+        if code := interruption.run_command(launch.check_variables):
             return code
-        args.num_gpus = world_size()
+        args.num_gpus = launch.world_size()
     elif args.num_gpus > 1 and not args.plan:
-        return interruption.run_command(lambda: _check_ranks(args)) or launch(
+        return interruption.run_command(lambda: _check_ranks(args)) or launch.launch(
             args.num_gpus, main, argv
         )
     console = Console(args.quiet)
 
     def work() -> None:
-        if rank() > 0:
+        if launch.rank() > 0:
             if Request.of(args).jobs:
                 prepare_environment()
                 from teacache.run.other_ranks import help_denoising
@@ -57,8 +47,8 @@ def main(argv: list[str] | None = None) -> int:
                 console.say(f"seed        {' '.join(map(str, args.seed))}, drawn")
             sample(Request.of(args), console)
 
-    if is_one_of_several():
-        return run_as_rank(work, helping=rank() > 0)
+    if launch.is_one_of_several():
+        return launch.run_as_rank(work, helping=launch.rank() > 0)
     return interruption.run_command(work)
 
 
@@ -91,4 +81,4 @@ def sample(request: Request, console: Console) -> None:
             console.say(setup.memory)
         with stages.stage("diffusers"):
             from teacache.run.loop import run
-        run(request, setup, shots, photographs, stages, console)
+        run(request, setup, shots, photographs, stages)

@@ -1,7 +1,5 @@
 """`--plan`: the computed steps of each setting, without sampling."""
 
-from __future__ import annotations
-
 from teacache.base.console import print_now
 from teacache.base.errors import CheckpointError
 from teacache.checkpoint.folder import is_full_size
@@ -42,11 +40,7 @@ def show(request: Request) -> None:
 
 
 def describe(schedules: list[tuple[str, Schedule]]) -> str:
-    """A table of schedules, one line each, with a filled cell for each computed step.
-
-    Args:
-        schedules: each with its threshold or its name.
-    """
+    """A table of named schedules, one line each, with a filled cell for each computed step."""
     only_thresholds = all(schedule.rel_l1_thresh is not None for _, schedule in schedules)
     lines = [["rel_l1_thresh" if only_thresholds else "", "computed", "speed-up", "schedule"]]
     for name, schedule in schedules:

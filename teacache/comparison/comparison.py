@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from teacache.base.files import with_ending, written_whole
 from teacache.comparison import quality, tables
 from teacache.comparison.figure import draw_sweep
 from teacache.comparison.side_by_side import write_grid
+from teacache.request.job import Job
 from teacache.results.output_folder import claimed_stem
 from teacache.results.record import Quality, Record, write_json
 from teacache.results.video import read_video
@@ -35,12 +36,10 @@ MOST_SIDE_BY_SIDE = 64  # more videos are too many for one picture, and for memo
 class Finished:
     """A finished video.
 
-    place: its position in the order of the command line.
     frames: [frames, height, width, 3], uint8, as sampled; None for a video of an earlier run, and
         where a long list does not need them any more.
     """
 
-    place: int
     path: Path
     record: Record
     frames: np.ndarray | None
@@ -51,34 +50,31 @@ class Finished:
 
 
 class Comparison:
-    """The finished videos of a run.
+    """The finished videos of a request, by their jobs.
 
     Args:
-        videos: their expected number. Of a long list only the frames of one group stay in memory.
+        jobs: of the request. Of a long list only the frames of one group stay in memory.
+        folder: the output folder.
         load_analyser: loads insightface's detector and recogniser, with the first video.
     """
 
-    def __init__(self, videos: int, load_analyser: Callable[[], Any]):
-        self.videos: list[Finished] = []
-        self._long = videos > MOST_SIDE_BY_SIDE
+    def __init__(self, jobs: Sequence[Job], folder: Path, load_analyser: Callable[[], Any]):
+        self.jobs, self.folder = jobs, folder
+        self.videos: dict[Job, Finished] = {}
         self._analyser = functools.cache(load_analyser)
         self._baseline_frames = functools.lru_cache(maxsize=1)(lambda path: read_video(path).frames)
 
-    def add(
-        self,
-        place: int,
-        path: Path,
-        record: Record,
-        frames: list[Image.Image],
-        identity: Identity,
-    ) -> Record:
-        """Compare a video of this run, and write the figures into its record.
+    @property
+    def missing(self) -> list[Job]:
+        """The jobs without a finished video."""
+        return [job for job in self.jobs if job not in self.videos]
 
-        Returns:
-            the record with `quality`.
-        """
+    def add(
+        self, job: Job, path: Path, record: Record, frames: list[Image.Image], identity: Identity
+    ) -> Record:
+        """Compare a video of this run, write the figures into its record, and return that."""
         pixels = np.stack([np.array(frame) for frame in frames])
-        video = Finished(place, path, record, pixels)
+        video = Finished(path, record, pixels)
         figures = self._compare(video)
         reference, analyser = identity.embedding, self._analyser()
         figures["identity"] = quality.identity_similarity(pixels, reference, analyser)
@@ -89,18 +85,18 @@ class Comparison:
             logger.warning(
                 "%s: its record stays without the figures of quality: %s", path, reason(error)
             )
-        if self._long:
-            for other in self.videos:
+        if len(self.jobs) > MOST_SIDE_BY_SIDE:
+            for other in self.videos.values():
                 if other.record.settings.group != record.settings.group:
                     other.frames = None
-        self.videos.append(video)
+        self.videos[job] = video
         return video.record
 
-    def add_earlier(self, place: int, path: Path, record: Record) -> None:
+    def add_earlier(self, job: Job, path: Path, record: Record) -> None:
         """Add a video of an earlier run. Its record does not change."""
-        self.videos.append(Finished(place, path, record, None))
+        self.videos[job] = Finished(path, record, None)
 
-    def report(self, folder: Path, in_full: bool) -> tuple[str, list[Path]]:
+    def report(self, in_full: bool) -> tuple[str, list[Path]]:
         """Write `sweep_{seed}_{index:04d}` as .md and .json, and of a short sweep as .png and .mp4.
 
         Args:
@@ -111,7 +107,7 @@ class Comparison:
         """
         if not self.videos:
             return "", []
-        videos = sorted(self.videos, key=lambda video: video.place)
+        videos = [self.videos[job] for job in self.jobs if job in self.videos]
         if in_full:
             for video in videos:  # compare those of earlier runs, and those before their baseline
                 own = video.record.quality or {}
@@ -135,7 +131,7 @@ class Comparison:
         if in_full and len(videos) <= MOST_SIDE_BY_SIDE:
             writers[".png"] = lambda path: draw_sweep(rows, records, path)
             writers[".mp4"] = write_videos
-        with claimed_stem(folder, f"sweep_{records[0].settings.seed}") as stem:
+        with claimed_stem(self.folder, f"sweep_{records[0].settings.seed}") as stem:
             for ending, write in writers.items():
                 with written_whole(stem, ending) as (path,):
                     write(path)
@@ -146,7 +142,7 @@ class Comparison:
         settings = video.record.settings
         baselines = (
             other
-            for other in self.videos
+            for other in self.videos.values()
             if other.record.settings.rel_l1_thresh == 0
             and other.record.settings.group == settings.group
         )

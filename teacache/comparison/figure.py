@@ -14,21 +14,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COMPUTED, REUSED, EDGE = "#1f5fa8", "#ffffff", "#9aa7b5"
-PIXELS_WIDE, DPI = 1200, 100
 
 
 def draw_sweep(rows: list[Row], records: list[Record], path: Path) -> None:
-    """Draw the figure as a PNG, 1200 pixels wide.
-
-    Args:
-        rows: see `teacache.comparison.tables.sweep_rows`.
-        records: of the same videos, in the same order.
-    """
+    """Draw the figure as a PNG, 1200 pixels wide, of rows and records of the same videos."""
     # Not pyplot, which would choose a window system and keep every figure in memory.
     from matplotlib.figure import Figure
 
     height = max(3.6, 1.4 + 0.32 * len(rows))
-    figure = Figure(figsize=(PIXELS_WIDE / DPI, height), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(12, height), dpi=100, layout="constrained")
     cells, latency, psnr = figure.subplots(1, 3, width_ratios=[5, 2, 2])
     _draw_schedules(cells, rows, records)
     seconds = [row["latency"] for row in rows]
@@ -56,17 +50,15 @@ def _draw_schedules(axes: Axes, rows: list[Row], records: list[Record]) -> None:
         number = "" if row["rel_l1_thresh"] is None else f": {row['computed']}"
         names.append(title(row) + number)
     steps = max(row["steps"] for row in rows)
-    axes.set_xlim(0, steps)
-    axes.set_ylim(len(rows), 0)
+    axes.set(xlim=(0, steps), ylim=(len(rows), 0), xlabel="denoising step")
     axes.set_yticks([y + 0.5 for y in range(len(rows))], names)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("denoising step")
     axes.set_title("computed steps", loc="left", fontsize=10)
     axes.spines[:].set_visible(False)
     axes.legend(
         handles=[
-            Patch(facecolor=COMPUTED, edgecolor=EDGE, label="computed"),
-            Patch(facecolor=REUSED, edgecolor=EDGE, label="reused"),
+            Patch(facecolor=colour, edgecolor=EDGE, label=label)
+            for colour, label in ((COMPUTED, "computed"), (REUSED, "reused"))
         ],
         loc="lower right",
         bbox_to_anchor=(1, 1),
@@ -94,7 +86,6 @@ def _draw_curve(axes: Axes, rows: list[Row], x: Sequence[float], y: Sequence[flo
     axes.locator_params(axis="x", nbins=5)
     if not axes.lines:
         axes.text(0.5, 0.5, "no differences to show", ha="center", transform=axes.transAxes)
-        axes.set_xticks([])
-        axes.set_yticks([])
+        axes.set(xticks=[], yticks=[])
     elif len(axes.lines) > 1:
         axes.legend(frameon=False, fontsize=8)

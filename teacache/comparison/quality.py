@@ -1,7 +1,5 @@
 """The quality of a video: likeness to the video without reuse, and to the face."""
 
-from __future__ import annotations
-
 import importlib.util
 import math
 from collections.abc import Callable
@@ -25,9 +23,8 @@ def compare(frames: np.ndarray, baseline: np.ndarray) -> Quality:
 
     Returns:
         for each figure the `mean` and `worst` of the frames, the index of the `worst_frame`, and
-        `per_frame`. The PSNR of a frame
-        that equals the baseline's is null, and does not count. LPIPS is null where it cannot be
-        computed; `lpips_missing` is the reason.
+        `per_frame`. The PSNR of a frame that equals the baseline's is null, and does not count.
+        LPIPS is null where it cannot be computed; `lpips_missing` is the reason.
     """
     # Late: takes half a second, and only sweeps need it.
     from skimage.metrics import peak_signal_noise_ratio, structural_similarity

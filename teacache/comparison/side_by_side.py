@@ -1,7 +1,5 @@
 """Writes several videos side by side, each below its label."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 
@@ -19,12 +17,11 @@ CAPTION_HEIGHT = 48
 def write_grid(
     videos: list[np.ndarray], labels: list[str], path: Path, quality: float = QUALITY
 ) -> None:
-    """Write videos side by side, each below its label.
+    """Write videos side by side, each below its label of one or two lines.
 
     Args:
         videos: each [frames, height, width, 3], uint8, of the same size. The last frame of a
             shorter video stays.
-        labels: one for each video, of one or two lines.
         quality: of the mp4, 0 to 10.
     """
     columns = math.ceil(math.sqrt(len(videos)))

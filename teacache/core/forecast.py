@@ -131,9 +131,7 @@ class Forecast:
     Samples and v are [batch, latent frames, channels, height, width], in float32. Both halves of
     guidance are in the batch, which is correct because all operations are linear.
 
-    Args:
-        solver: see `solver_steps`.
-        settings: see `settings_for`.
+    solver, settings: see `solver_steps` and `settings_for`.
     """
 
     def __init__(self, solver: tuple[SolverStep, ...], settings: Settings):
@@ -142,6 +140,12 @@ class Forecast:
         # DPM's next step also uses the x0 of this one. A correction that was added to that x0 is
         # subtracted there: this is its negative.
         self._from_previous: torch.Tensor | None = None
+
+    @classmethod
+    def by(cls, scheduler: Scheduler) -> Forecast:
+        """The forecast of a video by this scheduler, after `set_timesteps`."""
+        check_scheduler(scheduler)
+        return cls(solver_steps(scheduler), settings_for(scheduler))
 
     def reused(self, step: int, sample: torch.Tensor) -> torch.Tensor:
         """v for a reused step."""

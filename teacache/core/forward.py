@@ -55,8 +55,8 @@ def apply_teacache(
             `set_timesteps` before each video.
 
     Returns:
-        The handle: `handle.schedule` is the schedule of the last video, `handle.remove()` undoes
-        the patch, and `with apply_teacache(...)` undoes it at the end of the block.
+        The handle: `handle.schedule` is the schedule of the last video; `handle.remove()`, or the
+        end of `with apply_teacache(...)`, undoes the patch.
 
     Raises:
         ArgumentError: if it is no ConsisID transformer, has TeaCache already, or is wrapped in a
@@ -127,9 +127,8 @@ def _forward(
 ) -> tuple[torch.Tensor] | Transformer2DModelOutput:
     """`ConsisIDTransformer3DModel.forward`, with the block stack computed or reused.
 
-    With the residual, a reused step skips the block stack. With the forecast, it skips everything.
-
-    A computed step has the same operations as diffusers 0.42.1,
+    With the residual, a reused step skips the block stack; with the forecast, everything. A
+    computed step has the operations of diffusers 0.42.1,
     models/transformers/consisid_transformer_3d.py.
 
     Args:
@@ -139,16 +138,19 @@ def _forward(
         id_cond, id_vit_hidden: the identity, see `VideoState.face_embedding`.
     """
     computed = handle.begin_step(timestep, hidden_states.dtype)
-    if not computed and handle.video.forecast is not None:
-        output = handle.reuse_forecast(hidden_states)
+    forecast, step = handle.video.forecast, handle.video.step
+    if forecast is not None:  # the noisy latents, without the image's
+        sample = hidden_states[:, :, : self.config.out_channels].float()
+    if forecast is not None and not computed:
+        output = forecast.reused(step, sample).to(hidden_states.dtype)
     else:
         emb = embed_timestep(self, timestep, hidden_states.dtype, timestep_cond)
         identity = id_cond, id_vit_hidden
         output = _predict(
             self, handle, hidden_states, encoder_hidden_states, emb, image_rotary_emb, identity
         )
-        if handle.video.forecast is not None:
-            output = handle.correct_by_forecast(hidden_states, output)
+        if forecast is not None:
+            output = forecast.computed(step, sample, output.float()).to(output.dtype)
     handle.end_step()
     return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
@@ -176,20 +178,22 @@ def _predict(
 
     share = handle.ranks.share(batch_size, text_seq_length, video_seq_length)
     hidden_states, emb = hidden_states[share.batch], emb[share.batch]
-    if handle.video.is_computed:
+    state = handle.video
+    if state.is_computed:
         text, video = embed(self, encoder_hidden_states[share.batch], hidden_states, share)
         if image_rotary_emb is not None:
             cosines, sines = image_rotary_emb
             image_rotary_emb = cosines[share.video], sines[share.video]
         face = None
         if self.is_train_face:
-            face = handle.video.face_embedding(self, *identity, video)
+            face = state.face_embedding(self, *identity, video)
         out = run_blocks(self, video, text, emb, image_rotary_emb, face)
-        handle.keep_residual(before=video, after=out)
+        if state.forecast is None and state.step + 1 in state.plan.reused_steps:
+            state.residual = out - video
         video = out
     else:
-        video = embed_video(self.patch_embed, hidden_states)[:, share.video]
-        video = handle.reuse_residual(video)
+        assert state.residual is not None, "the first step is computed"
+        video = embed_video(self.patch_embed, hidden_states)[:, share.video] + state.residual
 
     # Norms and projection work on each token alone, so the text tokens are not needed.
     video = self.norm_final(video)  # two statements: the input is freed before the next norm
@@ -227,13 +231,8 @@ def embed(
 def embed_video(patch_embed: CogVideoXPatchEmbed, hidden_states: torch.Tensor) -> torch.Tensor:
     """The video tokens of `patch_embed(text, hidden_states)`, bit for bit, without the text.
 
-    A reused step needs no text tokens. Their projection costs as much as the rest of the step.
-
-    Args:
-        hidden_states: [batch, latent frames, channels, height, width].
-
-    Returns:
-        [batch, video tokens, inner dim].
+    From [batch, latent frames, channels, height, width] to [batch, video tokens, inner dim]. A
+    reused step needs no text tokens. Their projection costs as much as the rest of the step.
     """
     batch_size, num_frames, _, height, width = hidden_states.shape
     patches = patch_embed.proj(hidden_states.flatten(0, 1))  # [batch x frames, inner dim, h, w]

@@ -1,36 +1,22 @@
 """TeaCache on one transformer: its settings, and the state of the current video."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import Any, NoReturn, Self
 
 import torch
+from diffusers import ConsisIDTransformer3DModel
 
 from teacache.base.errors import ArgumentError
 from teacache.base.patch import take_away
-from teacache.core.forecast import Forecast, check_scheduler, settings_for, solver_steps
+from teacache.core import rule
+from teacache.core.forecast import Forecast, Scheduler
 from teacache.core.ranks import ALONE
-from teacache.core.rule import (
-    REUSES,
-    Coefficients,
-    Limits,
-    Schedule,
-    check_threshold,
-    distances_between,
-    schedule,
-    whole_number,
-)
+from teacache.core.rule import REUSES, Coefficients, Limits, Schedule, whole_number
 from teacache.core.state import VideoState, embed_timestep, is_at
-
-if TYPE_CHECKING:
-    from diffusers import ConsisIDTransformer3DModel
-
-    from teacache.core.forecast import Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +33,10 @@ class TeaCacheHandle:
     `ranks` share each step.
 
     Args:
-        transformer: the transformer that is patched.
-        reuse: one of `REUSES`, or None: the forecast for a number of computed steps, else the
-            residual.
+        reuse: one of `REUSES`, or None, as for `apply_teacache`.
         scheduler: returns the scheduler of the current video.
-        forward: replaces the transformer's forward. A function of the transformer, this handle, and
-            the arguments of the forward.
+        forward: replaces the transformer's forward; takes the transformer, this handle, and the
+            arguments of the forward.
     """
 
     def __init__(
@@ -87,7 +71,7 @@ class TeaCacheHandle:
 
     @rel_l1_thresh.setter
     def rel_l1_thresh(self, value: float) -> None:
-        self._rel_l1_thresh = check_threshold(value)
+        self._rel_l1_thresh = rule.check_threshold(value)
 
     def follow(self, steps: Schedule | Iterable[int] | int | None) -> None:
         """Compute these steps from the next video on. None restores the threshold rule.
@@ -178,8 +162,7 @@ class TeaCacheHandle:
             self._forget()
             video = VideoState(timesteps, self._plan(timesteps, len(timestep), dtype))
             if video.plan.reuse == "forecast" and video.plan.reused_steps:
-                check_scheduler(scheduler)
-                video.forecast = Forecast(solver_steps(scheduler), settings_for(scheduler))
+                video.forecast = Forecast.by(scheduler)
             self._video = video
         elif video.thread != threading.get_ident() or not is_at(timestep, timesteps[video.step]):
             raise ArgumentError(ONE_VIDEO)
@@ -193,62 +176,19 @@ class TeaCacheHandle:
         if self.video.step == len(self.video.timesteps):
             self._forget()
 
-    def keep_residual(self, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Store the residual of the block stack, if the next step reuses it.
-
-        Args:
-            before, after: [batch, video tokens, inner dim], input and output of the block stack.
-        """
-        video = self.video
-        if video.forecast is None and video.step + 1 in video.plan.reused_steps:
-            video.residual = after - before
-
-    def reuse_residual(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Input plus cached residual, [batch, video tokens, inner dim], in place of the blocks."""
-        assert self.video.residual is not None, "the first step is computed"
-        return hidden_states + self.video.residual
-
-    def reuse_forecast(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The output of a reused step, by the forecast.
-
-        Args:
-            hidden_states: the transformer's input, [batch, latent frames, channels, height, width].
-        """
-        video = self.video
-        assert video.forecast is not None
-        v = video.forecast.reused(video.step, self._sample(hidden_states))
-        return v.to(hidden_states.dtype)
-
-    def correct_by_forecast(
-        self, hidden_states: torch.Tensor, output: torch.Tensor
-    ) -> torch.Tensor:
-        """The output of a computed step, corrected if it follows a reused step."""
-        video = self.video
-        assert video.forecast is not None
-        v = video.forecast.computed(video.step, self._sample(hidden_states), output.float())
-        return v.to(output.dtype)
-
-    def _sample(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The noisy latents of the input, in float32, without the image's latents."""
-        return hidden_states[:, :, : self.transformer.config.out_channels].float()
-
     def _plan(self, timesteps: torch.Tensor, batch: int, dtype: torch.dtype) -> Schedule:
         """The schedule of a new video. It depends only on the timestep embeddings."""
         plan = self._followed
         if not isinstance(plan, Schedule):
-            distances = distances_between(
+            distances = rule.distances_between(
                 [embed_timestep(self.transformer, t.expand(batch), dtype) for t in timesteps]
             )
             how = self.rel_l1_thresh, self.coefficients, self.limits, self.reuse
-            plan = schedule(distances, *how, computed_steps=plan)
+            plan = rule.schedule(distances, *how, computed_steps=plan)
         elif plan.num_steps != len(timesteps):
             raise ArgumentError(
                 f"a schedule of {plan.num_steps} steps cannot be followed in {len(timesteps)}"
             )
-        self._warn_of_distances(plan)
-        return plan
-
-    def _warn_of_distances(self, plan: Schedule) -> None:
         inner = [step for step in plan.steps_outside_fitted_range if step < plan.num_steps - 1]
         # Threshold 0 and listed steps do not depend on the coefficients.
         if inner and plan.rel_l1_thresh and not self._warned:
@@ -260,6 +200,7 @@ class TeaCacheHandle:
                 plan.distances[inner[0]],
                 plan.coefficients.source,
             )
+        return plan
 
     def _forget(self) -> None:
         """Clear the caches of the last video; its schedule stays available."""

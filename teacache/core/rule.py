@@ -96,9 +96,8 @@ def whole_number(value: Any, name: str) -> int:
 class Coefficients:
     """The polynomial that rescales a relative L1 distance, and its source.
 
-    Args:
-        values: the coefficients, highest power first.
-        fitted_range: the distances that the fit covers; outside, p may be negative.
+    values: highest power first. fitted_range: the distances that the fit covers; outside, p may be
+    negative.
     """
 
     values: tuple[float, ...]
@@ -164,11 +163,8 @@ PUBLISHED = Limits()
 def relative_l1(embedding: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
     """Relative distance of two timestep embeddings: mean(|e_t - e_(t-1)|) / mean(|e_(t-1)|).
 
-    It is a scalar in their dtype: the rounding of bfloat16 is part of the published rule.
-
-    Args:
-        embedding: [batch, time_embed_dim], the output of `time_embedding` at this step.
-        previous: the same at the step before, computed or reused.
+    Both are [batch, time_embed_dim], outputs of `time_embedding`; the previous step was computed or
+    reused. A scalar in their dtype: the rounding of bfloat16 is part of the published rule.
     """
     return (embedding - previous).abs().mean() / previous.abs().mean()
 
@@ -176,8 +172,7 @@ def relative_l1(embedding: torch.Tensor, previous: torch.Tensor) -> torch.Tensor
 def distances_between(embeddings: Sequence[torch.Tensor]) -> tuple[float | None, ...]:
     """The distance of each step to the one before; None for the first. One synchronisation.
 
-    Args:
-        embeddings: of each denoising step, [batch, time_embed_dim].
+    embeddings: of each denoising step, [batch, time_embed_dim].
     """
     import torch
 

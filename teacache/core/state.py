@@ -1,19 +1,14 @@
 """The state of one video, from its first denoising step to its last."""
 
-from __future__ import annotations
-
 import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
+from diffusers import ConsisIDTransformer3DModel
 
 from teacache.base.errors import ArgumentError
 from teacache.core.forecast import Forecast
 from teacache.core.rule import Schedule
-
-if TYPE_CHECKING:
-    from diffusers import ConsisIDTransformer3DModel
 
 
 @dataclass
@@ -59,10 +54,8 @@ class VideoState:
     ) -> torch.Tensor:
         """The local facial extractor's output, [1, queries, output dim], computed once a video.
 
-        Args:
-            id_cond: [1, 1280].
-            id_vit_hidden: five of [1, 577, ViT width].
-            like: a tensor with the device and dtype of the computation.
+        id_cond: [1, 1280]. id_vit_hidden: five of [1, 577, ViT width]. like: a tensor with the
+        device and dtype of the computation.
         """
         if id_cond is None or id_vit_hidden is None:
             raise ArgumentError("this transformer needs an identity: id_cond and id_vit_hidden")
@@ -84,10 +77,8 @@ def _same_tensors(inputs: list[torch.Tensor], known: list[torch.Tensor]) -> bool
 def is_at(timestep: torch.Tensor, expected: torch.Tensor) -> bool:
     """Whether the transformer is called at the expected timestep.
 
-    A sampler passes a view of the scheduler's timesteps. Then no synchronisation is necessary.
-
-    Args:
-        timestep: [batch]; expected: a scalar, one of the scheduler's timesteps.
+    timestep: [batch]. expected: a scalar, one of the scheduler's timesteps. A sampler passes a view
+    of these. Then no synchronisation is necessary.
     """
     if torch._C._is_alias_of(timestep, expected):  # type: ignore[attr-defined]
         return int(timestep.storage_offset()) == int(expected.storage_offset())
@@ -100,12 +91,9 @@ def embed_timestep(
     dtype: torch.dtype,
     timestep_cond: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The timestep embedding, [batch, time_embed_dim], as in the transformer's forward.
+    """The embedding of timesteps, [batch] to [batch, time_embed_dim], as in the plain forward.
 
     The sinusoids are always float32; the embedding is computed in the sampling dtype.
-
-    Args:
-        timestep: [batch].
     """
     sinusoids = transformer.time_proj(timestep).to(dtype)
     return transformer.time_embedding(sinusoids, timestep_cond)

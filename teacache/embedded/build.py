@@ -5,8 +5,6 @@ transformer and face detector are trained (README.md). The text encoder and the 
 are random, from seeds.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -17,8 +15,6 @@ from teacache.base.quiet import no_progress_bars
 from teacache.embedded import faces, weights
 from teacache.embedded.configuration import SCHEDULER, SEED, TRANSFORMER, VAE, fill
 from teacache.embedded.text_encoder import write_text_encoder
-
-TIME_EMBEDDING_SEED = 4
 
 
 def write_checkpoint(folder: Path) -> None:
@@ -66,7 +62,7 @@ def smooth_time_embedding(transformer: ConsisIDTransformer3DModel) -> None:
     """
     embedding = transformer.time_embedding
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(TIME_EMBEDDING_SEED)
+        torch.manual_seed(4)
         embedding.linear_1.reset_parameters()
         embedding.linear_2.reset_parameters()
         weight = embedding.linear_1.weight  # [time_embed_dim, inner dim]

@@ -1,7 +1,5 @@
 """The embedded checkpoint in the user's cache folder. Only its build imports torch."""
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 from pathlib import Path
@@ -38,9 +36,6 @@ def build_tiny_checkpoint(folder: Path) -> None:
     """Build the embedded checkpoint, unless another process has built it meanwhile.
 
     A temporary folder is renamed at the end, so an interrupted build leaves no incomplete folder.
-
-    Raises:
-        CheckpointError: where it cannot be written.
     """
     temporary = folder.with_name(f".{folder.name}.part")
     try:

@@ -1,7 +1,5 @@
 """The configurations of the embedded checkpoint's models, and its random weights."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

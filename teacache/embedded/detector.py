@@ -109,11 +109,7 @@ class _GraphOperations:
 
 
 def retinaface_state(weights: Weights, full: Weights) -> Weights:
-    """The state of facexlib's RetinaFace that computes this network.
-
-    Args:
-        full: a state of the full network, for names and shapes.
-    """
+    """The state of facexlib's RetinaFace that computes this network, with the shapes of `full`."""
     state = {name: torch.zeros_like(value) for name, value in full.items()}
     for name, value in state.items():
         if name.endswith("running_var"):
@@ -142,13 +138,10 @@ def scrfd_graph(
 ) -> tuple[list[Any], dict[str, np.ndarray], list[str]]:
     """The network with SCRFD's input and outputs: nodes, constants and names of outputs.
 
-    The input is RGB, (pixels - 127.5) / 128. The outputs, each for all strides, are: scores;
-    distances from the anchor's middle to the edges of the box; and to the key points; both in
-    strides. RetinaFace's anchors are in the middle of a cell, SCRFD's at its corner. The score is
-    a half where the probability is FACEXLIB_SURE, so that both detectors detect the same faces.
-
-    Args:
-        canvas: width and height of the input.
+    The input is RGB, canvas x canvas, (pixels - 127.5) / 128. The outputs, each for all strides,
+    are: scores; distances from the anchor's middle to the edges of the box; and to the key points;
+    both in strides. RetinaFace's anchors are in the middle of a cell, SCRFD's at its corner. The
+    score is a half where the probability is FACEXLIB_SURE, so that both detect the same faces.
     """
     ops = _GraphOperations(weights)
     mean = np.array(MEAN)[:, None, None]

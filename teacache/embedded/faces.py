@@ -31,9 +31,7 @@ IR_VERSION = 8
 def write_face_encoder(folder: Path, vit_dim: int, detector: Weights) -> None:
     """Write every file that `prepare_face_models` of diffusers reads below `folder`.
 
-    Args:
-        vit_dim: width of EVA-CLIP's vision tower, the transformer's `LFE_vit_dim`.
-        detector: weights of the trained network, see `detector`.
+    vit_dim: width of EVA-CLIP's vision tower. detector: weights of the trained network.
     """
     models = folder / "models" / "antelopev2"
     models.mkdir(parents=True)

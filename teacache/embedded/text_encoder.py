@@ -1,7 +1,5 @@
 """The embedded checkpoint's text encoder and tokenizer."""
 
-from __future__ import annotations
-
 import io
 import random
 import zlib

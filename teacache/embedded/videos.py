@@ -4,8 +4,6 @@ The embedded checkpoint was not trained on the portraits of `held_out` and of ha
 was trained on portraits like those of `training` and of the other half.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import NamedTuple

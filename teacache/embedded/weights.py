@@ -4,8 +4,6 @@ The face extractor and the time embedding are random, from seeds, and are not st
 training see README.md.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

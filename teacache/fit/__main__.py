@@ -82,7 +82,7 @@ def fit_coefficients(args: argparse.Namespace) -> None:
     from teacache.preflight.checks import preflight
 
     setup, shots = preflight(request, photographs, stages)
-    changes = _measure(setup, shots, photographs, stages, console)
+    changes = _measure(setup, shots, photographs, stages)
     from teacache.fit.residuals import fit  # imports torch: not for `--help`
 
     distances = shots[0].schedule.distances
@@ -110,11 +110,7 @@ def fit_coefficients(args: argparse.Namespace) -> None:
 
 
 def _measure(
-    setup: Setup,
-    shots: Sequence[Shot],
-    photographs: PhotographStore,
-    stages: Stages,
-    console: Console,
+    setup: Setup, shots: Sequence[Shot], photographs: PhotographStore, stages: Stages
 ) -> list[list[float]]:
     """Sample the videos; return the changes of each, see `residual_changes`."""
     from teacache.fit.residuals import residual_changes
@@ -134,7 +130,7 @@ def _measure(
         start = prepare(models.pipe, identity, setup.size, shot.job.seed)
         text = condition.text(device)
         loop = Loop(models.pipe, start, text, setup.size, steps, guidance_scale)
-        with console.bar(steps, what=f"video {number + 1} of {len(shots)}") as on_step:
+        with stages.console.bar(steps, what=f"video {number + 1} of {len(shots)}") as on_step:
             changes.append(residual_changes(models.pipe.transformer, loop, steps, on_step))
     return changes
 

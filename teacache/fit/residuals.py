@@ -4,23 +4,17 @@ TeaCache fits it by least squares (arXiv:2411.19108, section 3.3). Nothing guara
 residual depends only on the timestep embedding; R2 measures how well the fit explains it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from diffusers import ConsisIDTransformer3DModel
 
 from teacache.base.errors import SamplingError
 from teacache.core.rule import Coefficients, relative_l1
 from teacache.request.readers import DEGREE
-
-if TYPE_CHECKING:
-    from diffusers import ConsisIDTransformer3DModel
-
-    from teacache.sampling.sampler import Loop
+from teacache.sampling.sampler import Loop
 
 
 @torch.no_grad()
@@ -34,7 +28,6 @@ def residual_changes(
 
     Args:
         transformer: the loop's, with TeaCache at threshold 0.
-        on_step: called after each step.
 
     Returns:
         for each step the relative L1 distance of its residual to the one before; NaN for the first.
@@ -69,9 +62,7 @@ def fit(
 ) -> tuple[Coefficients, float]:
     """The polynomial, and its R2: the share of the variance of the changes that it explains.
 
-    Args:
-        distances: of each step, see `teacache.core.rule.distances_between`.
-        changes: of each video, see `residual_changes`.
+    distances: of each step. changes: of each video, see `residual_changes`.
 
     Raises:
         SamplingError: where too few of the changes are finite.

@@ -4,14 +4,13 @@ The models that compute them are large, and nothing else needs them. Each is loa
 cache lacks something, and is freed before the next one is loaded.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import importlib.metadata
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,13 +19,9 @@ from teacache.base.errors import without_credentials
 from teacache.base.files import fingerprint
 from teacache.checkpoint.pipeline import load_pipeline
 from teacache.inputs import identity as faces
+from teacache.inputs.embedding_cache import EmbeddingCache
+from teacache.inputs.photograph_store import Photograph, PhotographStore
 from teacache.inputs.text import EmbeddedText, embed_text
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from teacache.inputs.embedding_cache import EmbeddingCache
-    from teacache.inputs.photograph_store import Photograph, PhotographStore
 
 TEXT_PACKAGES = ("torch", "transformers", "diffusers", "sentencepiece")
 # Some packages have several names; one of them is installed.
@@ -36,25 +31,19 @@ FACE_PACKAGES = (
 )
 
 
+@dataclass
 class Conditioning:
     """The faces and texts of one run.
 
-    Args:
-        offload: see `teacache.load_pipeline`.
-        cache: of the embeddings of earlier runs.
+    offload: see `teacache.load_pipeline`. cache: of the embeddings of earlier runs.
     """
 
-    def __init__(
-        self,
-        checkpoint: Path,
-        device: torch.device,
-        dtype: torch.dtype,
-        offload: str,
-        cache: EmbeddingCache,
-    ):
-        self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
-        self.offload, self.cache = offload, cache
-        self._fingerprints: dict[str, str] = {}
+    checkpoint: Path
+    device: torch.device
+    dtype: torch.dtype
+    offload: str
+    cache: EmbeddingCache
+    _fingerprints: dict[str, str] = field(default_factory=dict, init=False)
 
     def find_faces(
         self, sources: Iterable[str], photographs: PhotographStore

@@ -5,25 +5,20 @@ checkpoint or library has another entry. The least recently read entries are rem
 grows too large.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
 import logging
 import os
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 
 from teacache.base.errors import reason
 from teacache.base.files import locked, with_ending, written_whole
-
-if TYPE_CHECKING:
-    from collections.abc import Collection
-
-    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -35,25 +30,16 @@ ENDING = ".safetensors"
 class EmbeddingCache:
     """Entries of named tensors, each a safetensors file.
 
-    Any number of processes may share a folder. A damaged entry is computed again. Where the folder
-    cannot be written to, a warning is logged and the run goes on.
-
-    Args:
-        folder: created with the first entry.
-        most_bytes: size limit of all entries together.
+    Any number of processes may share a folder, which is created with the first entry. A damaged
+    entry is computed again. Where the folder cannot be written to, a warning is logged and the run
+    goes on.
     """
 
     def __init__(self, folder: Path, most_bytes: int = MOST_BYTES):
         self.folder, self.most_bytes = folder, most_bytes
 
     def get(self, key: dict[str, str], names: Collection[str]) -> dict[str, torch.Tensor] | None:
-        """The tensors under a key, on the CPU; None where there is no entry or it is damaged.
-
-        Args:
-            names: of the tensors. An entry with other tensors counts as damaged.
-        """
-        from safetensors.torch import load  # it imports torch
-
+        """The tensors of these names under a key, on the CPU; None without a whole entry."""
         path = self.path_of(key)
         try:
             # Copied to aligned memory: a CPU sums up in another order where it is not.
@@ -72,8 +58,6 @@ class EmbeddingCache:
 
     def put(self, key: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
         """Store tensors under a key, unless another process is storing them."""
-        from safetensors.torch import save_file
-
         stem = self.path_of(key).with_suffix("")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,5 @@
 """The identity of a face image: the embeddings and the aligned face that ConsisID takes."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
@@ -9,7 +7,7 @@ import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -22,16 +20,11 @@ from teacache.checkpoint.loading import reading
 
 logger = logging.getLogger(__name__)
 
-if TYPE_CHECKING:
-    from facexlib.utils.face_restoration_helper import FaceRestoreHelper
-
 EVA_CLIP = "EVA02-CLIP-L-14-336"  # the model; `face_encoder/` may hold its configuration, a .json
-HIDDEN_STATES = 5  # ConsisID reads as many of EVA-CLIP's 24 layers
-# The names of the tensors of `as_tensors`.
-HIDDEN = tuple(f"id_vit_hidden_{n}" for n in range(HIDDEN_STATES))
+# The names of the tensors of `as_tensors`. ConsisID reads 5 of EVA-CLIP's 24 layers.
+HIDDEN = tuple(f"id_vit_hidden_{n}" for n in range(5))
 TENSORS = ("id_cond", *HIDDEN, "face", "kps", "embedding")
 SMALL_FACE_PIXELS = 64
-UPSTREAM_PIXELS = 1024
 
 
 class Identity(NamedTuple):
@@ -145,16 +138,14 @@ def find_identity(
     There are two detectors: insightface's for the recogniser, facexlib's to align the face.
     Upstream takes the largest face of the first and the central face of the second. Here both
     take the same face. Where insightface does not detect it, the recogniser reads the aligned face.
-
-    Args:
-        name: of the image, for messages.
+    Messages have the image's name.
 
     Raises:
         ImageError: where facexlib detects no face.
     """
     from diffusers.pipelines.consisid import consisid_utils
 
-    picture = consisid_utils.resize_numpy_image_long(np.array(image), UPSTREAM_PIXELS)
+    picture = consisid_utils.resize_numpy_image_long(np.array(image), 1024)
     recognised, alignable = _choose_face(picture, models, name)
     box = recognised[0]["bbox"] if recognised else alignable[0]
     side = _sides(box).min()
@@ -188,34 +179,39 @@ def aligned_identity(
     """
     from diffusers.pipelines.consisid import consisid_utils
 
-    with torch.no_grad(), _aligning(alignable, models.aligner):
-        id_cond, id_vit_hidden, face, kps = consisid_utils.process_face_embeddings_infer(
-            models.aligner,
-            models.eva_clip,
-            models.recogniser,
-            models.clip_mean,
-            models.clip_std,
-            SimpleNamespace(get=lambda _: recognised),
-            str(device),
-            dtype,
-            picture,
-            is_align_face=True,
-        )
+    aligner, (box, landmarks) = models.aligner, alignable
+
+    def detect(only_center_face: bool) -> None:
+        aligner.det_faces, aligner.all_landmarks_5 = [box], [landmarks]
+
+    aligner.get_face_landmarks_5 = detect  # instead of detecting faces again
+    try:
+        with torch.no_grad():
+            id_cond, id_vit_hidden, face, kps = consisid_utils.process_face_embeddings_infer(
+                aligner,
+                models.eva_clip,
+                models.recogniser,
+                models.clip_mean,
+                models.clip_std,
+                SimpleNamespace(get=lambda _: recognised),
+                str(device),
+                dtype,
+                picture,
+                is_align_face=True,
+            )
+    finally:
+        del aligner.get_face_landmarks_5
     if recognised:
         embedding = recognised[0]["embedding"]
     else:
-        (embedding,) = models.recogniser.get_feat(models.aligner.cropped_faces[0])
+        (embedding,) = models.recogniser.get_feat(aligner.cropped_faces[0])
     return Identity(id_cond, id_vit_hidden, face, kps, embedding)
 
 
 def _choose_face(
     picture: np.ndarray, models: FaceModels, name: str
 ) -> tuple[list, tuple[np.ndarray, np.ndarray]]:
-    """The largest face, as `aligned_identity` takes it from each detector.
-
-    Args:
-        picture: [height, width, 3], uint8 RGB.
-    """
+    """The largest face in [height, width, 3], uint8 RGB, as `aligned_identity` takes it."""
     bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
     recognised = sorted(models.analyser.get(bgr), key=lambda face: _sides(face["bbox"]).prod())
     aligner = models.aligner
@@ -248,18 +244,3 @@ def _distance(box: np.ndarray, other: np.ndarray) -> float:
     """From the middle of `box` to that of `other`: 0 is its middle, 1 is its edge."""
     shift = box[:2] + box[2:4] - other[:2] - other[2:4]
     return (abs(shift) / _sides(other)).max()
-
-
-@contextlib.contextmanager
-def _aligning(face: tuple[np.ndarray, np.ndarray], aligner: FaceRestoreHelper) -> Iterator[None]:
-    """Let facexlib align this face, instead of detecting faces again."""
-    box, landmarks = face
-
-    def detect(only_center_face: bool) -> None:
-        aligner.det_faces, aligner.all_landmarks_5 = [box], [landmarks]
-
-    aligner.get_face_landmarks_5 = detect
-    try:
-        yield
-    finally:
-        del aligner.get_face_landmarks_5

@@ -1,11 +1,7 @@
 """Division of a denoising step among several GPUs, and the valid numbers of GPUs."""
 
-from __future__ import annotations
-
 from teacache.base.errors import ArgumentError
 from teacache.core.ranks import Ranks
-
-LARGEST = 64  # number of GPUs that an error message suggests
 
 
 def divide(num_gpus: int, guided: bool, heads: int, text: int, video: int) -> Ranks:
@@ -13,7 +9,6 @@ def divide(num_gpus: int, guided: bool, heads: int, text: int, video: int) -> Ra
 
     Args:
         guided: whether there are two halves of guidance.
-        heads: attention heads.
         text, video: tokens of one sample.
 
     Raises:
@@ -22,7 +17,7 @@ def divide(num_gpus: int, guided: bool, heads: int, text: int, video: int) -> Ra
     ranks = _ranks(num_gpus, guided, heads, text, video)
     if ranks is not None:
         return ranks
-    fitting = [n for n in range(1, LARGEST) if _ranks(n, guided, heads, text, video)]
+    fitting = [n for n in range(1, 64) if _ranks(n, guided, heads, text, video)]
     near = [n for n in fitting if n < num_gpus][-1:] + [n for n in fitting if n > num_gpus][:1]
     raise ArgumentError(
         f"--num_gpus {num_gpus}: {text + video} tokens and {heads} heads cannot be divided among "

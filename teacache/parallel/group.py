@@ -1,22 +1,19 @@
 """The process group of the ranks: connection, Ulysses attention, broadcast of orders."""
 
-from __future__ import annotations
-
 import datetime
 import functools
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from diffusers import ConsisIDTransformer3DModel, ContextParallelConfig, ParallelConfig
+from diffusers.models import attention_dispatch as dispatch
 
 from teacache.base.errors import ArgumentError, DeviceError
 from teacache.core.ranks import Ranks
 from teacache.parallel.launch import rank, world_size
 from teacache.parallel.meeting import meet
-
-if TYPE_CHECKING:
-    from diffusers import ConsisIDTransformer3DModel, ParallelConfig
 
 # Timeout for an order. Meanwhile the first rank downloads, decodes and compares.
 TIMEOUT = datetime.timedelta(days=7)
@@ -74,10 +71,8 @@ def receive() -> Any:
 def join(transformer: ConsisIDTransformer3DModel, ranks: Ranks, device: torch.device) -> Ranks:
     """Extend the transformer's attention to the tokens of all parts, by diffusers' Ulysses.
 
-    All ranks call it, after their attention processors are set.
-
-    Returns:
-        the ranks, with the number of this one.
+    All ranks call it, after their attention processors are set. Returns the ranks, with the number
+    of this one.
     """
     if ranks.parts > 1:
         config = _exchange(ranks, device)
@@ -89,8 +84,6 @@ def join(transformer: ConsisIDTransformer3DModel, ranks: Ranks, device: torch.de
 @functools.cache
 def _exchange(ranks: Ranks, device: torch.device) -> ParallelConfig:
     """The configuration for diffusers' dispatcher. Cached, since it creates process groups."""
-    from diffusers import ContextParallelConfig, ParallelConfig
-
     names = ("guidance", "ring", "ulysses")
     shape = (ranks.halves, 1, ranks.parts)
     mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
@@ -102,14 +95,10 @@ def _exchange(ranks: Ranks, device: torch.device) -> ParallelConfig:
 
 
 def check_backend(name: str, backend: str) -> None:
-    """Raise ArgumentError if diffusers does not support Ulysses with a backend.
+    """Raise ArgumentError if diffusers does not support Ulysses with a backend of its dispatcher.
 
-    Args:
-        name: the value of `--attention`.
-        backend: its name in the dispatcher.
+    name: the value of `--attention`.
     """
-    from diffusers.models import attention_dispatch as dispatch
-
     supported = dispatch._AttentionBackendRegistry._is_context_parallel_available
     if not supported(dispatch.AttentionBackendName(backend)):
         raise ArgumentError(

@@ -1,7 +1,5 @@
 """Starts one process for each GPU by torch's elastic launcher, and determines the exit code."""
 
-from __future__ import annotations
-
 import atexit
 import ctypes
 import logging
@@ -19,10 +17,7 @@ from teacache.base.errors import ArgumentError, TeaCacheError
 
 # Exit code of a rank that failed only because another rank ended.
 LOST_OTHER_RANKS = 3
-LOST_SECONDS = 3.0  # before such a rank ends, so that the launcher sees the other's end first
 INTERRUPTED = 130
-VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of torch's launcher
-SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 _launched = False  # whether `launch` has started this process
 
@@ -39,7 +34,8 @@ def is_of_another_launcher() -> bool:
 
 def check_variables() -> None:
     """Raise ArgumentError where the variables of a launcher are incomplete or no numbers."""
-    found = {name: os.environ.get(name, "") for name in VARIABLES}
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of torch's launcher
+    found = {name: os.environ.get(name, "") for name in names}
     alone = found["WORLD_SIZE"] == "1"
     wrong = [
         f"{name} is {value!r}" if value else f"{name} is not set"
@@ -113,7 +109,7 @@ def run_as_rank(work: Callable[[], None], helping: bool) -> int:
     try:
         if sys.platform == "linux":
             death_signal = signal.SIGKILL if helping else signal.SIGTERM
-            ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, death_signal)
+            ctypes.CDLL(None).prctl(1, death_signal)  # 1: PR_SET_PDEATHSIG of linux/prctl.h
         if helping:
             code = _run_as_helper(work)
         else:
@@ -124,7 +120,7 @@ def run_as_rank(work: Callable[[], None], helping: bool) -> int:
         if not isinstance(error, DistError) and "gloo" not in str(error):
             raise
         code = LOST_OTHER_RANKS
-        time.sleep(LOST_SECONDS)
+        time.sleep(3.0)  # so that the launcher sees the other's end first
     if code:
         _end_at_once(code)
     atexit.register(_end_at_once, 0)  # after torch's launcher has reported the end
@@ -152,8 +148,7 @@ def _end_at_once(code: int) -> NoReturn:
 def _explain(codes: dict[int, int], processes: int) -> int:
     """Print which rank failed, unless it has printed an error itself; return the exit code.
 
-    Args:
-        codes: exit codes of the ranks that failed; negative for a signal.
+    codes: exit codes of the ranks that failed; negative for a signal.
     """
     consequences = (LOST_OTHER_RANKS, -signal.SIGTERM, INTERRUPTED)
     causes = {rank: code for rank, code in codes.items() if code not in consequences} or codes

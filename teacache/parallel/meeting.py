@@ -1,7 +1,5 @@
 """Waiting for the other ranks, where torch would wait for them in C++ and hear no signal."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import os
@@ -17,10 +15,6 @@ from teacache.base import interruption
 from teacache.base.errors import DeviceError, reason
 from teacache.parallel.launch import INTERRUPTED, is_of_another_launcher, rank, world_size
 
-SILENT_SECONDS = 10.0  # of a wait, after which it is explained
-TRY_SECONDS = 1.0  # of one attempt to reach rank 0
-ANSWER = datetime.timedelta(seconds=20)  # within which what answers there shows to be a store
-
 
 def meet() -> dist.Store:
     """The store of all ranks, once all of them are there.
@@ -31,7 +25,7 @@ def meet() -> dist.Store:
         DeviceError: where rank 0 cannot open MASTER_PORT, or something else answers there.
     """
     store: dist.Store | None = None
-    explain_at = time.monotonic() + SILENT_SECONDS
+    explain_at = time.monotonic() + 10.0
     with _ending_by_signals() if rank() > 0 else contextlib.nullcontext():
         while True:
             interruption.check()
@@ -59,8 +53,9 @@ def _reach() -> dist.Store | None:
     opens = rank() == 0 and not agents
     try:
         if not opens:  # torch would write an error of its own for each try
-            socket.create_connection((host, port), timeout=TRY_SECONDS).close()
-        store = dist.TCPStore(host, port, is_master=opens, timeout=ANSWER, wait_for_workers=False)
+            socket.create_connection((host, port), timeout=1.0).close()
+        answer = datetime.timedelta(seconds=20)  # by then what answers shows to be a store
+        store = dist.TCPStore(host, port, is_master=opens, timeout=answer, wait_for_workers=False)
     except dist.DistError as error:
         raise DeviceError(f"MASTER_ADDR {host}, MASTER_PORT {port}: {reason(error)}") from error
     except OSError:

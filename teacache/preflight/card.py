@@ -3,23 +3,18 @@
 `teacache/sampling/README.md` has the table, and says which figures were measured.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+import torch
 
 from teacache.base.device import free_memory_bytes, total_memory_bytes
 from teacache.checkpoint.folder import weight_files, weight_shapes
-from teacache.checkpoint.size import Architecture
+from teacache.checkpoint.size import Architecture, VideoSize
+from teacache.request.values import Machine
 from teacache.sampling.decoder_memory import decoding_bytes
-
-if TYPE_CHECKING:
-    import torch
-
-    from teacache.checkpoint.size import VideoSize
-    from teacache.request.values import Machine
 
 GIB = 2**30
 # Memory of denoising beyond the weights, in multiples of all tokens in the sampling dtype. On an

@@ -37,16 +37,12 @@ if TYPE_CHECKING:
 def preflight(
     request: Request, photographs: PhotographStore, stages: Stages
 ) -> tuple[Setup, list[Shot]]:
-    """Check a request on this machine, whose output folder is there.
-
-    Returns:
-        the setup, and a shot for each of the request's jobs, in their order.
+    """Check a request on this machine; return its setup, and a shot for each of its jobs.
 
     Raises:
         TeaCacheError: in one line, for the first check that fails.
     """
-    options, jobs = request.options, request.jobs
-    asked, form = options.machine, options.format
+    options, asked, form = request.options, request.options.machine, request.options.format
     prepare_environment()
     check_encoder()
     with stages.stage("checkpoint"):
@@ -62,7 +58,7 @@ def preflight(
         dtype = choose_dtype(asked.dtype, device)
         prepare_acceleration(asked.compile, asked.quantize, asked.offload, device, dtype)
     with stages.stage("image"):
-        for job in jobs:
+        for job in request.jobs:
             photographs.look_at(job.image)
     if checkpoint is None:
         with stages.stage("download"):
@@ -97,7 +93,7 @@ def preflight(
             scheduler=options.scheduler or scheduler_name(checkpoint),
             ranks=ranks,
         )
-        return setup, shots_of(jobs, setup, photographs)
+        return setup, shots_of(request.jobs, setup, photographs)
 
 
 def shots_of(jobs: Sequence[Job], setup: Setup, photographs: PhotographStore) -> list[Shot]:
@@ -174,14 +170,11 @@ def ranks_of(options: Options, checkpoint: Path, size: VideoSize) -> Ranks:
 
 
 def find_checkpoint(name: str, complete: bool = True) -> Path | None:
-    """The folder of a checkpoint, or None if it is not downloaded yet.
-
-    Args:
-        name: `tiny`, a folder, or a Hugging Face repository, `owner/name`.
-        complete: check that no file is missing.
+    """The folder of `tiny`, of a folder's name or of a repository; None if it is not here yet.
 
     Raises:
-        CheckpointError: if the name is none of these, or a file is missing or cannot be used.
+        CheckpointError: if the name is none of these, or, where it must be complete, a file is
+            missing or cannot be used.
     """
     if name == "tiny":
         from teacache.embedded.cached import cached_tiny_checkpoint

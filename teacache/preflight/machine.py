@@ -1,7 +1,5 @@
 """The values of `--device`, `--num_gpus` and `--dtype` on this machine."""
 
-from __future__ import annotations
-
 import textwrap
 
 import torch
@@ -15,7 +13,6 @@ def choose_device(name: str, full_size: bool = False, offload: str = "none") -> 
 
     Args:
         full_size: whether sampling with the checkpoint would take days on a CPU.
-        offload: the value of `--offload`.
 
     Raises:
         DeviceError: if the machine lacks the device, if `auto` finds no GPU for a full-size

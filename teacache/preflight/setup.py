@@ -21,14 +21,12 @@ class Setup:
     """What all videos of a run share. It is made once.
 
     Attributes:
-        options: as on the command line.
         checkpoint: its folder, complete.
         checkpoint_sha256: digest of the transformer's files.
         machine: the options' one, without `auto`.
         memory: the memory plan in one line; empty on a CPU.
         backend: of the attention, see `teacache.sampling.attention.choose_backend`.
         scheduler: `dpm` or `ddim`.
-        ranks: how several GPUs share each denoising step.
     """
 
     options: Options

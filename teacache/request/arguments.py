@@ -1,9 +1,8 @@
 """The command line of the sampler: the parser, and defaults that depend on other arguments."""
 
-from __future__ import annotations
-
 import argparse
 import secrets
+from collections.abc import Iterable
 from typing import NoReturn
 
 from teacache.base.errors import one_line, without_credentials
@@ -26,16 +25,15 @@ DEFAULT_PROMPT = (
 TINY_PROMPT = "An astronaut comes closer in front of a blue background in bright light."
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments(
+    argv: list[str] | None = None, parser: argparse.ArgumentParser | None = None
+) -> argparse.Namespace:
     """Parse the command line, and fill in defaults that depend on other arguments.
 
-    Exits with code 2 and one line if an argument is wrong.
+    Exits with code 2 and one line if an argument is wrong. Another command has its own parser, see
+    `add_sampling`.
     """
-    return parse_with(build_parser(), argv)
-
-
-def parse_with(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """Like `parse_arguments`, with the parser of another command; see `add_sampling`."""
+    parser = parser or build_parser()
     args = parser.parse_args(argv)
     args.drawn = "random" in args.seed
     if args.drawn and args.shard:
@@ -69,7 +67,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the sampler, with the published arguments first."""
+    """The parser of the sampler."""
     parser = OneLineParser(
         prog="teacache_sample_video.py",
         description="Sample an identity-preserving video with ConsisID and TeaCache.",
@@ -77,23 +75,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--rel_l1_thresh 0.15",
         allow_abbrev=False,
     )
-    add_sampling(parser)
-    _add_group(parser, flags.OWN_GROUP)
+    add_sampling(parser, flags.GROUPS)
     return parser
 
 
-def add_sampling(parser: argparse.ArgumentParser) -> argparse._ActionsContainer:
-    """Add every argument of a command that samples videos.
-
-    Returns:
-        the last group, "several videos", for more arguments.
-    """
-    groups = [_add_group(parser, title) for title in flags.GROUPS if title != flags.OWN_GROUP]
-    return groups[-1]
-
-
-def _add_group(parser: argparse.ArgumentParser, title: str) -> argparse._ActionsContainer:
-    group = parser.add_argument_group(title)
-    for flag in flags.GROUPS[title]:
-        flag.add_to(group)
+def add_sampling(
+    parser: argparse.ArgumentParser, titles: Iterable[str] = flags.SHARED
+) -> argparse._ActionsContainer:
+    """Add groups of arguments, by default those of every command that samples; return the last."""
+    for title in titles:
+        group = parser.add_argument_group(title)
+        for flag in flags.GROUPS[title]:
+            flag.add_to(group)
     return group

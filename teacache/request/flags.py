@@ -1,6 +1,4 @@
-"""The table of the command's flags, for the parser, `--help` and the README."""
-
-from __future__ import annotations
+"""The table of the command's flags, for the parser, `--help` and `teacache/command/README.md`."""
 
 import argparse
 from pathlib import Path
@@ -20,8 +18,7 @@ class Flag:
     Args:
         spelling: name and metavar, with dots if it takes several values.
         meaning: help text in Markdown.
-        default: None if it depends on other flags.
-        shown: description of the default, if its value does not describe it.
+        default, shown: its value, None if it depends on other flags; and its description.
         reading: more arguments of `add_argument`: `type`, `choices` and so on.
     """
 
@@ -53,10 +50,6 @@ class Flag:
         if self.reading.get("action") == "append" or values[0].startswith("-"):
             return [f"--{self.name}={value}" for value in values]
         return [f"--{self.name}", *values]
-
-    def row(self) -> str:
-        """The flag's line in the README's table."""
-        return f"| `--{self.spelling}` | {self.shown} | {self.meaning} |"
 
 
 PUBLISHED = (
@@ -278,15 +271,15 @@ ALONE = (
     ),
 )
 
-OWN_GROUP = "shards and plan"  # not for other commands that sample videos
 GROUPS: dict[str, tuple[Flag, ...]] = {
     "as published": PUBLISHED,
     "the video": VIDEO,
     "which steps are computed": STEPS,
     "the machine": MACHINE,
     "several videos": SEVERAL,
-    OWN_GROUP: ALONE,
+    "shards and plan": ALONE,
 }
+SHARED = tuple(GROUPS)[:-1]  # with other commands that sample videos
 FLAGS = {flag.name: flag for group in GROUPS.values() for flag in group}
 
 
@@ -294,13 +287,3 @@ def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
     """Add some of the flags to the parser of another command."""
     for name in names:
         FLAGS[name].add_to(parser)
-
-
-def table() -> str:
-    """The README's tables of all flags in Markdown, one for each group."""
-    groups = []
-    for title, group in GROUPS.items():
-        lines = [f"{title[0].upper()}{title[1:]}:", ""]
-        lines += ["| argument | default | meaning |", "| --- | --- | --- |"]
-        groups.append("\n".join([*lines, *(flag.row() for flag in group)]))
-    return "\n\n".join(groups)

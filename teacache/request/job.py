@@ -1,7 +1,5 @@
 """One video of a request."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from teacache.core.rule import PUBLISHED, Limits

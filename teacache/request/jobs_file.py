@@ -1,7 +1,5 @@
 """The file of `--jobs`, which lists many videos."""
 
-from __future__ import annotations
-
 import argparse
 import csv
 import json

@@ -3,8 +3,6 @@
 Each function raises ArgumentTypeError with a short message if the text is not valid.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json
@@ -43,8 +41,7 @@ class Shard:
 def text(value: str) -> str:
     """Text that can be written as UTF-8, without control characters except white space.
 
-    Args:
-        value: surrogates in it stand for bytes of the command line that are not UTF-8.
+    Surrogates stand for bytes of the command line that are not UTF-8.
     """
     for character in value:
         category = unicodedata.category(character)
@@ -217,9 +214,8 @@ def _json_file(value: str) -> object:
 def coefficients_of(data: object) -> Coefficients:
     """Convert the content of a coefficients file: `values`, `fitted_range` and `source`.
 
-    Args:
-        data: a JSON object. `values` (five numbers) is required. Without `fitted_range`, or with
-            null, the range is unbounded. The keys of `PROVENANCE` are ignored.
+    `values` (five numbers) is required. Without `fitted_range`, or with null, the range is
+    unbounded. The keys of `PROVENANCE` are ignored.
 
     Raises:
         ArgumentError: naming the key that is wrong.

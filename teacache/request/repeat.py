@@ -1,7 +1,5 @@
 """The command that repeats one video: the values of a request as words again."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Division of many videos among shards, or among the workers of a cluster."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

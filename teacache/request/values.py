@@ -58,12 +58,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Request:
-    """The whole request.
-
-    Attributes:
-        jobs: the videos of this run.
-        all_jobs: the videos of all shards; without `--shard` the same as `jobs`.
-    """
+    """The whole request. jobs: the videos of this run; all_jobs: those of all shards."""
 
     options: Options
     jobs: tuple[Job, ...]

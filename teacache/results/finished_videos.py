@@ -1,7 +1,5 @@
 """The complete videos of an output folder, found by their settings."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections import defaultdict
 from pathlib import Path
@@ -11,10 +9,9 @@ from teacache.results.video import count_frames
 
 
 class FinishedVideos:
-    """The videos of a folder that have a record. Each record is read once, when it is needed.
+    """The videos of a folder that have a record, whose file name is none of `ignored`.
 
-    Args:
-        ignored: file names of records that do not count.
+    Each record is read once, when it is needed.
     """
 
     def __init__(self, folder: Path, ignored: frozenset[str] = frozenset()):
@@ -33,9 +30,8 @@ class FinishedVideos:
     def find(self, settings: Settings) -> tuple[Path, Record] | None:
         """A complete video with these settings and its record, or None.
 
-        Args:
-            settings: an empty `image_sha256` means that the image was not read. Then its source is
-                compared, and the newest video is returned.
+        An empty `image_sha256` means that the image was not read. Then its source is compared, and
+        the newest video is returned.
         """
         for path in self._files.pop(settings.prefix, []):
             if record := read_record(path):

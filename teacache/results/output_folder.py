@@ -1,7 +1,5 @@
 """The output folder: its checks before a run, and the names of its files."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import itertools
@@ -50,10 +48,7 @@ def check_space(
 
     An mp4 takes less than a tenth of its frames' bytes; above the published quality less than six
     tenths, as 4:2:0 colour has half of the bytes. All other files together (latents, record,
-    figure, side-by-side video) take less than one more video.
-
-    Args:
-        size: width and height in pixels, and number of frames.
+    figure, side-by-side video) take less than one more video. size: see `VideoSize`.
     """
     tenths = 1 if quality <= QUALITY else 6
     video = math.prod(size) * 3 * tenths // 10 + 2**20
@@ -70,10 +65,8 @@ def claimed_stem(folder: Path, prefix: str, latents: Path | None = None) -> Iter
     """Hold a free name, `folder/{prefix}_{index:04d}` without an ending, while the block runs.
 
     The index is the lowest without files and without a process that holds the name. A process
-    looks for files only while it holds the name.
-
-    Args:
-        latents: a file of latents of an earlier run. If it is in the folder, its name comes first.
+    looks for files only while it holds the name. The name of an earlier run's latents, if they are
+    in the folder, comes first.
     """
     stems: Iterator[Path] = (folder / f"{prefix}_{index:04d}" for index in itertools.count())
     if latents is not None and latents.parent == folder:

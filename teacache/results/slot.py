@@ -4,16 +4,15 @@ The latents are written before they are decoded, so that no end of the process l
 SIGKILL. They are removed when video and record are complete.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
@@ -25,16 +24,11 @@ from teacache.results.output_folder import LATENTS_ENDING, claimed_stem
 from teacache.results.record import Record, Settings
 from teacache.results.video import write_video
 
-if TYPE_CHECKING:
-    import torch
-    from PIL import Image
-
 
 class Slot:
     """A name of its own in the output folder, and its files. Made by `claimed_slot`.
 
     Args:
-        stem: the name, without an ending.
         mp4, json_file: temporary paths of video and record.
         latents: the file of latents of an earlier run, or None.
 
@@ -95,9 +89,7 @@ def claimed_slot(folder: Path, prefix: str, latents: Path | None = None) -> Iter
     An error of the block also says where the latents are: an error that a user can act on becomes
     an OutputError, in one line; any other, and running out of memory, gets a note.
 
-    Args:
-        prefix: of the name, `folder/{prefix}_{index:04d}`.
-        latents: a file of latents of an earlier run, whose name the slot takes.
+    Its name is `folder/{prefix}_{index:04d}`, or that of an earlier run's latents.
 
     Raises:
         OutputError: where the video or its record cannot be written.

@@ -27,7 +27,6 @@ COLOURS = (
     "h264_metadata=matrix_coefficients=6:video_full_range_flag=0"
     ":colour_primaries=1:transfer_characteristics=13"
 )
-FULL_BYTES = 2**16  # with less free space, a full disk is reported as the cause
 
 
 class DecodedVideo(NamedTuple):
@@ -71,7 +70,7 @@ def write_video(frames: list[Image.Image], path: Path, quality: float = QUALITY)
         if written != len(frames):
             # Without ffmpeg's prefix: [out#0/mp4 @ 0x55d0c8a1] ...
             cause = re.sub(r"^(\[[^]]*\] *)+", "", last_line()).rstrip(".") or "no message"
-            if shutil.disk_usage(path.parent).free < FULL_BYTES:
+            if shutil.disk_usage(path.parent).free < 2**16:
                 cause = os.strerror(errno.ENOSPC)  # ffmpeg's last line may not mention it
             raise OSError(f"the encoder wrote {written} of {len(frames)} frames: {cause}")
 

@@ -4,11 +4,11 @@ Face models, text encoder and transformer follow one another on the GPU, so each
 load. The conditions of a window wait in host memory, and a video's move to the GPU at its turn.
 """
 
-from __future__ import annotations
-
 import logging
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
 
 from teacache.base.console import Stages
 from teacache.base.files import cache_folder
@@ -19,9 +19,6 @@ from teacache.inputs.identity import Identity, from_tensors
 from teacache.inputs.photograph_store import PhotographStore
 from teacache.inputs.text import Text
 from teacache.preflight.setup import Setup, Shot
-
-if TYPE_CHECKING:
-    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -88,9 +85,3 @@ class Conditions:
 def window_size() -> int:
     """The number of videos in a window, by the memory of this machine."""
     return min(max(host_memory_bytes() // SHARE // CONDITION_BYTES, 1), LARGEST)
-
-
-def windows(shots: Sequence[Shot], size: int) -> Iterator[Sequence[Shot]]:
-    """Divide shots into windows, in their order."""
-    for start in range(0, len(shots), size):
-        yield shots[start : start + size]

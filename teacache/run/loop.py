@@ -1,12 +1,11 @@
 """The loop of every run: conditions of a window of videos, then latents, mp4 and record of each."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
+from PIL import Image
 
 from teacache.base.console import Console, Stages
 from teacache.checkpoint.folder import is_full_size
@@ -19,15 +18,12 @@ from teacache.request.values import Request
 from teacache.results.finished_videos import FinishedVideos
 from teacache.results.record import Record, summary
 from teacache.results.slot import claimed_slot
-from teacache.run.conditions import Condition, window_size, windows
+from teacache.run.conditions import Condition, window_size
 from teacache.run.memory import explained_out_of_memory
 from teacache.run.recording import completed, record_of, settings_of
 from teacache.run.report import add_others, write_report, write_report_of_shards
 from teacache.run.resume import pending, saved_latents
 from teacache.run.session import Session
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 CPU = torch.device("cpu")
 SHORT_PROMPT = 30  # words; the published one has 110
@@ -44,31 +40,26 @@ class FinishedVideo(NamedTuple):
 
 
 def run(
-    request: Request,
-    setup: Setup,
-    shots: Sequence[Shot],
-    photographs: PhotographStore,
-    stages: Stages,
-    console: Console,
+    request: Request, setup: Setup, shots: list[Shot], photographs: PhotographStore, stages: Stages
 ) -> None:
     """Sample every video of a request; compare them if there are several."""
-    jobs = request.all_jobs
-    folder = setup.options.output_path
-    finished = FinishedVideos(folder) if request.resume else None
-    session = Session(setup, photographs, stages, console, len(shots))
+    jobs, console = request.all_jobs, stages.console
+    finished = FinishedVideos(setup.options.output_path) if request.resume else None
+    session = Session(setup, photographs, stages, len(shots))
     comparison = comparison_of(jobs, setup)
     try:
-        for video in compared(sample(session, shots, finished, final=True), comparison, jobs):
+        for video in compared(sample(session, shots, finished, final=True), comparison):
             if video.frames and (console.quiet or len(jobs) == 1):
                 console.done(video.path, summary(video.path, video.record))
         session.end()
-        missing = add_others(comparison, jobs, shots, setup) if comparison else 0
-        if comparison and request.shard:
-            write_report_of_shards(comparison, request, missing, console)
+        if comparison:
+            add_others(comparison, shots, setup)
+            if request.shard:
+                write_report_of_shards(comparison, request.shard, console)
     finally:
         # A sweep that failed or was interrupted also has a report.
         if comparison and not request.shard:
-            write_report(comparison, folder, len(jobs), console)
+            write_report(comparison, console)
 
 
 def sample(
@@ -77,10 +68,10 @@ def sample(
     """Sample videos; yield each after it is written, and first those that were finished before.
 
     Args:
-        finished: the videos of earlier runs, for `--resume`; None to sample all.
+        finished: of earlier runs, for `--resume`; None to sample all.
         final: whether these are the session's last videos, see `DecoderMemory.to_decode`.
     """
-    setup, console, remaining = session.setup, session.console, []
+    setup, console, remaining = session.setup, session.stages.console, []
     if finished:
         finished.list_folder()
     for shot in shots:
@@ -96,7 +87,8 @@ def sample(
     if len(remaining) > (window := window_size()):
         console.say(f"window      faces and texts of {window} videos at a time")
     with explained_out_of_memory(setup.machine, console):
-        for part in windows(remaining, window):
+        for start in range(0, len(remaining), window):
+            part = remaining[start : start + window]
             for shot, condition in zip(part, session.conditions(part), strict=True):
                 with pending(shot, setup, finished, console) as (locked, other):
                     if other:
@@ -114,9 +106,9 @@ def _sample(
     """Sample a video, and write it with its record."""
     setup = session.setup
     session.load(condition)
-    stages = Stages(session.console, shared=session.stages)
+    stages = Stages(session.stages.console, shared=session.stages)
     latents: torch.Tensor
-    saved = saved_latents(shot, setup, stages, session.console) if resume else None
+    saved = saved_latents(shot, setup, stages) if resume else None
     if saved:
         latents, record, file = saved
     else:
@@ -137,20 +129,20 @@ def comparison_of(jobs: Sequence[Job], setup: Setup) -> Comparison | None:
     """A comparison of several videos; None for a single one."""
     if len(jobs) == 1:
         return None
-    return Comparison(len(jobs), lambda: load_analyser(setup.checkpoint))
+    folder = setup.options.output_path
+    return Comparison(jobs, folder, lambda: load_analyser(setup.checkpoint))
 
 
 def compared(
-    videos: Iterator[FinishedVideo], comparison: Comparison | None, jobs: Sequence[Job]
+    videos: Iterator[FinishedVideo], comparison: Comparison | None
 ) -> Iterator[FinishedVideo]:
-    """Add each video to a comparison, at the place of its job; yield it with its figures."""
-    places = {job: place for place, job in enumerate(jobs)}
+    """Add each video to a comparison; yield it with its figures."""
     for video in videos:
         job, path, record, frames, identity = video
         if comparison and frames and identity:
-            record = comparison.add(places[job], path, record, frames, identity)
+            record = comparison.add(job, path, record, frames, identity)
         elif comparison:
-            comparison.add_earlier(places[job], path, record)
+            comparison.add_earlier(job, path, record)
         yield video._replace(record=record)
 
 

@@ -1,7 +1,5 @@
 """Out-of-memory errors in one line: the stage, the size of the allocation, flags that take less."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Iterator
@@ -38,11 +36,9 @@ def explained_out_of_memory(machine: Machine, console: Console) -> Iterator[None
 
 
 def out_of_memory(error: BaseException, stage: Stage | None, machine: Machine) -> str:
-    """The line for an out-of-memory error, with flags that take less, the fastest first.
+    """The line for an out-of-memory error in a stage of a run on this machine.
 
-    Args:
-        stage: in which memory ran out; None before the first.
-        machine: of this run. Only flags that take less than its own are named.
+    It names the flags that take less than the machine's own, the fastest first.
     """
     size = re.search(r"allocate ([\d.]+ \w+)", str(error))
     flags = [] if machine.vae_tiling == "on" else ["--vae_tiling"]

@@ -1,9 +1,9 @@
 """Opens the models of a session: pipeline, accelerations, TeaCache and its ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+from diffusers import ConsisIDPipeline
 
 from teacache.checkpoint.pipeline import load_pipeline
 from teacache.core.forward import apply_teacache
@@ -19,9 +19,6 @@ from teacache.sampling.decoder import use_lean_decoder
 from teacache.sampling.decoder_memory import DecoderMemory
 from teacache.sampling.lora import fuse_loras
 from teacache.sampling.streaming import stream_blocks
-
-if TYPE_CHECKING:
-    from diffusers import ConsisIDPipeline
 
 
 class Models(NamedTuple):
@@ -44,11 +41,7 @@ class Task(NamedTuple):
 def open_models(
     setup: Setup, videos: int = 1, parts: tuple[str, ...] = ("transformer", "vae")
 ) -> Models:
-    """Load transformer, scheduler and, if it is one of the parts, the VAE.
-
-    Args:
-        videos: their number, by which the decoder is compiled or not.
-    """
+    """Load transformer, scheduler and, if it is one of the parts, the VAE, for so many videos."""
     machine = setup.machine
     pipe = load_pipeline(
         setup.checkpoint,

@@ -5,8 +5,6 @@ the transformer, and wait for videos. For each video the first rank broadcasts i
 start, and all ranks run the same loop. Each rank caches its own share of the residual.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from typing import Any
@@ -56,13 +54,12 @@ def help_denoising(device_name: str) -> None:
     Raises:
         DeviceError: if the machine lacks something.
     """
-    console = Console(quiet=True)
-    stages = Stages(console)
+    stages = Stages(Console(quiet=True))
     device = own_device(choose_device(device_name))
     group.connect(device)
     if (setup := group.receive()) is not None:
         setup = dataclasses.replace(setup, device=device)
-        with explained_out_of_memory(setup.machine, console):
+        with explained_out_of_memory(setup.machine, stages.console):
             with stages.stage("loading"):
                 models = open_models(setup, parts=("transformer",))
             with stages.stage("denoising"):

@@ -1,7 +1,5 @@
 """The record of a video: its settings and its measurements."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 
@@ -59,11 +57,7 @@ def settings_of(shot: Shot, setup: Setup) -> Settings:
 
 
 def record_of(shot: Shot, setup: Setup, step_seconds: list[float], stages: Stages) -> Record:
-    """The record of a video after denoising.
-
-    Args:
-        step_seconds: of each denoising step.
-    """
+    """The record of a video after denoising."""
     done = shot.schedule
     return Record(
         settings=settings_of(shot, setup),
@@ -86,11 +80,7 @@ def record_of(shot: Shot, setup: Setup, step_seconds: list[float], stages: Stage
 def completed(
     record: Record, shot: Shot, setup: Setup, stages: Stages, video: Path, video_bytes: int
 ) -> Record:
-    """The record of a video after decoding.
-
-    Args:
-        video: its path, which it has soon.
-    """
+    """The record of a video after decoding, with the path that it has soon."""
     file, tiling = video.with_suffix(".json"), record.settings.vae_tiling
     return dataclasses.replace(
         record,

@@ -1,13 +1,11 @@
 """`--resume`: videos and latents in the output folder that need no second computation."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
 from safetensors.torch import load_file
 
 from teacache.base.console import Console, Stages
@@ -17,9 +15,6 @@ from teacache.results.output_folder import locked_name
 from teacache.results.record import Record
 from teacache.results.slot import find_latents
 from teacache.run.recording import settings_of
-
-if TYPE_CHECKING:
-    import torch
 
 
 @contextlib.contextmanager
@@ -49,22 +44,20 @@ def pending(
 
 
 def saved_latents(
-    shot: Shot, setup: Setup, stages: Stages, console: Console
+    shot: Shot, setup: Setup, stages: Stages
 ) -> tuple[torch.Tensor, Record, Path] | None:
     """Latents of a video that an earlier run saved and did not decode.
 
-    Args:
-        stages: of the video; the seconds of the earlier run are added.
-
     Returns:
-        the latents, their record with the settings of this run, and their file; or None.
+        the latents, their record with the settings of this run, and their file; or None. The
+        seconds of the earlier run are added to the stages.
     """
     settings = settings_of(shot, setup)
     saved = next(find_latents(setup.options.output_path, settings), None)
     if saved is None:
         return None
     path, record = saved
-    console.say(f"latents     {path}")
+    stages.console.say(f"latents     {path}")
     stages.include(record.seconds)
     latents = load_file(path)["latents"].to(setup.device)
     return latents, dataclasses.replace(record, settings=settings), path

@@ -1,12 +1,12 @@
 """Samples one video after the other, with models that are loaded once."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
 
-from teacache.base.console import Console, Stages
+import torch
+from PIL import Image
+
+from teacache.base.console import Stages
 from teacache.inputs.photograph_store import PhotographStore
 from teacache.preflight.setup import Setup, Shot
 from teacache.run.conditions import Condition, Conditions
@@ -14,29 +14,16 @@ from teacache.run.models import Models, Task, denoise, open_models
 from teacache.run.other_ranks import OtherRanks
 from teacache.sampling import acceleration, sampler
 
-if TYPE_CHECKING:
-    import torch
-    from PIL import Image
-
 
 class Session:
-    """The stages of a video, from photograph and prompt to frames.
+    """The stages of each of `videos` videos, from photograph and prompt to frames.
 
     Args:
         stages: shared by all videos.
-        videos: number of videos that the session will sample.
     """
 
-    def __init__(
-        self,
-        setup: Setup,
-        photographs: PhotographStore,
-        stages: Stages,
-        console: Console,
-        videos: int = 1,
-    ):
-        self.setup, self.console, self.stages = setup, console, stages
-        self._videos = videos
+    def __init__(self, setup: Setup, photographs: PhotographStore, stages: Stages, videos: int):
+        self.setup, self.stages, self._videos = setup, stages, videos
         self._others = OtherRanks(setup)
         self._conditions = Conditions(setup, photographs, stages)
         self._models: Models | None = None
@@ -72,20 +59,14 @@ class Session:
                 sampler.decode(models.pipe, latents)
 
     def denoise(self, shot: Shot, condition: Condition, stages: Stages) -> sampler.Denoised:
-        """The latents of a video.
-
-        Args:
-            stages: of this video.
-        """
+        """The latents of a video, in its own stages."""
         models, steps = self.load(condition), shot.job.num_infer_steps
         with stages.stage("encoding"):
             start = self._start_of(models, shot, condition)
         task = Task(shot.schedule, start, condition.text(self.setup.device), steps)
         self._others.denoise(task)
-        with (
-            stages.stage("denoising"),
-            self.console.bar(steps, models.handle.counts) as on_step,
-        ):
+        bar = stages.console.bar(steps, models.handle.counts)
+        with stages.stage("denoising"), bar as on_step:
             return denoise(models, self.setup, task, on_step)
 
     def _start_of(self, models: Models, shot: Shot, condition: Condition) -> sampler.Start:
@@ -98,11 +79,7 @@ class Session:
         return self._start
 
     def decode(self, latents: torch.Tensor, condition: Condition, last: bool) -> list[Image.Image]:
-        """The frames of a video.
-
-        Args:
-            last: whether it is the session's last one, see `DecoderMemory.to_decode`.
-        """
+        """The frames of a video; see `DecoderMemory.to_decode` for the last one."""
         models = self.load(condition)
         with models.memory.to_decode(last):
             return sampler.decode(models.pipe, latents)

@@ -26,8 +26,6 @@ DECODER_FORMS = 64
 # Loading the compiled decoder from disk costs about what compiled decoding saves in this many
 # videos.
 COMPILED_DECODER_PAYS_FROM = 8
-# Hopper, the first CUDA capability with fast float8 matrix units.
-FLOAT8_CAPABILITY = (9, 0)
 COMPILER_SECONDS = 60  # an empty file takes 0.1 s
 
 
@@ -78,11 +76,7 @@ def check_compiler(device: torch.device) -> None:
 
 
 def _compiler_failure(compiler: list[str], suffix: str) -> str:
-    """Compile an empty file to a shared library; return the reason if that fails, else "".
-
-    Args:
-        compiler: the program and its arguments.
-    """
+    """Compile an empty file to a shared library; return the reason if that fails, else ""."""
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder) / f"empty{suffix}", Path(folder) / "empty.so"
         source.touch()
@@ -106,7 +100,7 @@ def _compiler_failure(compiler: list[str], suffix: str) -> str:
 
 def check_float8(device: torch.device, dtype: torch.dtype) -> None:
     """Run a float8 layer; raise DeviceError if it does not work."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
         raise DeviceError("--quantize fp8 needs a GPU with float8 matrix units, Hopper or later")
     if importlib.util.find_spec("torchao") is None:
         raise DeviceError("--quantize fp8 needs the package torchao: pip install torchao==0.18.0")
@@ -168,14 +162,10 @@ def quantize_fp8(transformer: ConsisIDTransformer3DModel) -> None:
 
 def _to_float8(module: torch.nn.Module) -> None:
     """Convert a linear layer, or all linear layers within a module, to float8, in place."""
-    from torchao.quantization import (
-        Float8DynamicActivationFloat8WeightConfig,
-        PerRow,
-        quantize_,
-    )
+    from torchao import quantization
 
-    # Inductor's settings belong to the whole process.
-    config = Float8DynamicActivationFloat8WeightConfig(
-        granularity=PerRow(), set_inductor_config=False
+    config = quantization.Float8DynamicActivationFloat8WeightConfig(
+        granularity=quantization.PerRow(),
+        set_inductor_config=False,  # its settings belong to the whole process
     )
-    quantize_(module, config)
+    quantization.quantize_(module, config)

@@ -9,16 +9,10 @@ that it has allocated, and frees its inputs early. The largest tensor, inside th
 For sampling only: in-place operations prevent gradients.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
+from diffusers import ConsisIDTransformer3DModel
 from diffusers.models.activations import GELU
 from diffusers.models.transformers.consisid_transformer_3d import ConsisIDBlock
-
-if TYPE_CHECKING:
-    from diffusers import ConsisIDTransformer3DModel
 
 
 class LeanGELU(GELU):
@@ -39,15 +33,12 @@ class LeanBlock(ConsisIDBlock):
         temb: torch.Tensor,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same as `ConsisIDBlock.forward`.
+        """The same as `ConsisIDBlock.forward`: returns video and text as new tensors.
 
         Args:
             hidden_states, encoder_hidden_states: video and text, [batch, tokens, inner dim]; not
                 modified.
             temb: [batch, time embed dim].
-
-        Returns:
-            video and text, as new tensors.
         """
         text_tokens = encoder_hidden_states.shape[1]
         video, text, gate, text_gate = self.norm1(hidden_states, encoder_hidden_states, temb)

@@ -13,31 +13,19 @@ without that. They compute the same numbers in the same order. For sampling only
 operations prevent gradients.
 """
 
-from __future__ import annotations
-
 import functools
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
-    CogVideoXCausalConv3d,
-    CogVideoXDecoder3D,
-    CogVideoXResnetBlock3D,
-    CogVideoXSpatialNorm3D,
-    CogVideoXUpBlock3D,
-)
+from diffusers.models.autoencoders import autoencoder_kl_cogvideox as cogvideox
 
 from teacache.base.patch import put_in_place
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKLCogVideoX
 
 Cache = dict[str, torch.Tensor | None]
 Caches = dict[str, Cache]  # by block
 
 
-def use_lean_decoder(vae: AutoencoderKLCogVideoX) -> None:
+def use_lean_decoder(vae: cogvideox.AutoencoderKLCogVideoX) -> None:
     """Replace the forwards of a VAE's decoder by those below, in place."""
     for module in vae.decoder.modules():
         forward = _lean_forward(module)
@@ -47,28 +35,28 @@ def use_lean_decoder(vae: AutoencoderKLCogVideoX) -> None:
 
 def _lean_forward(module: torch.nn.Module):  # type: ignore[no-untyped-def]
     """The replacement for a module's forward; None if it needs none."""
-    if isinstance(module, CogVideoXCausalConv3d):
+    if isinstance(module, cogvideox.CogVideoXCausalConv3d):
         return _convolve_one_frame if module.time_kernel_size == 1 else None
-    if isinstance(module, CogVideoXSpatialNorm3D):
+    if isinstance(module, cogvideox.CogVideoXSpatialNorm3D):
         return _spatial_norm
-    if isinstance(module, CogVideoXDecoder3D):
+    if isinstance(module, cogvideox.CogVideoXDecoder3D):
         return _decoder
-    if isinstance(module, CogVideoXUpBlock3D):
+    if isinstance(module, cogvideox.CogVideoXUpBlock3D):
         return _up_block
-    if isinstance(module, CogVideoXResnetBlock3D):
+    if isinstance(module, cogvideox.CogVideoXResnetBlock3D):
         return _residual_block if isinstance(module.nonlinearity, torch.nn.SiLU) else None
     return None
 
 
 def _convolve_one_frame(
-    module: CogVideoXCausalConv3d, inputs: torch.Tensor, conv_cache: None = None
+    module: cogvideox.CogVideoXCausalConv3d, inputs: torch.Tensor, conv_cache: None = None
 ) -> tuple[torch.Tensor, None]:
     """[batch, channels, frames, height, width]. It needs no previous frame, so no cache."""
     return module.conv(inputs), None
 
 
 def _spatial_norm(
-    module: CogVideoXSpatialNorm3D,
+    module: cogvideox.CogVideoXSpatialNorm3D,
     f: torch.Tensor,
     zq: torch.Tensor,
     conv_cache: Cache | None = None,
@@ -78,7 +66,7 @@ def _spatial_norm(
 
 
 def _modulate(
-    module: CogVideoXSpatialNorm3D, normed: torch.Tensor, zq: torch.Tensor
+    module: cogvideox.CogVideoXSpatialNorm3D, normed: torch.Tensor, zq: torch.Tensor
 ) -> torch.Tensor:
     """Scale and shift normalised features by the latents, in place.
 
@@ -98,7 +86,7 @@ def _modulate(
 
 
 def _decoder(
-    module: CogVideoXDecoder3D,
+    module: cogvideox.CogVideoXDecoder3D,
     sample: torch.Tensor,
     temb: None = None,
     conv_cache: dict[str, Caches] | None = None,
@@ -122,7 +110,7 @@ def _decoder(
 
 
 def _up_block(
-    module: CogVideoXUpBlock3D,
+    module: cogvideox.CogVideoXUpBlock3D,
     holder: list[torch.Tensor],
     temb: None,
     zq: torch.Tensor,
@@ -130,9 +118,8 @@ def _up_block(
 ) -> tuple[torch.Tensor, Caches]:
     """Residual blocks, then upsampling by two.
 
-    Args:
-        holder: a list of one tensor, [batch, channels, frames, height, width]. It is popped, so
-            that the tensor is freed after the first residual block.
+    holder: a list of one tensor, [batch, channels, frames, height, width]. It is popped, so that
+    the tensor is freed after the first residual block.
     """
     before: Caches = conv_cache or {}
     after: Caches = {}
@@ -146,18 +133,15 @@ def _up_block(
 
 
 def _residual_block(
-    module: CogVideoXResnetBlock3D,
+    module: cogvideox.CogVideoXResnetBlock3D,
     inputs: torch.Tensor,
     temb: None,
     zq: torch.Tensor,
     conv_cache: dict[str, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, Cache]:
-    """Two convolutions and a shortcut. It pops the old caches, which frees them after use.
+    """Two convolutions and a shortcut; `inputs` and `zq` as for `_modulate`.
 
-    Args:
-        inputs: [batch, channels, frames, height, width].
-        zq: see `_modulate`.
-        conv_cache: the two previous frames of each convolution; empty afterwards.
+    It pops the old caches, the two previous frames of each convolution, which frees them after use.
     """
     before: dict[str, torch.Tensor] = {} if conv_cache is None else conv_cache
     after: Cache = {}
@@ -177,7 +161,7 @@ def _residual_block(
 
 
 def _activate_and_pad(
-    conv: CogVideoXCausalConv3d, hidden: torch.Tensor, before: torch.Tensor | None
+    conv: cogvideox.CogVideoXCausalConv3d, hidden: torch.Tensor, before: torch.Tensor | None
 ) -> torch.Tensor:
     """The input of a causal convolution: activated, with the previous frames in front.
 
@@ -187,6 +171,6 @@ def _activate_and_pad(
     return padded
 
 
-def _last_frames(conv: CogVideoXCausalConv3d, padded: torch.Tensor) -> torch.Tensor:
+def _last_frames(conv: cogvideox.CogVideoXCausalConv3d, padded: torch.Tensor) -> torch.Tensor:
     """A copy of the frames that the next call of a causal convolution needs."""
     return padded[:, :, 1 - conv.time_kernel_size :].clone()

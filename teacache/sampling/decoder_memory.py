@@ -37,16 +37,17 @@ class DecoderMemory:
     def to_decode(self, last: bool) -> Iterator[None]:
         """Have enough memory for decoding in the block.
 
-        Args:
-            last: whether this is the last video. Then the transformer's weights are deleted. Else
-                they are in host memory during the block, if both do not fit.
+        For the last video the transformer's weights are deleted. Else they are in host memory
+        during the block, if both do not fit.
         """
         transformer, device = self._pipe.transformer, self._pipe.vae.device
         if self._offload in ("model", "sequential") or (not last and self._both_fit(device)):
             yield
             return
         if last:
-            delete_weights(transformer)
+            if isinstance(transformer.transformer_blocks, StreamedBlocks):
+                transformer.transformer_blocks.vacate()
+            transformer.to("meta")
         else:
             self._offloaded = self._offloaded or Offloaded(transformer, device)
             self._offloaded.to_host()
@@ -69,13 +70,6 @@ def decoding_bytes(size: VideoSize, tiled: bool) -> int:
     """Memory for decoding beyond the VAE's weights; in tiles less than 4 GiB, weights included."""
     whole = DECODING_BYTES_PER_PIXEL * size.width * size.height
     return min(whole, 4 * 2**30) if tiled else whole
-
-
-def delete_weights(transformer: ConsisIDTransformer3DModel) -> None:
-    """Delete a transformer's weights."""
-    if isinstance(transformer.transformer_blocks, StreamedBlocks):
-        transformer.transformer_blocks.vacate()
-    transformer.to("meta")
 
 
 class Offloaded:

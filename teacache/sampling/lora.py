@@ -3,17 +3,17 @@
 A fused LoRA adds no cost to sampling, and works with quantization, offloading and compilation.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import logging
 import math
 import pickle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from diffusers import ConsisIDPipeline, ConsisIDTransformer3DModel
+from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors import safe_open
 
 from teacache.base.errors import CheckpointError, DeviceError
@@ -23,9 +23,6 @@ from teacache.checkpoint.download import hub_message
 from teacache.checkpoint.find import cached_snapshot
 from teacache.checkpoint.folder import read_json
 from teacache.checkpoint.loading import reading
-
-if TYPE_CHECKING:
-    from diffusers import ConsisIDPipeline, ConsisIDTransformer3DModel
 
 logger = logging.getLogger(__name__)
 
@@ -96,8 +93,6 @@ def read_lora(source: str, path: Path) -> Lora:
     Raises:
         CheckpointError: if it is damaged, holds more than weights, or its metadata cannot be read.
     """
-    from diffusers.utils import convert_unet_state_dict_to_peft
-
     if is_lfs_pointer(path):
         raise CheckpointError(f"--lora {source} is a pointer: run `git lfs pull` in its folder")
     with reading(f"--lora {source}"):
@@ -140,7 +135,6 @@ def check_lora(source: str, path: Path, checkpoint: Path) -> None:
     """
     if importlib.util.find_spec("peft") is None:
         raise DeviceError("--lora needs the package peft: pip install peft==0.21.2")
-    from diffusers import ConsisIDTransformer3DModel
     from peft import LoraConfig, get_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
 
@@ -173,10 +167,7 @@ def check_lora(source: str, path: Path, checkpoint: Path) -> None:
 
 
 def fuse_loras(pipe: ConsisIDPipeline, loras: tuple[tuple[str, float], ...]) -> None:
-    """Add LoRAs to the transformer's weights, which stay plain tensors.
-
-    Args:
-        loras: source and scale of each.
+    """Add LoRAs, each a source and a scale, to the transformer's weights, which stay plain tensors.
 
     Raises:
         CheckpointError: if the sum is too large for the transformer's dtype.
@@ -194,8 +185,7 @@ def _attach(
 ) -> None:
     """Add the layers of a LoRA to the transformer's, before they are fused.
 
-    Args:
-        initialise: do what the configuration says of new layers, before they get their values.
+    initialise: do what the configuration says of new layers, before they get their values.
     """
     from peft import LoraConfig
 

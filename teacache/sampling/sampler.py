@@ -1,24 +1,18 @@
 """Denoising, from an identity and a prompt to latents; and decoding, from latents to frames."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
-from diffusers import CogVideoXDPMScheduler
+from diffusers import CogVideoXDPMScheduler, ConsisIDPipeline
 from diffusers.pipelines.consisid.pipeline_consisid import draw_kps
+from PIL import Image
 
 from teacache.base import device as devices
 from teacache.base.errors import SamplingError
-
-if TYPE_CHECKING:
-    from diffusers import ConsisIDPipeline
-    from PIL import Image
-
-    from teacache.checkpoint.size import VideoSize
-    from teacache.inputs.identity import Identity
-    from teacache.inputs.text import Text
+from teacache.checkpoint.size import VideoSize
+from teacache.inputs.identity import Identity
+from teacache.inputs.text import Text
 
 
 class Denoised(NamedTuple):

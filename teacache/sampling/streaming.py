@@ -20,8 +20,6 @@ import torch
 if TYPE_CHECKING:
     from diffusers import ConsisIDTransformer3DModel
 
-ALIGNMENT = 512  # bytes, as torch's allocator aligns
-
 
 class HostWeights:
     """Moves a module's weights to the device and back, with one copy in host memory.
@@ -36,7 +34,7 @@ class HostWeights:
         self.offsets, end = [], 0
         for tensor in self.tensors:
             self.offsets.append(end)
-            end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+            end += -(-tensor.nbytes // 512) * 512  # as torch's allocator aligns
         self.nbytes = end
         self._host: torch.Tensor | None = None
 
@@ -55,11 +53,7 @@ class HostWeights:
         self._rebind(self.host)
 
     def to_device(self, buffer: torch.Tensor | None = None) -> None:
-        """Copy the weights to the device, on the current stream.
-
-        Args:
-            buffer: bytes on the device to copy to; None allocates them.
-        """
+        """Copy the weights to a buffer of bytes on the device, or a new one, on this stream."""
         if buffer is None:
             buffer = torch.empty(self.nbytes, dtype=torch.uint8, device=self.device)
         buffer[: self.nbytes].copy_(self.host, non_blocking=True)
@@ -103,8 +97,7 @@ class BlockBuffer:
 class StreamedBlocks(torch.nn.ModuleList):
     """Blocks whose weights are copied to the device during iteration. A forward needs no change.
 
-    Args:
-        blocks: on the host or on the device. Their weights must not change afterwards.
+    They may be on the host or on the device. Their weights must not change afterwards.
     """
 
     def __init__(self, blocks: Iterable[torch.nn.Module], device: torch.device):

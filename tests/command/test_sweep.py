@@ -267,7 +267,7 @@ def test_a_long_list_keeps_no_frames_but_those_it_compares(capsys, tmp_path, mon
 
     def counting(self, *args, **kwargs):
         judged = add(self, *args, **kwargs)
-        kept.append(sum(finished.frames is not None for finished in self.videos))
+        kept.append(sum(finished.frames is not None for finished in self.videos.values()))
         return judged
 
     monkeypatch.setattr(comparison.Comparison, "add", counting)
