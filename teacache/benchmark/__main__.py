@@ -139,6 +139,7 @@ def measure(table: Table, args: argparse.Namespace, device: torch.device) -> Non
     from teacache.base.device import device_name
     from teacache.benchmark.timing import Bench
     from teacache.preflight.machine import choose_dtype
+    from teacache.run.models import use_lean_models
 
     rows, (backend,), faster = args.rows, args.attention, ""
     bench = Bench(args.random_weights, backend, device, choose_dtype(args.dtype, device))
@@ -160,7 +161,7 @@ def measure(table: Table, args: argparse.Namespace, device: torch.device) -> Non
         add("attention of a layer", bench.attention)
     if "plain" in rows:
         table.measure("computed step by diffusers", bench.plain)
-    bench.use_command_models()
+    use_lean_models(bench.pipe, backend)
     if "exact" in rows and add("computed step", bench.exact):
         add("forecast step", lambda: bench.forecast)
         video()

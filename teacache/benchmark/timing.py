@@ -25,8 +25,6 @@ from teacache.benchmark.table import Row, in_words
 from teacache.core.forward import apply_teacache
 from teacache.results.video import write_video
 from teacache.sampling import acceleration, attention, sampler
-from teacache.sampling.blocks import use_lean_blocks
-from teacache.sampling.decoder import use_lean_decoder
 from teacache.sampling.decoder_memory import DecoderMemory
 
 GUIDANCE_SCALE = 6.0
@@ -62,12 +60,6 @@ class Bench:
             "weights": f"random, {name}, {devices.dtype_name(dtype)}",
             "video": f"{num_frames} frames of {width}x{height}, {self.tokens} tokens",
         }
-
-    def use_command_models(self) -> None:
-        """Prepare the models as the command does without `--compile`."""
-        attention.use_attention(self.transformer, self.backend)
-        use_lean_blocks(self.transformer)
-        use_lean_decoder(self.pipe.vae)
 
     def accelerate(self, quantize: str | None) -> Row:
         """A computed step with `--compile`, and with `--quantize fp8` if it is `fp8`."""

@@ -12,6 +12,7 @@ from teacache.benchmark import processes, random_weights
 from teacache.benchmark.__main__ import main
 from teacache.benchmark.timing import Bench
 from teacache.checkpoint.folder import check_checkpoint
+from teacache.run.models import use_lean_models
 
 SHORT = ("--num_infer_steps", "4", "--computed_steps", "3")
 
@@ -67,7 +68,7 @@ def test_each_row_whatever_becomes_of_another(capsys, tmp_path):
 
 def test_changes_of_the_decoder_are_taken_back():
     bench = Bench("tiny", "native", CPU, torch.float32)
-    bench.use_command_models()
+    use_lean_models(bench.pipe, "native")
     bench.size = bench.size._replace(num_frames=9)  # 5 latent frames: it takes three, then two
     exact, *changed, compiled = bench.decodings()
     before = [weight.stride() for weight in bench.pipe.vae.parameters()]
