@@ -5,8 +5,6 @@ the embedded checkpoint. Each run is a new process with an empty cache. `--resum
 as many records in the folder.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -14,21 +12,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 from PIL import Image
 
 COMMAND = Path(__file__).parent.parent / "teacache_sample_video.py"
 FLAGS = ("--ckpts_path", "tiny", "--num_infer_steps", "2", "--num_frames", "1", "--resume")
 MEGAPIXELS = 12
-
-
-class Measured(NamedTuple):
-    """Peak memory of the process in bytes; seconds until the first video, and until the end."""
-
-    peak: int
-    first: float
-    whole: float
 
 
 def write_jobs(folder: Path, count: int, megapixels: float = MEGAPIXELS) -> Path:
@@ -48,8 +37,11 @@ def write_jobs(folder: Path, count: int, megapixels: float = MEGAPIXELS) -> Path
     return folder / "jobs.jsonl"
 
 
-def measure(jobs: Path, output: Path) -> Measured:
-    """Run the command in a new process with a cache of its own."""
+def measure(jobs: Path, output: Path) -> tuple[int, float, float]:
+    """Run the command in a new process with a cache of its own.
+
+    Returns its peak memory in bytes; seconds until the first video, and until the end.
+    """
     environment = {**os.environ, "XDG_CACHE_HOME": str(output.parent / "cache")}
     words = [sys.executable, COMMAND, *FLAGS, "--jobs", jobs, "--output_path", output, "--quiet"]
     start = time.perf_counter()
@@ -61,7 +53,7 @@ def measure(jobs: Path, output: Path) -> Measured:
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0
-    return Measured(usage.ru_maxrss * 1024, first, time.perf_counter() - start)
+    return usage.ru_maxrss * 1024, first, time.perf_counter() - start
 
 
 def main(counts: list[int]) -> None:

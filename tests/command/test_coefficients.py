@@ -1,7 +1,5 @@
 """Coefficients that `teacache.fit` fits on a checkpoint, and the sampler that takes them."""
 
-from __future__ import annotations
-
 import datetime
 import json
 

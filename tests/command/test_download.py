@@ -1,7 +1,5 @@
 """The download, from a server on the loopback address that speaks the hub's protocol."""
 
-from __future__ import annotations
-
 import hashlib
 import http.server
 import json

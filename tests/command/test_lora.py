@@ -1,7 +1,5 @@
 """LoRAs as people have them: fused, or refused in one line before anything large is loaded."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

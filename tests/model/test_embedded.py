@@ -1,7 +1,5 @@
 """The embedded checkpoint: what it shows, and that its parts are what they should be."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

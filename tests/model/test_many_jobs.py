@@ -1,7 +1,5 @@
 """What a run holds of many videos: no pixels, a window of conditions, each record once."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import weakref
