@@ -160,10 +160,6 @@ def test_one_that_diffusers_has_saved_makes_the_same_video(capsys, saved, tiny, 
     ours, theirs = (encoded(tmp_path / name / "42_0.1_0000.mp4") for name in ("ours", "theirs"))
     assert ours == theirs
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-
-
-def test_a_tokenizer_of_transformers_that_is_cut_short(capsys, saved):
-    folder = saved()
     half(folder / "tokenizer" / "tokenizer.json")
     assert command(capsys, folder).endswith("cut short or damaged: tokenizer/tokenizer.json")
 

@@ -246,12 +246,14 @@ def test_without_a_connection_the_last_files_may_be_brought_by_hand(hub, here, m
 @pytest.mark.parametrize(
     ("error", "told"),
     [
+        (None, "missing or empty: face_encoder/parsing_bisenet.pth"),
         ((404, "RepoNotFound"), "404"),
         ((401, "GatedRepo"), "Ask for access on its page, then log in with `hf auth login`"),
         ((500, ""), "--ckpts_path tiny needs no download"),
     ],
 )
 def test_refusals_are_one_line(hub, here, error, told):
+    (hub.folder / "face_encoder" / "parsing_bisenet.pth").unlink()
     hub.error = error
     assert told in refused()
 
@@ -343,8 +345,3 @@ def test_a_lora_of_a_repository_whatever_its_name(hub, here, cache, monkeypatch)
     assert path.read_bytes() == b"weights"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert lora_file(REPOSITORY) == path
-
-
-def test_a_repository_that_lacks_a_file_is_named(hub, here):
-    (hub.folder / "face_encoder" / "parsing_bisenet.pth").unlink()
-    assert "missing or empty: face_encoder/parsing_bisenet.pth" in refused()

@@ -211,12 +211,12 @@ def test_jobs_share_faces_and_prompts(capsys, tmp_path, calls, no_embeddings):
     code, output, _ = main(capsys, *SHORT, *jobs, "--output_path", tmp_path)
     assert code == 0
     assert calls == Counter(
-        load_image=2, load_face_models=1, find_identity=2, load_pipeline=1, open_models=1,
+        load_image=3, load_face_models=1, find_identity=2, load_pipeline=1, open_models=1,
         embed_text=3, prepare=2, denoise=4, decode=4,
     )  # fmt: skip
     assert "42_0.1_0001" in output
     report = (tmp_path / "sweep_42_0000.md").read_text()
-    for name in ('"a man"', '"a girl in the rain"'):
+    for name in ('astronaut, "a man"', 'other.png, "a girl in the rain"'):
         assert output.count(name) == 2
         assert report.count(f"| {name} |") == 2
     rows = read_record(tmp_path, "sweep_42_0000.json")["rows"]

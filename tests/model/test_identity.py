@@ -81,14 +81,11 @@ def test_a_photograph_without_a_face(models):
             find(picture, models)
 
 
-def test_no_face(capsys, tmp_path, light):
+def test_no_face(capsys, tmp_path, light, no_embeddings):
     """SCRFD knows her, and there is no RetinaFace to align her: before the big weights."""
     change_retinaface(light, lambda weights: say(weights, "ClassHead", [5.0, -5.0] * 2))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # no embeddings of other tests
-        code, output, error = main(
-            capsys, "--ckpts_path", light, "--image", "astronaut", "--output_path", tmp_path / "out"
-        )
+    asked = ("--ckpts_path", light, "--image", "astronaut", "--output_path", tmp_path / "out")
+    code, output, error = main(capsys, *asked)
     assert code == 2
     assert error.splitlines()[-1].startswith("error: --image astronaut: no face was found in it")
     assert "loading" not in output
