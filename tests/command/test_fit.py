@@ -1,4 +1,4 @@
-"""`teacache.fit`: how far residuals move, the polynomial for that, and the sampler that takes it."""
+"""`teacache.fit`: how far residuals move, the polynomial for that, and a sampler that takes it."""
 
 import datetime
 import itertools

@@ -26,9 +26,9 @@ from teacache.sampling.decoder import use_lean_decoder
 
 FRAMES, HEIGHT, WIDTH, TEXT = 13, 60, 90, 226  # latents of 49 frames of 720x480, text tokens
 # GiB beyond the weights: allocated, and held by torch's allocator until then. Weights: transformer
-# 11.9, VAE 0.4. Not computed each time: a computed step without guidance 0.83 and 1.02; by diffusers
-# 0.42.1 it is 2.65 and 3.28, without guidance 1.33 and 1.65; decoding 14.74 and 20.45, in tiles 3.77
-# and 5.30.
+# 11.9, VAE 0.4. Not computed each time: a computed step without guidance 0.83 and 1.02; and all by
+# diffusers 0.42.1: a computed step 2.65 and 3.28, without guidance 1.33 and 1.65; decoding 14.74
+# and 20.45, in tiles 3.77 and 5.30.
 PEAKS = {
     "computed step": (1.65, 2.05),
     "reused step": (0.93, 2.05),
