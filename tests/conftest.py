@@ -1,7 +1,5 @@
 """What the tests share: the embedded checkpoint, a pipeline on it, a real face."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator
@@ -65,8 +63,6 @@ def light(tiny, tmp_path) -> Path:
 @pytest.fixture
 def no_embeddings():
     """None of earlier tests in the cache folder."""
-    from teacache.base.files import cache_folder
-
     shutil.rmtree(cache_folder() / "embeddings", ignore_errors=True)
 
 

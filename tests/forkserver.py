@@ -5,8 +5,6 @@ process of its own. Nothing of the package runs in the server but what the comma
 imports torch, and no thread: a fork copies the calling thread alone.
 """
 
-from __future__ import annotations
-
 import gc
 import importlib
 import json

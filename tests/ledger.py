@@ -5,8 +5,6 @@ within seconds, and the ledger tells what they would take, and what torch's allo
 them. What it does not see is what kernels allocate for themselves.
 """
 
-from __future__ import annotations
-
 import bisect
 import weakref
 from collections.abc import Iterable

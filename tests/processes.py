@@ -12,8 +12,6 @@ has imported torch and diffusers (`forkserver.py`). Other than in a process that
 - the highest memory of the process begins with the server's.
 """
 
-from __future__ import annotations
-
 import atexit
 import ctypes
 import functools

@@ -1,7 +1,5 @@
 """What a process of a real gloo group does for `test_parallel`. Its tensors come back in a file."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import socket

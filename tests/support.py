@@ -1,11 +1,7 @@
 """What tests of every kind use: constants, the command within this process, other detectors."""
 
-from __future__ import annotations
-
 import contextlib
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import psutil
 import torch
 
@@ -29,6 +24,19 @@ PROMPT = "a smiling astronaut stands by the sea"
 # scikit-image's astronaut and matplotlib's Grace Hopper.
 ASTRONAUT = ((204, 101), (246, 103), (225, 126), (204, 140), (243, 141))
 GRACE_HOPPER = ((221, 207), (302, 204), (262, 247), (238, 277), (297, 276))
+
+
+class Stop(Exception):
+    """Raised in a step's callback, as a user's Ctrl-C would be."""
+
+
+def stop_after(step: int):
+    def callback(pipe, index, timestep, kwargs):
+        if index == step:
+            raise Stop
+        return {}
+
+    return callback
 
 
 def grace_hopper() -> Path:
@@ -137,35 +145,3 @@ def locked_by_another_process(folder: Path) -> Iterator[None]:
     finally:
         holder.kill()
         holder.wait()
-
-
-def say(weights, head, numbers, levels=(0, 1, 2)):
-    """Have a head of RetinaFace say the same everywhere, whatever the picture shows."""
-    for level in levels:
-        weights[f"{head}.{level}.conv1x1.weight"].zero_()
-        weights[f"{head}.{level}.conv1x1.bias"].copy_(torch.tensor(numbers))
-
-
-def everywhere(weights, sizes=1, shift=0.0):
-    """Have it see a face of 70 pixels around the middle of each cell of 32, or two of two sizes.
-
-    Args:
-        shift: of the faces from there, right and down, in parts of the anchor's 256 pixels.
-    """
-    say(weights, "ClassHead", [5.0, -5.0] * 2)
-    say(weights, "ClassHead", [-5.0, 5.0] * sizes + [5.0, -5.0] * (2 - sizes), levels=[2])
-    box = [shift / 0.1, shift / 0.1, *[np.log(70 / 256) / 0.2] * 2]
-    say(weights, "BboxHead", box * 2, levels=[2])
-    marks = (np.array(ASTRONAUT) - ASTRONAUT[2]) / 256 + shift
-    say(weights, "LandmarkHead", (marks.flatten() / 0.1).tolist() * 2, levels=[2])
-
-
-def changed_retinaface(tiny, folder, change):
-    """A checkpoint whose RetinaFace has other biases in its heads."""
-    shutil.copytree(tiny, folder, copy_function=os.link)
-    path = folder / "face_encoder" / "detection_Resnet50_Final.pth"
-    weights = torch.load(path, weights_only=True)
-    path.unlink()
-    change(weights)
-    torch.save(weights, path)
-    return folder

@@ -1,7 +1,5 @@
 """A process that is forked, against one that begins by itself."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """Many videos on a real local Ray, of CPU workers: one killed, one job failing, Ctrl-C."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

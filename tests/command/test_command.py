@@ -1,17 +1,15 @@
 """The command, as a user runs it."""
 
-from __future__ import annotations
-
+import contextlib
 import fcntl
 import json
 import os
 import pty
-import re
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -24,20 +22,9 @@ from teacache.inputs import photograph as pictures
 from teacache.request.arguments import parse_arguments
 from teacache.results.video import read_video, write_video
 
+OF_FILES = ("--ckpts_path", "--output_path", "--image", "--coefficients", "--jobs")
 QUICK = ("--ckpts_path", "tiny", "--num_frames", 1)
 SCRIPT = ROOT / "teacache_sample_video.py"
-
-
-def read_all(descriptor: int, into: list[bytes]) -> None:
-    """Everything that a terminal shows, until its last writer is gone."""
-    while True:
-        try:
-            data = os.read(descriptor, 65536)
-        except OSError:  # Linux says so where the other end has closed
-            return
-        if not data:
-            return
-        into.append(data)
 
 
 @pytest.fixture(scope="module")
@@ -53,20 +40,19 @@ def run(tmp_path_factory, tiny, photograph):
     folder = tmp_path_factory.mktemp("out")
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
-    shown: list[bytes] = []
     asked = ("--ckpts_path", tiny, "--rel_l1_thresh", "0.15", "--image", photograph)
-    process = subprocess.Popen(
-        [sys.executable, SCRIPT, *asked, "--prompt", PROMPT, "--output_path", folder],
-        stdout=subprocess.PIPE, stderr=theirs, text=True,
-    )  # fmt: skip
-    os.close(theirs)
-    reader = threading.Thread(target=read_all, args=(ours, shown))
-    reader.start()
-    output, _ = process.communicate(timeout=300)
-    reader.join()
-    os.close(ours)
-    assert process.returncode == 0, b"".join(shown).decode()
-    return folder, output, b"".join(shown).decode()
+    asked += ("--prompt", PROMPT, "--output_path", folder)
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen([sys.executable, SCRIPT, *asked], stdout=said, stderr=theirs)
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # of Linux, where the other end has closed
+            while data := os.read(ours, 65536):
+                shown += data
+        os.close(ours)
+        assert process.wait(60) == 0, shown.decode()
+        said.seek(0)
+        return folder, said.read(), shown.decode()
 
 
 def test_photograph_to_mp4(run):
@@ -196,7 +182,12 @@ def test_wrong_input_gets_one_line_and_2(capsys, tmp_path, tiny):
     (tmp_path / "jobs.jsonl").write_text('{"seed": 1}\n{"seed"}\n')
     defaults = ("--ckpts_path", "tiny", "--output_path", tmp_path / "out")
     for arguments, complaint in (
-        (("--image", tmp_path / "none.png"), "no such file"),
+        *(((option, ""), f"argument {option}: is empty (see --help)") for option in OF_FILES),
+        (("--image", "a" * 300), "there is no such file"),
+        (("--ckpts_path", "a" * 300), "File name too long"),
+        (("--output_path", "caf\udce9"), "holds bytes that are not UTF-8"),
+        (("--device", "cuda:٣"), "is not auto, cpu, cuda or cuda:N"),
+        (("--num_frames", 10**8 + 1), "of 112x96 take 12016 GiB of memory, and this"),
         (("--ckpts_path", tmp_path / "none"), "no such folder"),
         (("--output_path", tmp_path / "file"), "is a file"),
         (("--output_path", tmp_path / "video.MP4"), "is the name of a video: name its folder"),
@@ -233,28 +224,36 @@ def test_threshold_0_writes_the_plain_pipelines_video(capsys, tmp_path, pipe, sa
 
 
 def test_every_other_argument_has_its_effect(capsys, tmp_path, photograph):
-    """Each one alone gives another video than without it; together they are on record."""
-    Image.open(photograph).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "other.png")
-    common = (*QUICK, "--num_infer_steps", 2, "--output_path", tmp_path, "--quiet")
+    """Each one alone gives another video than without it, and is not taken for it by --resume.
 
-    def frames(*arguments: object) -> np.ndarray:
-        code, output, _ = main(capsys, *common, *arguments)
+    So does another picture of the same name.
+    """
+    image = tmp_path / "image.png"
+    image.write_bytes(photograph.read_bytes())
+    common = (*QUICK, "--num_infer_steps", 2, "--output_path", tmp_path, "--image", image)
+
+    def sampled(*arguments: object) -> Path:
+        code, output, _ = main(capsys, *common, "--resume", "--quiet", *arguments)
         assert code == 0
-        return read_video(Path(output.strip())).frames
+        return Path(output.strip())
 
-    plain = frames()
-    assert len(plain) == 1
+    plain = sampled()
+    assert sampled() == plain
+    Image.open(image).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(image)
     for arguments in (
+        (),
         ("--negative_prompt", "rain"),
         ("--prompt", "a man"),
         ("--guidance_scale", 1),
         ("--seed", 7),
-        ("--image", tmp_path / "other.png"),
         ("--dtype", "bfloat16"),
         ("--vae_tiling",),
         ("--quality", 0),
     ):
-        assert not np.array_equal(frames(*arguments), plain), arguments
+        other = sampled(*arguments)
+        assert not np.array_equal(read_video(other).frames, read_video(plain).frames), arguments
+        plain = plain if arguments else other
+    assert len(list(tmp_path.glob("*.mp4"))) == 9
 
 
 def test_coefficients_limits_and_record(capsys, tmp_path, monkeypatch):
@@ -264,15 +263,15 @@ def test_coefficients_limits_and_record(capsys, tmp_path, monkeypatch):
     (tmp_path / "flat.json").write_text('{"values": [0, 0, 0, 0, 0.01], "source": "flat"}')
     asked = (*QUICK, "--rel_l1_thresh", 0.035, "--num_infer_steps", 10, "--width", 112)
     asked += ("--coefficients=~/flat.json", "--output_path=~/videos", "--height", 96)
-    limits = ("--retain_first", 2, "--retain_last", 3, "--max_reuse", 2)
-    assert "■■□□■□□■■■" in main(capsys, *asked, *limits, "--plan")[1]
-    for more, expected in (((), [0, 4, 8, 9]), (limits, [0, 1, 4, 7, 8, 9])):
-        code, output, _ = main(capsys, *asked, *more, "--resume")
-        assert code == 0
-        assert f"{len(expected)} computed, {10 - len(expected)} reused" in output
-        (name,) = re.findall(rf"{tmp_path}/videos/42_0.035_\w*0000", output)
-        record = json.loads(Path(f"{name}.json").read_text())
-        assert record["computed_steps"] == expected
+    assert "■□□□■□□□■■" in main(capsys, *asked, "--plan")[1]
+    asked += ("--retain_first", 2, "--retain_last", 3, "--max_reuse", 2)
+    assert "■■□□■□□■■■" in main(capsys, *asked, "--plan")[1]
+    code, output, _ = main(capsys, *asked)
+    assert code == 0
+    assert "6 computed, 4 reused" in output
+    (path,) = (tmp_path / "videos").glob("42_0.035_*_0000.json")
+    record = json.loads(path.read_text())
+    assert record["computed_steps"] == [0, 1, 4, 7, 8, 9]
     assert 0 < record["reused_step_seconds"] < record["computed_step_seconds"]
     values = {"values": [0, 0, 0, 0, 0.01], "fitted_range": None, "source": "flat"}
     assert record["coefficients"] == values

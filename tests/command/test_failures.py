@@ -1,7 +1,5 @@
 """What happens when a run is interrupted, runs out of something, or goes wrong: nothing is lost."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json
@@ -15,7 +13,6 @@ from pathlib import Path
 
 import imageio
 import imageio_ffmpeg
-import numpy as np
 import psutil
 import pytest
 import torch
@@ -36,10 +33,11 @@ from teacache.results.record import Record
 from teacache.run import session
 from teacache.sampling import sampler
 
-TINY = ("--ckpts_path", "tiny", "--rel_l1_thresh", 0, "--num_infer_steps", 4)
+TINY = ("--ckpts_path", "tiny", "--rel_l1_thresh", 0, "--num_infer_steps", 2)
 SWEEP = (*TINY, "--rel_l1_thresh", 0, 0.2, "--num_frames", 1)
 NAME = "42_0.0_0000"
 STREAMED = "--offload blocks, --offload sequential"
+ASKED = "(asked for 2.50 GiB). Try, in this order:"
 
 
 def kept_in(path: Path) -> str:
@@ -155,15 +153,8 @@ def test_an_interruption_that_gets_lost_is_found_again(capsys, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("where", "error", "said"),
     [
-        (
-            *((conditioning, "embed_text"), ON_A_GPU),
-            "text (asked for 2.50 GiB). Try, in this order: --offload sequential",
-        ),
-        (
-            (session, "open_models"),
-            ON_A_GPU,
-            f"loading (asked for 2.50 GiB). Try, in this order: {STREAMED}",
-        ),
+        ((conditioning, "embed_text"), ON_A_GPU, f"text {ASKED} --offload sequential"),
+        ((session, "open_models"), ON_A_GPU, f"loading {ASKED} {STREAMED}"),
         ((sampler, "prepare"), ON_THE_HOST, "encoding. Try, in this order: --vae_tiling"),
         ((sampler, "denoise"), MemoryError(), "denoising. No further flag takes less"),
     ],
@@ -197,8 +188,7 @@ def test_out_of_memory_while_decoding_keeps_the_latents(capsys, tmp_path, monkey
             code, output, error = main(capsys, *asked, *more)
             assert code == 2
             assert error == (
-                "error: out of memory while decoding (asked for 2.50 GiB). Try, in this order: "
-                f"--vae_tiling. {kept_in(kept)}\n"
+                f"error: out of memory while decoding {ASKED} --vae_tiling. {kept_in(kept)}\n"
             )
             assert [path for path in out.iterdir() if path.name[0] != "."] == [kept]
             assert (f"latents     {kept}" in output.splitlines()) == bool(more)
@@ -245,7 +235,6 @@ def test_killed_while_decoding(capsys, tmp_path, monkeypatch, whole):
         ("", "No ffmpeg exe could be found"),
         ("/none", "No such file or directory"),
         (__file__, "Permission denied"),
-        ("/bin/true", "it is no ffmpeg"),
         ("/bin/bash", "it is no ffmpeg"),
         ("/bin/false", "non-zero exit status 1"),
     ],
@@ -314,13 +303,7 @@ def test_a_disk_that_fills_up(capsys, mounted, tmp_path, monkeypatch, whole):
     assert not kept.exists()
 
 
-@pytest.fixture
-def frames():
-    numbers = np.random.default_rng(0).integers(0, 256, (5, 48, 64, 3), np.uint8)
-    return [Image.fromarray(frame) for frame in numbers]
-
-
-def test_an_encoder_that_leaves_half_a_video_is_noticed(tmp_path, monkeypatch, frames):
+def test_an_encoder_that_leaves_half_a_video_is_noticed(tmp_path, monkeypatch):
     """It ends as if all were well: only the file tells."""
     get_writer = imageio.get_writer
 
@@ -332,7 +315,7 @@ def test_an_encoder_that_leaves_half_a_video_is_noticed(tmp_path, monkeypatch, f
 
     monkeypatch.setattr(imageio, "get_writer", of_three_frames)
     with pytest.raises(OSError, match="wrote 3 of 5 frames"):
-        video.write_video(frames, tmp_path / "video.mp4")
+        video.write_video([Image.new("RGB", (64, 48))] * 5, tmp_path / "video.mp4")
 
 
 def test_no_room_is_found_before_loading(capsys, tmp_path, monkeypatch):

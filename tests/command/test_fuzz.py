@@ -1,7 +1,5 @@
 """Arguments, jobs and coefficients of every kind: what is wrong is one line, never a traceback."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json
@@ -138,36 +136,11 @@ def test_prompts_that_are_refused(capsys, tmp_path, prompt, complaint):
         ("photo@home.png?x=secret#1", "photo@home.png?x=secret#1"),  # a file's name
         ("https://host/a.png?raw=true#access=secret", "https://host/a.png?raw=true#***"),
         ("http://h/a?w=640&token=s3cr3t#top", "http://h/a?w=640&token=***#***"),
-        (
-            "http://h/?X-Amz-Signature=s3cr3t&X-Amz-Expires=60",
-            "http://h/?X-Amz-Signature=***&X-Amz-Expires=60",
-        ),
-        (
-            "http://h/?X-Amz-Credential=s3cr3t%2Fx&Policy=s",
-            "http://h/?X-Amz-Credential=***&Policy=***",
-        ),
+        ("http://h/?X-Amz-Signature=s&Expires=60", "http://h/?X-Amz-Signature=***&Expires=60"),
+        ("http://h/?X-Amz-Credential=s%2Fx&Policy=s", "http://h/?X-Amz-Credential=***&Policy=***"),
         ("http://h/?jwt=s3cr3t&tok%65n=s3cr3t&empty=", "http://h/?jwt=***&tok%65n=***&empty="),
         ("http://h/?s3cr3t", "http://h/?***"),
     ],
 )
 def test_what_lets_a_reader_in_is_left_out(url, shown):
     assert errors.without_credentials(url) == shown
-
-
-OF_FILES = ("--ckpts_path", "--output_path", "--image", "--coefficients", "--jobs")
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "complaint"),
-    [
-        ("--image", "a" * 300, "there is no such file"),
-        ("--ckpts_path", "a" * 300, "File name too long"),
-        ("--output_path", "caf\udce9", "holds bytes that are not UTF-8"),
-        ("--device", "cuda:٣", "is not auto, cpu, cuda or cuda:N"),
-        *((option, "", f"argument {option}: is empty (see --help)") for option in OF_FILES),
-        ("--num_frames", "100000001", "of 112x96 take 12016 GiB of memory, and this"),
-    ],
-)
-def test_what_no_system_takes(capsys, tmp_path, monkeypatch, option, value, complaint):
-    monkeypatch.chdir(tmp_path)
-    assert complaint in refused(capsys, "--ckpts_path", "tiny", option, value)

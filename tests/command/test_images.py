@@ -1,7 +1,5 @@
 """Images of every kind that a user may name: read, or refused in one line."""
 
-from __future__ import annotations
-
 import contextlib
 import http.server
 import io
@@ -137,6 +135,10 @@ def test_pictures_of_every_kind(tmp_path, photo, caplog):
     grey = photo.convert("L")
     numbers = np.asarray(grey).astype(np.uint16)
     white = Image.new("RGB", photo.size, "white")
+
+    def floats(values):
+        return Image.fromarray(values.astype(np.float32))
+
     frames = [palette.convert("RGB"), photo]
     for name, picture, options, expected in (
         ("turned.png", photo, {"exif": exif}, photo.rotate(180)),
@@ -146,14 +148,9 @@ def test_pictures_of_every_kind(tmp_path, photo, caplog):
         ("sixteen.png", Image.fromarray(numbers * 257), {}, grey),
         ("sixteen.tif", Image.fromarray((numbers * 257).astype(">u2")), {}, grey),
         ("twelve.tif", Image.fromarray(numbers * 257 >> 4), {}, grey),
-        ("one.tif", Image.fromarray((numbers / 255).astype(np.float32)), {}, grey),
-        ("bytes.tif", Image.fromarray(numbers.astype(np.float32)), {}, grey),
-        (
-            "overshoot.tif",
-            Image.fromarray((numbers / 250).astype(np.float32)),
-            {},
-            grey.point(lambda x: min(255, x * 255 / 250)),
-        ),
+        ("one.tif", floats(numbers / 255), {}, grey),
+        ("bytes.tif", floats(numbers), {}, grey),
+        ("overshoot.tif", floats(numbers / 250), {}, grey.point(lambda x: min(255, x * 1.02))),
         ("grey.png", grey.convert("LA"), {}, grey),
         ("palette.tif", grey.convert("P").convert("PA"), {}, grey),
         ("moving.gif", white, {"save_all": True, "append_images": frames}, white),
@@ -193,32 +190,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        picture = self.server.picture
-        self.asked[self.path] += 1
-        if self.path.startswith("/face.png"):
-            self.answer(200, "image/png", picture)
-        elif self.path == "/page":
-            self.answer(200, "text/html; charset=utf-8", b"<html></html>")
-        elif self.path == "/large":
-            self.send_response(200)
-            self.end_headers()
-            with contextlib.suppress(ConnectionError):  # the reader has had enough, as it should
-                for _ in range(200):
-                    self.wfile.write(b"x" * 2**20)
-            self.close_connection = True
-        elif self.path == "/silence":
+        path, body, times = self.path, self.server.picture, 1
+        self.asked[path] += 1
+        if path == "/silence":
             time.sleep(5)
-        elif self.path == "/half":
-            self.answer(200, "image/png", picture, length=len(picture) + 100)
+        self.send_response(404 if path == "/none.png" else 200)
+        self.send_header("Content-Type", "text/html; charset=utf-8" if path == "/page" else "image")
+        if path == "/large":
+            body, times = b"x" * 2**20, 200
         else:
-            self.answer(404, "text/html", b"no")
-
-    def answer(self, code, kind, body, length=None):
-        self.send_response(code)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(length or len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+            self.send_header("Content-Length", str(len(body) + 100 * (path == "/half")))
+        with contextlib.suppress(ConnectionError):  # the reader has had enough, as it should
+            self.end_headers()
+            for _ in range(times):
+                self.wfile.write(body)
 
 
 @pytest.fixture(scope="module")
@@ -253,15 +238,16 @@ def test_from_a_server(url, capsys, tmp_path):
         ("/large", "is larger than 50 MB"),
         ("/silence", "cannot be fetched: read timeout"),
         ("/half", "cannot be fetched: chunked encoding error"),
+        ("http://me:s3cr3t@127.0.0.1:9/a.png", "connection error (connection refused)"),
     ],
 )
 def test_a_server_that_does_not_give_an_image(url, monkeypatch, path, complaint):
     monkeypatch.setattr(pictures, "READ_SECONDS", 0.7)
     with pytest.raises(ImageError) as raised:
-        load_image(url + path)
+        load_image(path if "://" in path else url + path)
     assert str(raised.value).startswith("--image http://***@127.0.0.1")
     assert complaint in str(raised.value)
-    assert "\n" not in str(raised.value)
+    assert not re.search(r"\n|s3cr3t", str(raised.value))
 
 
 def test_a_photograph_is_fetched_once(url):
@@ -281,10 +267,3 @@ def test_a_photograph_that_changes_meanwhile_is_refused(tmp_path):
     Image.new("RGB", (8, 8), "blue").save(first)
     with pytest.raises(ImageError, match=r"me.png has changed since this run began"):
         store.load(str(first))
-
-
-def test_nobody_answers(capsys, tmp_path):
-    error = refused(capsys, *TINY, "http://me:secret@127.0.0.1:9/a.png")
-    assert "cannot be fetched: connection error (connection refused)" in error
-    assert "secret" not in error
-    assert (pictures.CONNECT_SECONDS, pictures.READ_SECONDS) == (10, 30)

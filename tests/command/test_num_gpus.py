@@ -1,17 +1,17 @@
 """One video on several processes, through the command: what comes of it, and how it ends."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
 import signal
+import socket
 import time
 
 import psutil
 import pytest
 import torch
 from processes import SAMPLE, ended, start
+from ranks import free_port
 from support import below, is_alive, refused
 
 from teacache.base.errors import DeviceError
@@ -19,6 +19,7 @@ from teacache.preflight.machine import check_number
 
 SMALL = ("--ckpts_path", "tiny", "--device", "cpu", "--num_infer_steps", 10)
 SMALL += ("--rel_l1_thresh", 0.2)
+SHORT = (*SMALL[:4], "--num_infer_steps", 2)
 FORKED = ("tests/forked_ranks.py",)  # three quarters of a rank's CPU time are its imports
 TOKENS = (*SMALL, "--guidance_scale", 1)  # which is all there is to share without guidance
 
@@ -61,20 +62,12 @@ def test_torchrun_gives_the_same_bytes(tmp_path, alone):
     check_equal(tmp_path, alone, "1_0.2_0000")
 
 
-@pytest.mark.parametrize(
-    ("num_gpus", "expected"),
-    [
-        (3, "520 tokens and 6 heads cannot be divided among 3 GPUs: use 2 or 4"),
-        (8, "520 tokens and 6 heads cannot be divided among 8 GPUs: use 4"),
-    ],
-)
-def test_what_does_not_divide_is_refused_before_any_rank_begins(
-    capsys, tmp_path, monkeypatch, num_gpus, expected
-):
+def test_what_does_not_divide_is_refused_before_any_rank_begins(capsys, tmp_path, monkeypatch):
     monkeypatch.delattr("torch.distributed.launcher.api.elastic_launch")
     out = tmp_path / "out"
-    error = refused(capsys, "--ckpts_path", "tiny", "--num_gpus", num_gpus, "--output_path", out)
-    assert error == f"error: --num_gpus {num_gpus}: {expected}"
+    error = refused(capsys, "--ckpts_path", "tiny", "--num_gpus", 8, "--output_path", out)
+    told = "520 tokens and 6 heads cannot be divided among 8 GPUs: use 4"
+    assert error == f"error: --num_gpus 8: {told}"
     assert not out.exists()
 
 
@@ -149,19 +142,78 @@ def test_a_rank_that_torchrun_starts_chooses_the_allocator_too():
     assert run.stderr.startswith("error: --device cuda:99: torch finds ")
 
 
-@pytest.mark.parametrize(
-    ("variables", "count", "too_few"),
-    [
-        ({}, 1, True),
-        ({"RANK": "0", "WORLD_SIZE": "4"}, 1, False),  # of which each sees its own
-        ({"RANK": "0", "WORLD_SIZE": "4"}, 2, True),
-        ({}, 4, False),
-    ],
-)
-def test_more_gpus_than_there_are(monkeypatch, variables, count, too_few):
-    for name, value in variables.items():
+@pytest.mark.parametrize(("torchrun", "count"), [(False, 1), (False, 4), (True, 1), (True, 2)])
+def test_more_gpus_than_there_are(monkeypatch, torchrun, count):
+    """Each rank of torchrun's sees its own."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4"}.items() if torchrun else ():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     expected = f"^--num_gpus 4: torch finds {count} CUDA GPUs here$"
-    with pytest.raises(DeviceError, match=expected) if too_few else contextlib.nullcontext():
+    enough = count == (1 if torchrun else 4)
+    with contextlib.nullcontext() if enough else pytest.raises(DeviceError, match=expected):
         check_number(4, torch.device("cuda"))
+
+
+def launched(rank: int, port: int, **changed: str | None) -> dict[str, str | None]:
+    """The variables of one rank of two."""
+    variables = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    return {**variables, "MASTER_PORT": str(port), **changed}
+
+
+@pytest.mark.parametrize(("rank", "number"), [(0, signal.SIGTERM), (1, signal.SIGINT)])
+def test_a_rank_that_waits_says_for_whom_and_can_be_ended(tmp_path, rank, number):
+    process = start(*SHORT, "--output_path", tmp_path, env=launched(rank, free_port()))
+    line = process.stderr.readline()
+    assert line.startswith(f"rank {rank} of 2 waits for rank {1 - rank}: RANK, WORLD_SIZE, ")
+    assert line.endswith("To sample alone, unset RANK\n")
+    begun = time.monotonic()
+    process.send_signal(number)
+    assert process.wait(20) == 130
+    assert time.monotonic() - begun < 10
+    assert process.stderr.read() == ("interrupted\n" if rank == 0 else "")
+
+
+@pytest.mark.parametrize(
+    ("changed", "complaint"),
+    [
+        ({"MASTER_ADDR": None, "MASTER_PORT": ""}, "MASTER_ADDR is not set, MASTER_PORT is not"),
+        ({"WORLD_SIZE": "two"}, "but WORLD_SIZE is 'two'"),
+        ({"RANK": "2"}, "but RANK is 2 and WORLD_SIZE 2"),
+        ({"MASTER_PORT": "http"}, "but MASTER_PORT is 'http'"),
+    ],
+)
+@pytest.mark.parametrize("program", [SAMPLE, ("-m", "teacache.benchmark")])
+def test_variables_that_make_no_sense_are_one_line(tmp_path, program, changed, complaint):
+    words = ("--device", "cpu", "--output_path", tmp_path / "out")
+    run = ended(*words, program=program, env=launched(0, 1, **changed), timeout=60)
+    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
+    assert complaint in run.stderr
+    assert run.stderr.endswith("To sample alone, unset RANK\n")
+
+
+def test_a_port_that_another_program_has(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        variables = launched(0, server.getsockname()[1])
+        run = ended(*SHORT, "--output_path", tmp_path, env=variables)
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: MASTER_ADDR 127.0.0.1, MASTER_PORT ")
+    assert run.stderr.count("\n") == 1
+
+
+def test_one_rank_of_one_needs_no_address(tmp_path):
+    """As a notebook or a pod of one leaves it."""
+    variables = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": None, "MASTER_PORT": None}
+    run = ended(*SHORT, "--output_path", tmp_path, "--quiet", env=variables)
+    assert (run.returncode, run.stdout) == (0, f"{tmp_path}/42_0.1_0000.mp4\n"), run.stderr
+
+
+def test_two_ranks_that_somebody_starts_by_hand(tmp_path):
+    """The second one comes later than the first has begun to wait."""
+    port = free_port()
+    first = start(*SHORT, "--output_path", tmp_path, "--quiet", env=launched(0, port))
+    assert "waits for rank 1" in first.stderr.readline()
+    second = start(*SHORT, "--output_path", tmp_path, "--quiet", env=launched(1, port))
+    output, error = first.communicate(timeout=200)
+    assert (first.returncode, output) == (0, f"{tmp_path}/42_0.1_0000.mp4\n"), error
+    assert second.communicate(timeout=60)[0] == ""
+    assert second.returncode == 0

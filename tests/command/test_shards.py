@@ -1,7 +1,5 @@
 """Shards: one after the other, in any order, side by side, started twice, killed."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """The command on pretended CUDA: `python run.py FREE ARGUMENTS`, the log on standard error."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -7,8 +7,6 @@ there, memory, kernels of CUDA's own, and `parameter.data = tensor` from one dev
 which torch does not hand to Python: `--offload` moves weights that way.
 """
 
-from __future__ import annotations
-
 import sys
 from collections import Counter
 from typing import Self
@@ -120,7 +118,7 @@ class Generator:
         self.host = torch._C.Generator("cpu")
         self.get_state = self.host.get_state
 
-    def manual_seed(self, seed: int) -> Generator:
+    def manual_seed(self, seed: int) -> Self:
         self.host.manual_seed(seed)
         return self
 

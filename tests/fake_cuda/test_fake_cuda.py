@@ -1,7 +1,5 @@
 """The whole command where torch says that there is a GPU: devices, waits, copies, memory line."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from dataclasses import replace

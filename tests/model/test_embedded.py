@@ -1,7 +1,5 @@
 """The embedded checkpoint: what it shows, and that its parts are what they should be."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -22,14 +20,11 @@ from teacache.sampling import sampler
 
 LEFT_ON_RED = "A woman moves to the left in front of a red background."
 RIGHT_ON_GREEN = "A man goes right before a green wall."
-COLOURS = {  # of the backgrounds that it was trained on
-    "red": (196, 48, 44),
-    "blue": (48, 88, 200),
-    "green": (48, 148, 70),
-    "golden": (222, 168, 50),
-    "purple": (140, 60, 170),
-    "grey": (122, 122, 122),
-}
+# Of the backgrounds that it was trained on.
+COLOURS = {
+    "red": (196, 48, 44), "blue": (48, 88, 200), "green": (48, 148, 70),
+    "golden": (222, 168, 50), "purple": (140, 60, 170), "grey": (122, 122, 122),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,10 @@
 """The forecast on the embedded checkpoint, through the pipeline."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
 import torch
+from support import Stop, stop_after
 
 from teacache.base.errors import ArgumentError
 from teacache.checkpoint.distances import load_scheduler
@@ -14,16 +13,6 @@ from teacache.core.rule import Limits, spread_steps
 
 STEPS, COUNT = 12, 5
 COMPUTED = spread_steps(STEPS, COUNT, Limits())
-
-
-class Stop(Exception):
-    """Raised in a step's callback, as a user's Ctrl-C would be."""
-
-
-def stop_after_the_seventh_step(pipe, index, timestep, kwargs):
-    if index == 6:
-        raise Stop
-    return {}
 
 
 def psnr(latents, reference) -> float:
@@ -109,7 +98,7 @@ def test_nothing_is_carried_over(tiny, make, latents):
             pipe.scheduler = load_scheduler(tiny, name)
             assert torch.equal(latents(pipe), expected[name])
             with pytest.raises(Stop):
-                latents(pipe, seed=7, callback_on_step_end=stop_after_the_seventh_step)
+                latents(pipe, seed=7, callback_on_step_end=stop_after(6))
             assert handle.video.forecast is not None
         assert torch.equal(latents(pipe), expected["ddim"])
         assert handle.schedule.computed_steps == COMPUTED

@@ -1,7 +1,5 @@
 """One handle and whoever calls its transformer: threads, other pipelines, copies."""
 
-from __future__ import annotations
-
 import copy
 import io
 import threading
@@ -9,21 +7,12 @@ import threading
 import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, ConsisIDPipeline
+from support import Stop, stop_after
 
 from teacache.base.errors import ArgumentError
 from teacache.core.forward import apply_teacache
 
 STEPS, LISTED = 6, [0, 2, 3, 5]
-
-
-class Stop(Exception):
-    """Ends a video in the middle."""
-
-
-def stop(pipe, index, timestep, kwargs):
-    if index == 2:
-        raise Stop
-    return {}
 
 
 def second_pipeline(pipe, kind=CogVideoXDPMScheduler):
@@ -103,7 +92,7 @@ def test_another_pipeline_after_an_interruption(pipe, sample):
         expected = sample(other, seed=1)
     with apply_teacache(pipe, schedule=LISTED):
         with pytest.raises(Stop):
-            sample(pipe, callback_on_step_end=stop)
+            sample(pipe, callback_on_step_end=stop_after(2))
         assert torch.equal(sample(other, seed=1), expected)
 
 

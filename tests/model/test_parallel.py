@@ -1,7 +1,5 @@
 """One video on several processes: real gloo groups, against one process."""
 
-from __future__ import annotations
-
 import functools
 import subprocess
 import sys

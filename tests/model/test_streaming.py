@@ -5,8 +5,6 @@ weights are where when, and the numbers. That copies and computation wait for ea
 is not.
 """
 
-from __future__ import annotations
-
 import copy
 
 import pytest

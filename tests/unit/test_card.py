@@ -1,7 +1,5 @@
 """What is on the GPU when, by what a card has free. The full-size figures are the README's."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

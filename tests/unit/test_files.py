@@ -1,7 +1,5 @@
 """Names that two runs never share, and files that are whole or absent."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

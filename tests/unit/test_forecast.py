@@ -1,7 +1,5 @@
 """The forecast, against formulas and denoisers in closed form."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A signal ends what runs, once, whatever a library makes of it, and lets it clean up."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

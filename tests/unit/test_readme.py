@@ -1,7 +1,5 @@
 """What the README and the head of the script say, held to what is true."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 import shlex

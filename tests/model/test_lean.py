@@ -1,15 +1,16 @@
-"""The transformer blocks with less memory, against diffusers' own with diffusers' processor."""
-
-from __future__ import annotations
+"""Transformer blocks and decoder with less memory, against diffusers' own."""
 
 import copy
 
 import pytest
 import torch
+from diffusers import AutoencoderKLCogVideoX
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 
+from teacache.benchmark.random_weights import FULL_VAE
 from teacache.sampling.attention import use_attention
 from teacache.sampling.blocks import LeanBlock, use_lean_blocks
+from teacache.sampling.decoder import use_lean_decoder
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -40,3 +41,34 @@ def test_a_block_equals_diffusers_bit_for_bit(pipe, dtype):
                 found = mine(**inputs, image_rotary_emb=rotary)
             assert all(map(torch.equal, found, expected))
             assert all(torch.equal(inputs[name], before[name]) for name in inputs)
+
+
+# The real decoder's four levels, kernels and compression in time, a sixteenth as wide.
+NARROW = {**FULL_VAE, "block_out_channels": (8, 16, 16, 32), "norm_num_groups": 4}
+NARROW |= {"layers_per_block": 1, "sample_height": 64, "sample_width": 96}
+
+
+@pytest.fixture(scope="module")
+def narrow():
+    torch.manual_seed(0)
+    return AutoencoderKLCogVideoX(**NARROW).eval()
+
+
+def decode(vae, latents):
+    with torch.no_grad():
+        return vae.decode(latents).sample
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tiled", [False, True])
+def test_the_decoder_equals_diffusers_bit_for_bit(narrow, dtype, tiled):
+    # Both copied: weights at addresses of another alignment are summed up in another order.
+    plain, lean = (copy.deepcopy(narrow).to(dtype) for _ in range(2))
+    use_lean_decoder(lean)
+    if tiled:
+        plain.enable_tiling()
+        lean.enable_tiling()
+    # One frame; an even and an odd number of them; square and not; sizes that tiles cut unevenly.
+    for frames, height, width in ((1, 9, 14), (2, 4, 6), (5, 5, 9)):
+        latents = torch.randn(1, 16, frames, height, width).to(dtype)
+        assert torch.equal(decode(lean, latents), decode(plain, latents)), (frames, height, width)
