@@ -3,11 +3,9 @@
 import dataclasses
 import json
 import weakref
-from pathlib import Path
 
 import psutil
-import skimage.data
-from PIL import Image
+from many_jobs import write_jobs
 from records import record_of_a_video
 from support import main
 
@@ -18,21 +16,6 @@ from teacache.run import conditions, loop
 
 SHORT = ("--ckpts_path", "tiny", "--num_infer_steps", 2, "--num_frames", 1)
 MEBIBYTE = 2**20
-
-
-def write_jobs(folder: Path, count: int, megapixels: float) -> Path:
-    """Write photographs of different pixels, and a jobs file that lists them."""
-    side = round((megapixels * 10**6) ** 0.5)
-    photograph = Image.fromarray(skimage.data.astronaut()).resize((side, side))
-    lines = []
-    for job in range(count):
-        row, column = divmod(job * 16, side - side % 16)
-        photograph.paste("white", (column, row * 16, column + 16, row * 16 + 16))
-        path = folder / f"{job}.jpg"
-        photograph.save(path, quality=80)
-        lines.append(json.dumps({"image": str(path), "prompt": f"an astronaut, number {job}"}))
-    (folder / "jobs.jsonl").write_text("\n".join(lines))
-    return folder / "jobs.jsonl"
 
 
 def test_no_pixels_are_held(tmp_path):
