@@ -87,7 +87,9 @@ if __name__ == "__main__":
     from teacache.base.environment import prepare_environment
     from teacache.base.quiet import silence_libraries
 
+    errors = sys.stdout.errors
     silence_libraries()
+    sys.stdout.reconfigure(errors=errors)  # a child begins without it
     prepare_environment()
     for name in [*LIBRARIES, *(f"teacache.{module}" for module in PACKAGE)]:
         importlib.import_module(name)

@@ -55,14 +55,15 @@ def write_video(frames: list[Image.Image], path: Path, quality: float = QUALITY)
     if quality < 1:  # imageio refuses it; by its own formula
         options += ["-crf", str(int((1 - quality / 10) * 51))]
     with silent_programs() as last_line:
+        writer = imageio.get_writer(
+            _absolute(path),
+            fps=FPS,
+            quality=None if quality < 1 else quality,
+            output_params=options,
+        )
         with (
             contextlib.suppress(OSError),  # a broken pipe: the encoder's output says more
-            imageio.get_writer(
-                _absolute(path),
-                fps=FPS,
-                quality=None if quality < 1 else quality,
-                output_params=options,
-            ) as writer,
+            contextlib.closing(writer),  # itself it would let the encoder go on after an error
         ):
             for frame in frames:
                 writer.append_data(np.array(frame))
