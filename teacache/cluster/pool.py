@@ -60,11 +60,11 @@ class Worker:
             with prepared_folder(self.request.options.output_path):
                 if self.session is None:
                     self._open_session()
-                from teacache.run import loop  # imports diffusers: after the checks
+                from teacache.run.loop import compared  # imports diffusers: after the checks
 
                 shots = shots_of(jobs, self.session.setup, self.photographs)
-                videos = loop.sample(self.session, shots, self.finished, final=False)
-                for video in loop.compared(videos, self.comparison):
+                videos = compared(self.session, shots, self.finished, self.comparison, final=False)
+                for video in videos:
                     # As a tuple: to unpickle a `FinishedVideo` the command would import diffusers.
                     yield *video[:3], [each.getMessage() for each in self.warnings.buffer]
                     self.warnings.flush()

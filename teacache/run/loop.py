@@ -24,6 +24,7 @@ from teacache.run.recording import completed, record_of, settings_of
 from teacache.run.report import add_others, write_report, write_report_of_shards
 from teacache.run.resume import pending, saved_latents
 from teacache.run.session import Session
+from teacache.sampling import sampler
 
 CPU = torch.device("cpu")
 SHORT_PROMPT = 30  # words; the published one has 110
@@ -48,7 +49,7 @@ def run(
     session = Session(setup, photographs, stages, len(shots))
     comparison = comparison_of(jobs, setup)
     try:
-        for video in compared(sample(session, shots, finished, final=True), comparison):
+        for video in compared(session, shots, finished, comparison, final=True):
             if video.frames and (console.quiet or len(jobs) == 1):
                 console.done(video.path, summary(video.path, video.record))
         session.end()
@@ -86,18 +87,17 @@ def sample(
     hint_at_short_prompts(remaining, setup, console)
     if len(remaining) > (window := window_size()):
         console.say(f"window      faces and texts of {window} videos at a time")
-    with explained_out_of_memory(setup.machine, console):
-        for start in range(0, len(remaining), window):
-            part = remaining[start : start + window]
-            for shot, condition in zip(part, session.conditions(part), strict=True):
-                with pending(shot, setup, finished, console) as (locked, other):
-                    if other:
-                        yield FinishedVideo(shot.job, *other)
-                    elif locked:
-                        if len(shots) > 1:
-                            console.say(f"seed {shot.job.seed}, {shot.job.which}")
-                        last = final and shot is remaining[-1]
-                        yield _sample(session, shot, condition, finished is not None, last)
+    for start in range(0, len(remaining), window):
+        part = remaining[start : start + window]
+        for shot, condition in zip(part, session.conditions(part), strict=True):
+            with pending(shot, setup, finished, console) as (locked, other):
+                if other:
+                    yield FinishedVideo(shot.job, *other)
+                elif locked:
+                    if len(shots) > 1:
+                        console.say(f"seed {shot.job.seed}, {shot.job.which}")
+                    last = final and shot is remaining[-1]
+                    yield _sample(session, shot, condition, finished is not None, last)
 
 
 def _sample(
@@ -105,19 +105,19 @@ def _sample(
 ) -> FinishedVideo:
     """Sample a video, and write it with its record."""
     setup = session.setup
-    session.load(condition)
+    models = session.load(condition)
     stages = Stages(session.stages.console, shared=session.stages)
     latents: torch.Tensor
     saved = saved_latents(shot, setup, stages) if resume else None
     if saved:
         latents, record, file = saved
     else:
-        latents, step_seconds = session.denoise(shot, condition, stages)
+        latents, step_seconds = session.denoise(models, shot, condition, stages)
         record, file = record_of(shot, setup, step_seconds, stages), None
     with claimed_slot(setup.options.output_path, record.settings.prefix, file) as slot:
         slot.keep(latents, record)
-        with stages.stage("decoding"):
-            frames = session.decode(latents, condition, last)
+        with stages.stage("decoding"), models.memory.to_decode(last):
+            frames = sampler.decode(models.pipe, latents)
         with stages.stage("writing"):
             video_bytes = slot.write(frames, record.settings.mp4_quality)
         record = completed(record, shot, setup, stages, slot.video, video_bytes)
@@ -134,16 +134,23 @@ def comparison_of(jobs: Sequence[Job], setup: Setup) -> Comparison | None:
 
 
 def compared(
-    videos: Iterator[FinishedVideo], comparison: Comparison | None
+    session: Session,
+    shots: Sequence[Shot],
+    finished: FinishedVideos | None,
+    comparison: Comparison | None,
+    final: bool,
 ) -> Iterator[FinishedVideo]:
-    """Add each video to a comparison; yield it with its figures."""
-    for video in videos:
-        job, path, record, frames, identity = video
-        if comparison and frames and identity:
-            record = comparison.add(job, path, record, frames, identity)
-        elif comparison:
-            comparison.add_earlier(job, path, record)
-        yield video._replace(record=record)
+    """Sample videos, see `sample`; add each to a comparison, and yield it with its figures."""
+    console = session.stages.console
+    with explained_out_of_memory(session.setup.machine, console):
+        for video in sample(session, shots, finished, final):
+            job, path, record, frames, identity = video
+            if comparison and frames and identity:
+                with Stages(console).stage("quality"):  # not part of the video's seconds
+                    record = comparison.add(job, path, record, frames, identity)
+            elif comparison:
+                comparison.add_earlier(job, path, record)
+            yield video._replace(record=record)
 
 
 def in_order(shots: Sequence[Shot]) -> list[Shot]:

@@ -3,9 +3,6 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-import torch
-from PIL import Image
-
 from teacache.base.console import Stages
 from teacache.inputs.photograph_store import PhotographStore
 from teacache.preflight.setup import Setup, Shot
@@ -58,9 +55,11 @@ class Session:
             with models.memory.to_decode(last=False):
                 sampler.decode(models.pipe, latents)
 
-    def denoise(self, shot: Shot, condition: Condition, stages: Stages) -> sampler.Denoised:
-        """The latents of a video, in its own stages."""
-        models, steps = self.load(condition), shot.job.num_infer_steps
+    def denoise(
+        self, models: Models, shot: Shot, condition: Condition, stages: Stages
+    ) -> sampler.Denoised:
+        """The latents of a video, in its own stages, with the models of `load`."""
+        steps = shot.job.num_infer_steps
         with stages.stage("encoding"):
             start = self._start_of(models, shot, condition)
         task = Task(shot.schedule, start, condition.text(self.setup.device), steps)
@@ -77,12 +76,6 @@ class Session:
             identity = condition.identity(self.setup.device)
             self._start = sampler.prepare(models.pipe, identity, self.setup.size, shot.job.seed)
         return self._start
-
-    def decode(self, latents: torch.Tensor, condition: Condition, last: bool) -> list[Image.Image]:
-        """The frames of a video; see `DecoderMemory.to_decode` for the last one."""
-        models = self.load(condition)
-        with models.memory.to_decode(last):
-            return sampler.decode(models.pipe, latents)
 
     def end(self) -> None:
         """Let the other ranks end, after the last video."""

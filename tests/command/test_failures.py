@@ -24,6 +24,7 @@ from support import CPU, PROMPT, ROOT, SIZE, handlers_given_back, main, refused
 from teacache.base.errors import OutputError, SamplingError
 from teacache.checkpoint.pipeline import load_pipeline
 from teacache.command.main import main as command
+from teacache.comparison import quality
 from teacache.comparison.comparison import Comparison
 from teacache.inputs import conditioning
 from teacache.inputs.text import Text, embed_text
@@ -166,6 +167,16 @@ def test_out_of_memory(capsys, tmp_path, monkeypatch, where, error, said):
     code, _, told = main(capsys, *TINY, *prompt, "--output_path", tmp_path)
     assert (code, told) == (2, f"error: out of memory while {said}\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_out_of_memory_while_a_video_is_compared(capsys, tmp_path, monkeypatch):
+    """In one line, too; the video is written, and the sweep has its report."""
+    monkeypatch.setattr(quality, "identity_similarity", fails(MemoryError()))
+    code, _, told = main(capsys, *SWEEP, "--output_path", tmp_path)
+    assert (code, told.splitlines()[-1]) == (
+        *(2, "error: out of memory while quality. No further flag takes less"),
+    )
+    assert (tmp_path / f"{NAME}.mp4").exists()
 
 
 @pytest.fixture(scope="module")
