@@ -74,8 +74,7 @@ def preflight(
         from teacache.checkpoint.distances import scheduler_name
 
         backend = _choose_backend(asked, ranks, checkpoint, size, device, dtype)
-        guided = form.guidance_scale > 1
-        machine, memory = fit_to_card(asked, checkpoint, size, guided, device, dtype)
+        machine, memory = fit_to_card(asked, checkpoint, size, form.guided, device, dtype)
         if options.loras and machine.offload == "sequential":
             raise ArgumentError(
                 "--lora does not go with --offload sequential: --offload blocks does"
@@ -162,7 +161,7 @@ def ranks_of(options: Options, checkpoint: Path, size: VideoSize) -> Ranks:
     model = Architecture.of(checkpoint)
     return divide(
         machine.num_gpus,
-        guided=options.format.guidance_scale > 1,
+        guided=options.format.guided,
         heads=model.heads,
         text=model.text_tokens,
         video=model.video_tokens(size),

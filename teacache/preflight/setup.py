@@ -41,11 +41,6 @@ class Setup:
     scheduler: str
     ranks: Ranks
 
-    @property
-    def guided(self) -> bool:
-        """Whether each step also predicts without the prompt (classifier-free guidance)."""
-        return self.options.format.guidance_scale > 1
-
 
 class Shot(NamedTuple):
     """One video: a job, the digest of its photograph's pixels, and its schedule."""

@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 
 from teacache.base.errors import without_credentials
-from teacache.core.rule import COGVIDEOX_5B, Coefficients
+from teacache.core.rule import COGVIDEOX_5B
 from teacache.request.arguments import parse_arguments
 from teacache.request.flags import FLAGS
 from teacache.request.job import Job
@@ -31,7 +31,7 @@ def command_of(job: Job, options: Options, record: Path, vae_tiling: bool) -> st
         "lora": [f"{source}:{scale}" for source, scale in options.loras],
         "vae_tiling": "on" if vae_tiling else options.machine.vae_tiling,
         "schedule": record if job.steps is not None else None,
-        "coefficients": record if coefficients_of(job, options) != COGVIDEOX_5B else None,
+        "coefficients": record if options.coefficients_for(job) != COGVIDEOX_5B else None,
     }
     defaults = vars(parse_arguments(["--ckpts_path", options.ckpts_path]))
     defaults["ckpts_path"] = FLAGS["ckpts_path"].default
@@ -42,8 +42,3 @@ def command_of(job: Job, options: Options, record: Path, vae_tiling: bool) -> st
         if value is not None and value != defaults[name] and [value] != defaults[name]:
             words += flag.words(value)
     return shlex.join(words)
-
-
-def coefficients_of(job: Job, options: Options) -> Coefficients:
-    """The coefficients that a video follows; the published ones where none matter."""
-    return options.coefficients if job.rel_l1_thresh else COGVIDEOX_5B

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from teacache.core.rule import PUBLISHED, Coefficients, Limits
+from teacache.core.rule import COGVIDEOX_5B, PUBLISHED, Coefficients, Limits
 from teacache.request.job import Job
 from teacache.request.jobs_file import CHOICES, FIELDS, read_jobs
 from teacache.request.readers import Shard
@@ -24,6 +24,11 @@ class Format:
     num_frames: int | None
     guidance_scale: float
     quality: float
+
+    @property
+    def guided(self) -> bool:
+        """Whether each step also predicts without the prompt (classifier-free guidance)."""
+        return self.guidance_scale > 1
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,10 @@ class Options:
     scheduler: str | None
     coefficients: Coefficients
     loras: tuple[tuple[str, float], ...]
+
+    def coefficients_for(self, job: Job) -> Coefficients:
+        """The coefficients that a video follows; the published ones where none matter."""
+        return self.coefficients if job.rel_l1_thresh else COGVIDEOX_5B
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,16 @@ from teacache.results.video import count_frames
 class FinishedVideos:
     """The videos of a folder that have a record, whose file name is none of `ignored`.
 
-    Each record is read once, when it is needed.
+    Each record is read once, when it is needed, of those that were there at `list_folder`.
     """
 
     def __init__(self, folder: Path, ignored: frozenset[str] = frozenset()):
         self._folder, self._known = folder, set(ignored)
         self._files: dict[str, list[Path]] = {}  # records that were not read, by their prefix
         self._records: dict[str, list[tuple[Path, Record]]] = defaultdict(list)  # by `_key`
-        self.list_folder()
 
     def list_folder(self) -> None:
-        """List the records again: other processes write to the folder, too."""
+        """List the records, at first and again: other processes write to the folder, too."""
         for path in sorted(self._folder.glob("*_*.json")):
             if path.name not in self._known:
                 self._known.add(path.name)

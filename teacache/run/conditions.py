@@ -52,7 +52,8 @@ class Conditions:
         self._models = Conditioning(
             setup.checkpoint, setup.device, setup.dtype, setup.machine.offload, cache
         )
-        self._guided, self._photographs, self._stages = setup.guided, photographs, stages
+        self._guided = setup.options.format.guided
+        self._photographs, self._stages = photographs, stages
         self._warned: set[tuple[str, str]] = set()
 
     def of(self, shots: Sequence[Shot]) -> list[Condition]:

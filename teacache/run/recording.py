@@ -7,7 +7,7 @@ from teacache.base.console import Stages
 from teacache.base.device import device_name, dtype_name, peak_memory_bytes, peak_reserved_bytes
 from teacache.base.errors import without_credentials
 from teacache.preflight.setup import Setup, Shot
-from teacache.request.repeat import coefficients_of, command_of
+from teacache.request.repeat import command_of
 from teacache.results.record import Record, Settings, finite, median_seconds, versions
 from teacache.sampling import attention
 
@@ -42,7 +42,7 @@ def settings_of(shot: Shot, setup: Setup) -> Settings:
         compile=machine.compile,
         quantize=machine.quantize,
         approximations=approximations,
-        coefficients=coefficients_of(job, options).as_json(),
+        coefficients=options.coefficients_for(job).as_json(),
         **vars(job.limits),
         schedule=job.schedule,
         selected_steps=list(shot.schedule.computed_steps) if job.rel_l1_thresh is None else None,

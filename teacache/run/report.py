@@ -24,7 +24,10 @@ def add_others(comparison: Comparison, shots: Sequence[Shot], setup: Setup) -> N
     """Add the videos of other processes to a comparison. shots: of this process."""
     # A shard has read only its own images. The digests of the others are empty.
     digests = {shot.job.image: shot.image_sha256 for shot in shots}
-    others, finished = comparison.missing, FinishedVideos(setup.options.output_path)
+    if not (others := comparison.missing):
+        return
+    finished = FinishedVideos(setup.options.output_path)
+    finished.list_folder()
     schedules = plan(others, setup.options, setup.checkpoint, setup.device, setup.dtype)
     for job, schedule in zip(others, schedules, strict=True):
         shot = Shot(job, digests.get(job.image, ""), schedule)

@@ -59,11 +59,11 @@ def test_each_record_is_read_once(tmp_path, monkeypatch):
         (tmp_path / f"{seed}_0.15_0000.mp4").write_bytes(b"x")
     finished = FinishedVideos(tmp_path, frozenset({"7_0.15_0000.json"}))
     for _ in range(3):
+        finished.list_folder()
         for seed in range(30):
             found = finished.find(record_of_a_video(seed=seed).settings)
             assert (found is None) == (seed == 7)
             assert not finished.find(record_of_a_video(seed=seed, prompt="another").settings)
-        finished.list_folder()
     assert len(count) == 29
     (tmp_path / "3_0.15_0000.mp4").unlink()
     assert finished.find(record_of_a_video(seed=3).settings) is None
