@@ -97,7 +97,8 @@ def test_endings(tmp_path, to, number, code, said):
     while "encoding" not in (line := run.stdout.readline()):  # then it denoises, for half a minute
         assert line, run.stderr.read()
     time.sleep(1)
-    ranks = below(run.pid, "spawn_main" if begun_anew else "forkserver")
+    # A fork of the server, or, where a test has changed its environment, of `forked_ranks.py`.
+    ranks = below(run.pid, "spawn_main" if begun_anew else "fork")
     assert len(ranks) == 2
     if begun_anew:
         chosen = {psutil.Process(pid).environ().get("PYTORCH_ALLOC_CONF") for pid in ranks}
